@@ -1,0 +1,50 @@
+# make demo    a server from disk, a client from the server, the same answers      MODEL=directory-or-hub-name
+# make test    everything that CI checks, in an environment of its own             TESTS="tests/unit -k manifest"
+# make bench   the weight phase by every way, as ratios
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?=
+TRANSPORT ?=
+TESTS ?= tests/unit tests/e2e
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: setup demo bench test lint types docs wheel check-tests format clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements.txt requirements-cpu.txt requirements-dev.txt pyproject.toml setup.py tools/setup_environment.sh
+	PYTHON=$(PYTHON) tools/setup_environment.sh $(VENV)
+	touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python tools/demo.py --model "$(MODEL)" --transport "$(TRANSPORT)"
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/weight_phase.py
+
+test: lint types docs wheel check-tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs/source docs/_build
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+check-tests: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .models docs/_build dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

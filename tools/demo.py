@@ -1,0 +1,107 @@
+"""The main job, seen: a server loads a model from disk, a client takes the weights from it, both answer the same.
+
+Starts two real `vllm serve` processes, asks both the same prompts at temperature 0 and prints a table. The exit status
+is 0 if the client took its weights from the server and all answers are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fetch_model import fetch_model
+from instance import Instance, InstanceFailed
+
+PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils at a temperature of", "Once upon a time,")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="a directory or a hub name; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--transport", default="", help="shared_memory, tcp or process_group; default: the best")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return demonstrate(fetch_model(options.model), options.transport)
+    except InstanceFailed as error:
+        print(f"\ndemo failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo interrupted; its processes are ended", file=sys.stderr)
+        return 130
+
+
+def demonstrate(model: str, transport: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="netloader-demo-") as scratch:
+        directory = Path(scratch)
+        with Instance("server", model, directory) as server:
+            say(f"server: vllm serve {model} --load-format netloader")
+            server.wait_until_ready(progress("server"))
+            say(f"server: ready, its weights are served on {server.address}")
+            extra: dict[str, Any] = {"SOURCE": [server.address]}
+            if transport:
+                extra["TRANSPORT"] = [transport]
+            with Instance("client", model, directory, extra) as client:
+                say(f'client: the same with --model-loader-extra-config \'{{"SOURCE": ["{server.address}"]}}\'')
+                client.wait_until_ready(progress("client"))
+                say("client: ready; asking both the same prompts")
+                answers = [(prompt, server.complete(prompt), client.complete(prompt)) for prompt in PROMPTS]
+                return show(answers, server.report(), client.report())
+
+
+def show(answers: list[tuple[str, str, str]], server: dict[str, Any], client: dict[str, Any]) -> int:
+    """Prints the comparison and returns the exit status."""
+    print("\nprompt                              answers  text")
+    for prompt, ours, theirs in answers:
+        print(f"{prompt:<36}{'equal' if ours == theirs else 'DIFFER':<9}{shorten(ours)}")
+        if ours != theirs:
+            print(f"{'':<45}{shorten(theirs)}")
+    print(f"\n{'':<10}{'loaded by':<11}{'source':<24}{'transport':<16}{'MB':>8}{'weight phase':>15}")
+    for name, report in (("server", server), ("client", client)):
+        source, transport = report["source"] or "disk", report["transport"] or "-"
+        print(
+            f"{name:<10}{report['outcome']:<11}{source:<24}{transport:<16}{report['bytes'] / 1e6:>8.1f}"
+            f"{weight_seconds(report):>13.3f} s"
+        )
+    equal = all(ours == theirs for _, ours, theirs in answers)
+    loaded = client["outcome"] == "p2p"
+    print(f"\nweight phase, disk : client = {weight_seconds(server) / weight_seconds(client):.1f} : 1")
+    print("answers are equal" if equal else "ANSWERS DIFFER", end="; ")
+    print("the client loaded from the server" if loaded else f"the client loaded by {client['outcome']}: {client}")
+    return 0 if equal and loaded else 1
+
+
+def shorten(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 72 else f"{shown[:69]}..."
+
+
+def weight_seconds(report: dict[str, Any]) -> float:
+    return float(sum(seconds for phase, seconds in report["seconds"].items() if phase != "serve"))
+
+
+def progress(name: str) -> Callable[[str], None]:
+    """Repeats the instance's latest log line every ten seconds, so that nobody waits in silence."""
+    begun = last = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            say(f"{name}: starting for {last - begun:.0f} s ... {line[-100:]}")
+
+    return tell
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""A `vllm serve` process with Netloader, started, watched, asked and ended. For the demo and the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+START_TIMEOUT = 300.0
+
+
+class InstanceFailed(Exception):
+    """The process ended or did not become ready; the message holds the end of its log."""
+
+
+class Instance:
+    """One `vllm serve MODEL --load-format netloader` on CPUs. `directory` gets its log, report and address.
+
+    Use it with `with`, or call `start` and `stop`; `stop` ends the whole process group.
+    """
+
+    def __init__(
+        self, name: str, model: str, directory: Path, extra: dict[str, Any] | None = None, *arguments: str
+    ) -> None:
+        self.name = name
+        self.log = directory / f"{name}.log"
+        self._model = model
+        self._report = directory / f"{name}-report-"
+        self._address = directory / f"{name}-address-"
+        files = {"REPORT_PREFIX": str(self._report), "OUTPUT_PREFIX": str(self._address)}
+        self._extra = {"LISTEN_HOST": "127.0.0.1", **files, **(extra or {})}
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the process in a session of its own, so that `stop` reaches its children."""
+        self._port = _free_port()
+        command = [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", self._model),
+            *("--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", "model"),
+            *("--load-format", "netloader", "--model-loader-extra-config", json.dumps(self._extra)),
+            *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"),
+            *self._arguments,
+        ]
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environment, **os.environ},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Returns when it answers requests; `tell` gets its latest log line now and then. Raises InstanceFailed."""
+        end = time.monotonic() + START_TIMEOUT
+        for _ in _every_second_until(end):
+            if self._process is None or self._process.poll() is not None:
+                raise InstanceFailed(f"{self.name} ended while starting:\n{self.log_tail()}")
+            tell(self.last_log_line())
+            if self._healthy():
+                return
+        raise InstanceFailed(f"{self.name} was not ready within {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
+
+    def wait_until_ended(self, timeout: float = START_TIMEOUT) -> int:
+        """The exit status of a process that is expected to end by itself."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def complete(self, prompt: str, max_tokens: int = 24) -> str:
+        """The greedy continuation of `prompt`."""
+        body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return str(json.load(response)["choices"][0]["text"])
+
+    def report(self, rank: int = 0) -> dict[str, Any]:
+        """What Netloader reported of the load."""
+        report: dict[str, Any] = json.loads(Path(f"{self._report}{rank}.json").read_text())
+        return report
+
+    @property
+    def address(self) -> str:
+        """Where it serves its weights."""
+        return Path(f"{self._address}0.txt").read_text().strip()
+
+    def kill(self) -> None:
+        """Ends it at once, as a crash does."""
+        self._signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Ends it in an orderly way, and by force after ten seconds. Idempotent."""
+        if self._process is None:
+            return
+        self._signal(signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def last_log_line(self) -> str:
+        return self.log_tail(1).strip()
+
+    def log_tail(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in text if line.strip()][-lines:])
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
+
+
+def _free_port() -> int:
+    """For vLLM's HTTP server, which takes no descriptor; Netloader itself binds before it tells its port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _every_second_until(end: float) -> Iterator[None]:
+    while time.monotonic() < end:
+        yield
+        time.sleep(1)

@@ -1,0 +1,100 @@
+"""Loads a model with a vLLM model loader, without an engine around it, and prints what happened as one line of JSON.
+
+This is vLLM's own worker: real configuration, parallel groups, model code, loader and post-processing, in about a third
+of the time that an instance takes to start. The tests and benchmarks use it where no answers are needed.
+
+    python tools/load_once.py '{"model": "DIR", "extra": {"LISTEN_PORT": 19000}}' < /dev/null
+
+The specification is the argument; after the result line the process goes on serving until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the worker, which holds the model, and the result.
+
+    `specification`: model (a directory or hub name), load_format, extra (the loader's configuration), engine (further
+    engine arguments), digests (whether to hash the parameters as they are before post-processing).
+    Result: weight_seconds of `load_weights`, private_bytes that it added to this process, digests, parameter_bytes.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.utils.network_utils import get_open_port
+
+    load_general_plugins()
+    arguments = EngineArgs(
+        model=specification["model"],
+        load_format=specification.get("load_format", "netloader"),
+        model_loader_extra_config=specification.get("extra", {}),
+        enforce_eager=True,
+        max_model_len=256,
+        **specification.get("engine", {}),
+    )
+    vllm_config = arguments.create_engine_config()
+    loader_class = type(get_model_loader(vllm_config.load_config))
+    observer = _Observer(loader_class, with_digests=specification.get("digests", False))
+    worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    with set_current_vllm_config(vllm_config):
+        worker = worker_class(vllm_config, 0, 0, f"tcp://127.0.0.1:{get_open_port()}", is_driver_worker=True)
+        worker.init_device()
+        worker.load_model()
+    return worker, observer.result
+
+
+class _Observer:
+    """Measures a loader's `load_weights` from outside."""
+
+    def __init__(self, loader_class: Any, *, with_digests: bool) -> None:
+        self.result: dict[str, Any] = {}
+        self._with_digests = with_digests
+        original = loader_class.load_weights
+
+        def load_weights(loader: Any, model: Any, model_config: Any) -> None:
+            self.observe(lambda: original(loader, model, model_config), model)
+
+        loader_class.load_weights = load_weights
+
+    def observe(self, load_weights: Callable[[], None], model: Any) -> None:
+        from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+
+        private_before, begun = private_bytes(), time.perf_counter()
+        load_weights()
+        self.result["weight_seconds"] = time.perf_counter() - begun
+        self.result["private_bytes"] = private_bytes() - private_before
+        self.result["parameter_bytes"] = sum(each.numel() * each.element_size() for each in model.parameters())
+        if self._with_digests:
+            self.result["digests"] = compute_tensor_digests(model)
+
+
+def private_bytes() -> int:
+    """Memory that only this process uses; pages shared with a peer do not count."""
+    kibibytes = 0
+    with open("/proc/self/smaps_rollup", encoding="ascii") as rollup:
+        for line in rollup:
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                kibibytes += int(line.split()[1])
+    return kibibytes * 1024
+
+
+def main() -> None:
+    worker, result = load_once(json.loads(sys.argv[1]))
+    print(json.dumps(result), flush=True)
+    sys.stdin.read()
+    worker.shutdown()
+
+
+if __name__ == "__main__":
+    main()

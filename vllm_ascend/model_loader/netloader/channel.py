@@ -1,0 +1,155 @@
+"""A conversation over a connected socket, with a deadline on every wait.
+
+`OSError` becomes an error that says what happened to the peer: `ConnectionLost` when it went away, `Stalled` when it
+was silent for too long. Both are ProtocolErrors: the session ends, and only this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, Self
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role
+
+_RECEIVE_BYTES: Final = 64 << 10
+_PIPE_BYTES: Final = 1 << 20
+"""The largest pipe that Linux gives an unprivileged user by default."""
+_TIMEVAL: Final = struct.Struct("@ll")
+
+
+class ConnectionLost(ProtocolError):
+    """The peer closed or reset the connection."""
+
+
+class Stalled(ProtocolError):
+    """The peer neither sent nor took a byte for too long."""
+
+
+class Deadline:
+    """A point in time, `seconds` from now."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, 0 when it has passed."""
+        return max(0.0, self._end - self._clock())
+
+
+class Channel:
+    """One end of a connection. Owns `sock`; use it with `with`, or call `close`."""
+
+    def __init__(self, sock: socket.socket, role: Role) -> None:
+        self.socket = sock
+        self._conversation = Conversation(role)
+        with contextlib.suppress(OSError):  # Unix sockets have no such option
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, message: Message, timeout: float) -> None:
+        """Raises ConnectionLost or Stalled."""
+        with _translated_errors(timeout):
+            self.socket.settimeout(timeout)
+            self.socket.sendall(self._conversation.send(message))
+
+    def receive(self, deadline: Deadline) -> Message:
+        """The next message. Raises ProtocolError."""
+        while (message := self._conversation.next_message()) is None:
+            with _translated_errors(deadline.seconds):
+                self.socket.settimeout(deadline.remaining() or 1e-6)
+                data = self.socket.recv(_RECEIVE_BYTES)
+            if not data:
+                raise ConnectionLost("the peer closed the connection")
+            self._conversation.feed(data)
+        return message
+
+    def send_file(
+        self, descriptor: int, offset: int, length: int, timeout: float, progress: Callable[[], None]
+    ) -> None:
+        """Sends a range of a file unframed, from its pages without a copy; `timeout` bounds the time without progress.
+
+        Raises ConnectionLost or Stalled.
+        """
+        end = offset + length
+        with _translated_errors(timeout), self._blocking(socket.SO_SNDTIMEO, timeout):
+            while offset < end:
+                sent = os.sendfile(self.socket.fileno(), descriptor, offset, end - offset)
+                if not sent:
+                    raise ConnectionLost("the file ended before the range that was to be sent")
+                progress()
+                offset += sent
+
+    def receive_into_file(
+        self, descriptor: int, offset: int, length: int, timeout: float, progress: Callable[[int], None]
+    ) -> None:
+        """Receives unframed bytes into a range of a file; `timeout` bounds the time without progress.
+
+        They go from the socket's buffers through a pipe into the file's pages and touch no mapping, which saves a page
+        fault for every 4 KiB of a file that is mapped but not yet populated. Raises ConnectionLost or Stalled.
+        """
+        end = offset + length
+        with _pipe() as (read_end, write_end), _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
+            while offset < end:
+                received = os.splice(self.socket.fileno(), write_end, min(_PIPE_BYTES, end - offset))
+                if not received:
+                    raise ConnectionLost("the peer closed the connection")
+                progress(received)
+                while received:
+                    written = os.splice(read_end, descriptor, received, offset_dst=offset)
+                    offset += written
+                    received -= written
+
+    @contextlib.contextmanager
+    def _blocking(self, option: int, timeout: float) -> Iterator[None]:
+        """Lets the kernel keep the time: Python's own timeouts make the descriptor non-blocking."""
+        self.socket.settimeout(None)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(timeout), int(timeout % 1 * 1e6)))
+        yield
+
+    def close(self) -> None:
+        """Ends the connection, also for a thread that waits on it. Idempotent."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+def connect(endpoint: Endpoint, timeout: float) -> Channel:
+    """Connects as a client. Raises OSError, with every address of the host tried."""
+    return Channel(socket.create_connection(endpoint, timeout=timeout), Role.CLIENT)
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # an unprivileged user may have used up the large pipes; small ones do too
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        yield read_end, write_end
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@contextlib.contextmanager
+def _translated_errors(timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except (TimeoutError, BlockingIOError) as error:
+        raise Stalled(f"the peer was silent for {timeout:g} s") from error
+    except OSError as error:
+        raise ConnectionLost(f"the connection broke: {error.strerror or error}") from error

@@ -1,0 +1,188 @@
+"""The JSON of ``--model-loader-extra-config``, parsed once at start into a frozen value.
+
+Each key has one parser, which returns the value or raises ValueError with what is allowed. Only an absent key takes
+its default; an unknown key or a wrong value stops the start with an error that names the key, the value, what is
+allowed, and for a misspelt key the nearest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ConfigError
+
+TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights may be fetched. `device_id` restricts it to one rank; None means every rank may ask."""
+
+    endpoint: Endpoint
+    device_id: int | None = None
+
+
+@dataclass(frozen=True)
+class NetLoaderConfig:
+    """Field names are the configuration keys in lower case; times are seconds."""
+
+    source: tuple[Source, ...] = ()
+    model: str | None = None
+    listen_host: str | None = None
+    listen_port: int | None = None
+    serve: bool = True
+    transport: tuple[str, ...] = TRANSPORTS
+    connect_timeout: float = 10.0
+    stall_timeout: float = 30.0
+    fallback: str = "disk"
+    int8_cache: str = "no"
+    int8_cache_name: tuple[str, ...] | None = None
+    output_prefix: str | None = None
+    report_prefix: str | None = None
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> NetLoaderConfig:
+        """Reads the mapping and the CONFIG_FILE it may name, whose keys win. Raises ConfigError."""
+        if not isinstance(extra_config, Mapping):
+            raise ConfigError(f"--model-loader-extra-config is {extra_config!r}: expected a JSON object")
+        values = dict(extra_config)
+        config_file = values.pop("CONFIG_FILE", None)
+        if config_file is not None:
+            values |= _read_config_file(config_file)
+        return cls(**{key.lower(): _parse_value(key, value) for key, value in values.items()})
+
+    def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
+        """The endpoints that `rank` may ask, in configured order, each once."""
+        allowed = (source.endpoint for source in self.source if source.device_id in (None, rank))
+        return tuple(dict.fromkeys(allowed))
+
+    def listen_port_for(self, rank: int) -> int:
+        """The port of `rank`, 0 for an ephemeral one. Raises ConfigError beyond 65535."""
+        if self.listen_port is None:
+            return 0
+        port = self.listen_port + rank
+        if port > 65535:
+            raise ConfigError(
+                f"LISTEN_PORT {self.listen_port} + rank {rank} = {port} is above 65535: choose a lower LISTEN_PORT"
+            )
+        return port
+
+
+def _read_config_file(path: object) -> dict[str, Any]:
+    location = _parse_value("CONFIG_FILE", path)
+    try:
+        content = json.loads(Path(location).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"CONFIG_FILE {location!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"CONFIG_FILE {location!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"CONFIG_FILE {location!r} holds {content!r}: expected a JSON object of Netloader keys")
+    if "CONFIG_FILE" in content:
+        raise ConfigError(f"CONFIG_FILE {location!r} names another CONFIG_FILE: only one level is allowed")
+    return content
+
+
+def _parse_value(key: str, value: object) -> Any:
+    parser = _PARSERS.get(key)
+    if parser is None:
+        nearest = difflib.get_close_matches(str(key).upper(), _PARSERS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(_PARSERS))}"
+        raise ConfigError(f"unknown Netloader key {key!r} (value {value!r}): {hint}")
+    try:
+        return parser(value)
+    except ValueError as error:
+        raise ConfigError(f"Netloader key {key} has the value {value!r}: {error}") from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a non-empty string")
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _port(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
+        raise ValueError("expected a port number from 1 to 65535, or no such key for an ephemeral port")
+    return value
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 86400:
+        raise ValueError("expected a number of seconds above 0 and at most 86400")
+    return float(value)
+
+
+def _one_of(*allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"expected one of {', '.join(json.dumps(choice) for choice in allowed)}")
+        return value
+
+    return parse
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("expected a list of parameter names")
+    return tuple(value)
+
+
+def _transports(value: object) -> tuple[str, ...]:
+    allowed = f"expected a non-empty list, best first and each once, out of {', '.join(TRANSPORTS)}"
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(allowed)
+    if not set(value) <= set(TRANSPORTS) or len(set(value)) != len(value):
+        raise ValueError(allowed)
+    return tuple(value)
+
+
+def _sources(value: object) -> tuple[Source, ...]:
+    if not isinstance(value, list):
+        raise ValueError('expected a list of "host:port", or of {"device_id": rank, "sources": ["host:port", ...]}')
+    return tuple(source for position, item in enumerate(value) for source in _source_item(position, item))
+
+
+def _source_item(position: int, item: object) -> list[Source]:
+    if isinstance(item, str):
+        return [Source(Endpoint.parse(item))]
+    if not isinstance(item, dict) or set(item) != {"device_id", "sources"}:
+        raise ValueError(f'item {position} is {item!r}: expected "host:port" or {{"device_id": ..., "sources": [...]}}')
+    device_id, endpoints = item["device_id"], item["sources"]
+    if not isinstance(device_id, int) or isinstance(device_id, bool) or device_id < 0:
+        raise ValueError(f"item {position} has device_id {device_id!r}: expected a rank, 0 or more")
+    if not isinstance(endpoints, list) or not all(isinstance(endpoint, str) for endpoint in endpoints):
+        raise ValueError(f'item {position} has sources {endpoints!r}: expected a list of "host:port"')
+    return [Source(Endpoint.parse(endpoint), device_id) for endpoint in endpoints]
+
+
+_PARSERS: Final[dict[str, Callable[[object], Any]]] = {
+    "SOURCE": _sources,
+    "MODEL": _text,
+    "LISTEN_HOST": _text,
+    "LISTEN_PORT": _port,
+    "SERVE": _boolean,
+    "TRANSPORT": _transports,
+    "CONNECT_TIMEOUT": _seconds,
+    "STALL_TIMEOUT": _seconds,
+    "FALLBACK": _one_of("disk", "error"),
+    "INT8_CACHE": _one_of("hbm", "dram", "no"),
+    "INT8_CACHE_NAME": _names,
+    "OUTPUT_PREFIX": _text,
+    "REPORT_PREFIX": _text,
+    "CONFIG_FILE": _text,
+}
+
+assert {key.lower() for key in _PARSERS} - {"config_file"} == {field.name for field in fields(NetLoaderConfig)}

@@ -1,0 +1,66 @@
+"""What can go wrong, shaped by what the caller does next.
+
+    NetloaderError
+      ConfigError            the user's configuration is wrong: stop the start
+      UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
+      ProtocolError          the peer sent bytes that are not the protocol: end this session
+      SourceError            this source cannot be used now: try the next one
+        SourceUnreachable    no conversation came about
+        SourceRefused        it answered no, and why
+        SourceFailed         it went away, stalled, or broke the protocol
+      TransportError         this transport does not work here: try the source's next transport
+      SourcesExhausted       nobody is left to ask: load from disk, or stop when FALLBACK forbids the disk
+
+`OSError` and `msgspec` errors are translated where they occur and chained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class NetloaderError(Exception):
+    """Base of everything Netloader raises on purpose."""
+
+
+class ConfigError(NetloaderError, ValueError):
+    """A key or value in the configuration is not allowed."""
+
+
+class UnsupportedModel(NetloaderError):
+    """The model's tensors cannot be described by a manifest, or there is no memory of the kind that is served."""
+
+
+class ProtocolError(NetloaderError):
+    """The peer broke the protocol."""
+
+
+class SourceError(NetloaderError):
+    """A source could not deliver the weights."""
+
+
+class SourceUnreachable(SourceError):
+    """The source did not take the connection or did not greet in time."""
+
+
+class SourceRefused(SourceError):
+    """The source declined, or what it holds is not what is wanted."""
+
+
+class SourceFailed(SourceError):
+    """The source failed after the session had begun."""
+
+
+class TransportError(NetloaderError):
+    """A negotiated transport could not move the bytes on this pair of machines."""
+
+
+class SourcesExhausted(NetloaderError):
+    """Every source was tried, or there was none.
+
+    `reasons` holds one line per attempt, in order.
+    """
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__("; ".join(reasons) if reasons else "no SOURCE is configured")

@@ -1,0 +1,164 @@
+"""Which weights these are, and which part of them one rank holds.
+
+Two values decide whether one process may take another's bytes: `ModelIdentity` (the model and everything that
+changes its bytes) and `RankCoordinates` (the partition). Both are frozen, travel as they are, and answer
+`mismatch(other)` with the fields that differ, so that a refusal can name them.
+
+A model is recognised by its content where possible. Where both sides see the checkpoint files, their fingerprints
+decide and paths do not matter. Where one does not (a client may have no weights at all), the names decide: the
+configured MODEL, a hub repository, or, as a last resort, the same path.
+
+The fingerprint reads kilobytes of a checkpoint of any size: file names and sizes, safetensors headers (names, types,
+shapes), and small samples of tensors spread over each file, so that two fine-tunes of one layout differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+FINGERPRINT_PATTERNS: Final = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+HEADER_LIMIT: Final = 8 << 20
+"""Bytes of a safetensors header that are read; the headers of known models are below 1 MiB."""
+SAMPLES_PER_CHECKPOINT: Final = 512
+SAMPLE_BYTES: Final = 256
+
+
+class Difference(msgspec.Struct, frozen=True, array_like=True):
+    """One field in which two sides differ, with both values as text."""
+
+    field: str
+    ours: str
+    theirs: str
+
+    def flipped(self) -> Difference:
+        """The same as seen from the other side."""
+        return Difference(self.field, self.theirs, self.ours)
+
+    def __str__(self) -> str:
+        return f"{self.field} (here {self.ours or 'none'}, there {self.theirs or 'none'})"
+
+
+class RankCoordinates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A worker's place in the partition. Data-parallel replicas of one rank hold the same bytes, so dp is absent."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    pcp_rank: int = 0
+    pcp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    expert_placement: str = ""
+
+    def mismatch(self, other: RankCoordinates) -> tuple[Difference, ...]:
+        return _differing_fields(self, other, self.__struct_fields__)
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What decides a model's bytes, as seen by one process.
+
+    `name` is MODEL, a hub repository or a path (`name_is_path`); `fingerprint` is empty where no checkpoint file was
+    found. Digests are hexadecimal; `versions` names the software whose layouts must agree.
+    """
+
+    name: str
+    architecture: str
+    config_digest: str
+    dtype: str
+    name_is_path: bool = False
+    revision: str = ""
+    quantization: str = ""
+    fingerprint: str = ""
+    role: str = "target"
+    load_options: str = ""
+    versions: Mapping[str, str] = {}
+
+    def mismatch(self, other: ModelIdentity) -> tuple[Difference, ...]:
+        """The fields in which `other` differs, `self` being "here"."""
+        exempt = {"name_is_path", *self._fields_without_evidence(other)}
+        return _differing_fields(self, other, [field for field in self.__struct_fields__ if field not in exempt])
+
+    def _fields_without_evidence(self, other: ModelIdentity) -> set[str]:
+        if not (self.fingerprint and other.fingerprint):
+            return {"fingerprint"}
+        if self.name_is_path or other.name_is_path:
+            return {"name", "revision"}
+        return set()
+
+    def digest(self) -> str:
+        return canonical_digest(msgspec.to_builtins(self))
+
+
+def canonical_digest(value: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys; what JSON lacks is represented by its text."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def checkpoint_fingerprint(directory: str | os.PathLike[str]) -> str:
+    """Fingerprint of the weight files directly in `directory`, empty where there are none.
+
+    Only the first pattern of `FINGERPRINT_PATTERNS` that matches counts, as vLLM's loader reads only that one.
+    Raises OSError where a file cannot be read.
+    """
+    files = next(filter(None, (sorted(Path(directory).glob(pattern)) for pattern in FINGERPRINT_PATTERNS)), [])
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    samples_per_file = max(1, SAMPLES_PER_CHECKPOINT // len(files))
+    for file in files:
+        with open(file, "rb", buffering=0) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name}\0{size}\0".encode())
+            header = _safetensors_header(stream.fileno(), size) if file.suffix == ".safetensors" else b""
+            digest.update(header)
+            for offset in _sample_offsets(header, size, samples_per_file):
+                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, offset))
+    return digest.hexdigest()
+
+
+def _safetensors_header(descriptor: int, size: int) -> bytes:
+    """The length prefix and the JSON after it: https://github.com/huggingface/safetensors#format"""
+    prefix = os.pread(descriptor, 8, 0)
+    length = min(int.from_bytes(prefix, "little"), HEADER_LIMIT, max(size - 8, 0))
+    return prefix + os.pread(descriptor, length, 8)
+
+
+def _sample_offsets(header: bytes, size: int, count: int) -> Iterator[int]:
+    """Where to sample: the middle of tensors, evenly chosen among all; evenly over the file if it names none."""
+    middles = sorted(_tensor_middles(header))
+    if not middles:
+        yield from (size * position // (count + 1) for position in range(count + 1))
+        return
+    step = max(1.0, len(middles) / count)
+    yield from (middles[int(position * step)] for position in range(min(count, len(middles))))
+
+
+def _tensor_middles(header: bytes) -> Iterator[int]:
+    try:
+        entries = json.loads(header[8:])
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield len(header) + (begin + end) // 2
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+
+
+def _differing_fields(ours: msgspec.Struct, theirs: msgspec.Struct, names: Any) -> tuple[Difference, ...]:
+    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in names)
+    return tuple(Difference(name, _text(here), _text(there)) for name, here, there in pairs if here != there)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {value[key]}" for key in sorted(value))
+    return str(value)

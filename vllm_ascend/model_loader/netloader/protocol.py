@@ -1,0 +1,237 @@
+"""What two peers say to each other, without I/O.
+
+A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct. The length is checked against
+a limit before anything is allocated. `Conversation` is one end of one connection: it is fed received bytes, yields
+messages, and encodes what is sent; which message may be said by whom in which state is one table. Anything else from
+the peer raises ProtocolError. After Attach, the server answers each Fetch with the raw bytes of the range, unframed.
+
+    control connection                                     data connection (tcp transport)
+    client                     server                      client                    server
+    Hello                  ->                              Hello                 ->
+                           <-  Welcome                                           <-  Welcome
+    Join                   ->                              Attach                ->
+                           <-  Accept | Refuse             Fetch                 ->
+    ... the transport moves the bytes ...                                        <-  raw bytes
+    Done | Leave           ->                              Fetch                 ->
+                           <-  Confirm                                           <-  raw bytes
+
+Compatibility: peers compare PROTOCOL_VERSION in the greeting. Fields are never reordered or removed within a version;
+new ones come with defaults.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Annotated, Final
+
+import msgspec
+
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
+
+PROTOCOL_VERSION: Final = 1
+REQUEST_LIMIT: Final = 64 << 10
+"""Bytes of one frame to a server: the largest, Join, is below 4 KiB. Bounds what a stranger can make it hold."""
+REPLY_LIMIT: Final = 64 << 20
+"""Bytes of one frame to a client: a refusal may carry the manifest of a model with 500,000 tensors."""
+FETCH_LIMIT: Final = 64 << 20
+"""Bytes of one Fetch, so that a server thread looks up regularly."""
+_LENGTH_BYTES: Final = 4
+
+ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Parameters = Mapping[ShortText, ShortText | int]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages; the class name is the tag."""
+
+
+class Hello(Message, frozen=True):
+    """Opens every connection."""
+
+    protocol: Count = PROTOCOL_VERSION
+
+
+class Welcome(Message, frozen=True):
+    protocol: Count = PROTOCOL_VERSION
+
+
+class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A transport that the client can use, given that the server sees the same `scope` (empty: any server)."""
+
+    transport: ShortText
+    scope: ShortText = ""
+
+
+class Join(Message, frozen=True):
+    """Asks for the weights of one rank; `offers` come best first."""
+
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    manifest_digest: ShortText
+    offers: tuple[Offer, ...]
+
+
+class Accept(Message, frozen=True):
+    """Opens the session: `parameters` are the chosen transport's own."""
+
+    session: SessionId
+    generation: Count
+    transport: ShortText
+    parameters: Parameters
+
+
+class Refuse(Message, frozen=True):
+    """Says no. `manifest` is the server's, where that is what differs, so that the client can name the tensors."""
+
+    reason: ShortText
+    differences: tuple[Difference, ...] = ()
+    manifest: bytes = b""
+
+
+class Done(Message, frozen=True):
+    """The client has all bytes."""
+
+
+class Confirm(Message, frozen=True):
+    """The generation that the server holds now; another than in Accept means that the bytes may be mixed."""
+
+    generation: Count
+
+
+class Leave(Message, frozen=True):
+    """The client gives up, and why."""
+
+    reason: ShortText
+
+
+class Attach(Message, frozen=True):
+    """Makes this connection a data connection of a session."""
+
+    session: SessionId
+
+
+class Fetch(Message, frozen=True):
+    """Asks for the bytes [offset, offset + length) of the manifest's address space."""
+
+    offset: Count
+    length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
+
+
+class Inquire(Message, frozen=True):
+    """Asks what the server holds."""
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """One model of a `Status`; sizes in bytes."""
+
+    role: str
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    tensors: int
+    nbytes: int
+    generation: int
+
+
+class Status(Message, frozen=True):
+    holdings: tuple[Holding, ...]
+    sessions: int
+    transports: tuple[str, ...]
+
+
+class Role(enum.Enum):
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class State(enum.Enum):
+    START = enum.auto()
+    GREETED = enum.auto()
+    READY = enum.auto()
+    JOINING = enum.auto()
+    TRANSFER = enum.auto()
+    CONFIRMING = enum.auto()
+    INQUIRING = enum.auto()
+    DATA = enum.auto()
+    ENDED = enum.auto()
+
+
+_TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
+    (State.START, Role.CLIENT): {Hello: State.GREETED},
+    (State.START, Role.SERVER): {Refuse: State.ENDED},
+    (State.GREETED, Role.SERVER): {Welcome: State.READY, Refuse: State.ENDED},
+    (State.READY, Role.CLIENT): {Join: State.JOINING, Attach: State.DATA, Inquire: State.INQUIRING},
+    (State.JOINING, Role.SERVER): {Accept: State.TRANSFER, Refuse: State.ENDED},
+    (State.TRANSFER, Role.CLIENT): {Done: State.CONFIRMING, Leave: State.ENDED},
+    (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED},
+    (State.INQUIRING, Role.SERVER): {Status: State.READY},
+    (State.DATA, Role.CLIENT): {Fetch: State.DATA},
+}
+
+_ClientMessage = Hello | Join | Done | Leave | Attach | Fetch | Inquire
+_ServerMessage = Welcome | Accept | Refuse | Confirm | Status
+_decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
+    Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),
+    Role.SERVER: msgspec.msgpack.Decoder(_ServerMessage),
+}
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+class Conversation:
+    """One end, that of `role`, of one connection."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+        self._peer = Role.SERVER if role is Role.CLIENT else Role.CLIENT
+        self._limit = REPLY_LIMIT if role is Role.CLIENT else REQUEST_LIMIT
+        self._received = bytearray()
+        self.state = State.START
+
+    def send(self, message: Message) -> bytes:
+        """The bytes to transmit."""
+        allowed = _TRANSITIONS.get((self.state, self._role), {})
+        assert type(message) in allowed, f"{type(message).__name__} may not be sent in state {self.state.name}"
+        self.state = allowed[type(message)]
+        return frame(message)
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Takes bytes from the peer."""
+        self._received += data
+
+    def next_message(self) -> Message | None:
+        """The next complete message, or None for need of more bytes. Raises ProtocolError; then the end is broken."""
+        if len(self._received) < _LENGTH_BYTES:
+            return None
+        length = int.from_bytes(self._received[:_LENGTH_BYTES], "big")
+        if length > self._limit:
+            raise ProtocolError(f"the {self._peer.value} announces a frame of {length} bytes: at most {self._limit}")
+        if len(self._received) < _LENGTH_BYTES + length:
+            return None
+        message = self._decode(bytes(self._received[_LENGTH_BYTES : _LENGTH_BYTES + length]))
+        del self._received[: _LENGTH_BYTES + length]
+        self._advance(message)
+        return message
+
+    def _decode(self, payload: bytes) -> Message:
+        try:
+            return _decoders[self._peer].decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"the {self._peer.value} sent a frame that is no message: {error}") from error
+
+    def _advance(self, message: Message) -> None:
+        allowed = _TRANSITIONS.get((self.state, self._peer), {})
+        if type(message) not in allowed:
+            expected = ", ".join(kind.__name__ for kind in allowed) or "nothing"
+            raise ProtocolError(
+                f"the {self._peer.value} sent {type(message).__name__} in state {self.state.name}: expected {expected}"
+            )
+        self.state = allowed[type(message)]
+
+
+def frame(message: Message) -> bytes:
+    """`message` with its length in front."""
+    payload = _encoder.encode(message)
+    return len(payload).to_bytes(_LENGTH_BYTES, "big") + payload

@@ -1,0 +1,101 @@
+"""What happened in one load, for a person (one line) and for a program (JSON)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+Outcome = Literal["p2p", "disk", "mixed", "failed"]
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One source that did not deliver."""
+
+    source: str
+    transport: str | None
+    reason: str
+    seconds: float
+
+    def __str__(self) -> str:
+        by = f" by {self.transport}" if self.transport else ""
+        return f"{self.source}{by}: {self.reason}"
+
+
+class LoadReport(msgspec.Struct):
+    """One load of one role by one rank. Sizes in bytes, times in seconds; what does not apply is None or 0.
+
+    `seconds` maps phases to their time, nested phases not counted twice: connect, join, allocate, transfer, verify,
+    disk, serve. `listening` is where the weights are served now.
+    """
+
+    role: str
+    rank: int
+    outcome: Outcome
+    source: str | None = None
+    transport: str | None = None
+    bytes: int = 0
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    attempts: list[Attempt] = msgspec.field(default_factory=list)
+    listening: str | None = None
+    not_served: str | None = None
+
+    def line(self) -> str:
+        """One line for the log."""
+        origin = f"from {self.source} by {self.transport}" if self.source else "from disk"
+        if self.outcome == "failed":
+            origin = "from nowhere"
+        phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in self.seconds.items() if seconds >= 0.0005)
+        serving = f"serving on {self.listening}" if self.listening else f"not serving ({self.not_served})"
+        failed = f"; {len(self.attempts)} failed: {'; '.join(map(str, self.attempts))}" if self.attempts else ""
+        return (
+            f"netloader loaded the {self.role} weights of rank {self.rank} {origin}: {self.bytes / 1e6:.1f} MB in "
+            f"{self.load_seconds:.3f} s ({phases}), {serving}{failed}"
+        )
+
+    @property
+    def load_seconds(self) -> float:
+        """The weight phase: everything but serving."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "serve")
+
+    def write(self, path: Path) -> None:
+        """Replaces `path` by this report. Raises OSError."""
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+
+class Phases:
+    """Adds up the seconds of named phases; while an inner phase runs, the outer one stands still."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._account()
+        self._running.append(phase)
+        try:
+            yield
+        finally:
+            self._account()
+            self._running.pop()
+
+    def _account(self) -> None:
+        now = self._clock()
+        if self._running:
+            phase = self._running[-1]
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that a reader sees either not at all or complete. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_bytes(content)
+    scratch.replace(path)

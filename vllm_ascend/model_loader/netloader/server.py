@@ -1,0 +1,313 @@
+"""The listener of a worker process: hands the weights it holds to whoever may have them.
+
+One thread accepts and does nothing else; every connection gets a thread of its own, with a deadline on every wait,
+so a silent, slow or hostile peer ends or delays only itself. What is served is immutable (a sealed arena), so serving
+needs no lock against inference, and copies release the GIL.
+
+`publish` and `withdraw` change what is served by role (target, draft). A session holds on to the store it began with
+and is told at the end, through the generation, whether that store is still the current one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.protocol import (
+    PROTOCOL_VERSION,
+    Accept,
+    Attach,
+    Confirm,
+    Done,
+    Hello,
+    Holding,
+    Inquire,
+    Join,
+    Leave,
+    Refuse,
+    Role,
+    Status,
+    Welcome,
+)
+from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.weights import WeightStore
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS: Final = 256
+"""Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
+_ACCEPT_PAUSE: Final = 0.05
+"""Seconds before the next try after a failed accept, so that a lasting shortage does not busy the process."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One model that is served."""
+
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    store: WeightStore
+
+
+class WeightServer:
+    """Serves from `start` to `close`. `host` None means all addresses, `port` 0 an ephemeral one."""
+
+    def __init__(self, host: str | None, port: int, transports: Sequence[Transport], timeouts: Timeouts) -> None:
+        self._host = host
+        self._port = port
+        self._transports = tuple(transports)
+        self._timeouts = timeouts
+        self._lock = threading.Lock()
+        self._publications: dict[str, Publication] = {}
+        self._generations: dict[str, int] = {}
+        self._senders: dict[bytes, Sender] = {}
+        self._channels: dict[Channel, threading.Thread] = {}
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Binds and begins to accept. Raises OSError where the address cannot be had."""
+        self._listener = _bind(self._host, self._port)
+        self._acceptor = threading.Thread(target=self._accept_forever, name="netloader-accept", daemon=True)
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Ends all sessions, waits for their threads, and closes what is served. Idempotent."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        if self._acceptor is not None:
+            self._acceptor.join()
+        with self._lock:
+            connections = dict(self._channels)
+            senders = list(self._senders.values())
+        for channel in connections:
+            channel.close()
+        for sender in senders:
+            sender.close()
+        for thread in connections.values():
+            thread.join(self._timeouts.stall)
+        for role in list(self._publications):
+            self.withdraw(role)
+
+    @property
+    def port(self) -> int:
+        assert self._listener is not None, "the server is not started"
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def next_generation(self, role: str) -> int:
+        """A generation above all earlier ones of `role`, for the store about to be published."""
+        with self._lock:
+            self._generations[role] = self._generations.get(role, 0) + 1
+            return self._generations[role]
+
+    def publish(self, publication: Publication) -> None:
+        """Serves the store from now on, in place of an earlier one of its role. Takes ownership of it."""
+        with self._lock:
+            previous = self._publications.get(publication.identity.role)
+            self._publications[publication.identity.role] = publication
+        if previous is not None:
+            previous.store.close()
+
+    def withdraw(self, role: str, generation: int | None = None) -> None:
+        """Stops serving `role`, where given only if it is still of that `generation`."""
+        with self._lock:
+            publication = self._publications.get(role)
+            if publication is None or generation not in (None, publication.store.generation):
+                return
+            del self._publications[role]
+        publication.store.close()
+
+    def _accept_forever(self) -> None:
+        listener = self._listener
+        while listener is not None and self._listener is listener:
+            try:
+                sock, address = listener.accept()
+            except OSError:  # out of descriptors, a connection already aborted, or the listener closed
+                if self._listener is listener:
+                    time.sleep(_ACCEPT_PAUSE)
+                continue
+            self._handle_in_thread(sock, Endpoint(_unmapped(address[0]), address[1]))
+
+    def _handle_in_thread(self, sock: socket.socket, peer: Endpoint) -> None:
+        channel = Channel(sock, Role.SERVER)
+        thread = threading.Thread(target=self._handle, args=(channel, peer), name=f"netloader {peer}", daemon=True)
+        with self._lock:
+            overloaded = len(self._channels) >= MAX_CONNECTIONS
+            if not overloaded:
+                self._channels[channel] = thread
+        if overloaded:
+            channel.close()
+            return
+        thread.start()
+
+    def _handle(self, channel: Channel, peer: Endpoint) -> None:
+        """Ends with the connection. What a peer does wrong is logged once and touches nobody else."""
+        try:
+            with channel:
+                self._converse(channel, peer)
+        except (ProtocolError, OSError) as error:
+            logger.warning("session with %s ended: %s", peer, error)
+        except Exception:
+            logger.exception("session with %s ended by an error of this server", peer)
+        finally:
+            with self._lock:
+                del self._channels[channel]
+
+    def _converse(self, channel: Channel, peer: Endpoint) -> None:
+        timeout = self._timeouts.connect
+        match channel.receive(Deadline(timeout)):
+            case Hello(protocol) if protocol != PROTOCOL_VERSION:
+                difference = Difference("protocol", str(PROTOCOL_VERSION), str(protocol))
+                self._refuse(channel, peer, Refuse("the protocol versions differ", (difference,)))
+                return
+        channel.send(Welcome(), timeout)
+        while True:
+            match channel.receive(Deadline(timeout)):
+                case Inquire():
+                    channel.send(self._status(), timeout)
+                case Attach(session):
+                    self._attach(session, channel)
+                    return
+                case Join() as join:
+                    self._serve_join(channel, peer, join)
+                    return
+
+    def _attach(self, session: bytes, channel: Channel) -> None:
+        with self._lock:
+            sender = self._senders.get(session)
+        if sender is None:
+            raise ProtocolError("a data connection names a session that does not exist")
+        with contextlib.suppress(ProtocolError):  # the client closes data connections when it has all, or gives up;
+            sender.attach(channel)  # which of the two, its control connection says
+
+    def _serve_join(self, channel: Channel, peer: Endpoint, join: Join) -> None:
+        answer = self._answer(join)
+        if isinstance(answer, Refuse):
+            self._refuse(channel, peer, answer)
+            return
+        publication, transport = answer
+        store, server_host = publication.store, _unmapped(channel.socket.getsockname()[0])
+        with transport.sender(store, server_host, self._timeouts) as sender:
+            session = secrets.token_bytes(16)
+            with self._lock:
+                self._senders[session] = sender
+            try:
+                accept = Accept(session, store.generation, transport.name, sender.parameters)
+                channel.send(accept, self._timeouts.connect)
+                sender.run()
+                self._finish(channel, peer, publication, transport.name, sender)
+            finally:
+                with self._lock:
+                    del self._senders[session]
+
+    def _finish(
+        self, channel: Channel, peer: Endpoint, publication: Publication, transport: str, sender: Sender
+    ) -> None:
+        role = publication.identity.role
+        match self._wait_while_progressing(channel, sender):
+            case Leave(reason):
+                logger.warning("%s gave up taking the %s weights by %s: %s", peer, role, transport, reason)
+            case Done():
+                with self._lock:
+                    current = self._publications.get(role)
+                    generation = current.store.generation if current else 0
+                channel.send(Confirm(generation), self._timeouts.connect)
+                nbytes = publication.store.manifest.nbytes
+                logger.info("%s took the %s weights by %s: %.1f MB", peer, role, transport, nbytes / 1e6)
+
+    def _wait_while_progressing(self, channel: Channel, sender: Sender) -> object:
+        sender.note_progress()
+        while True:
+            remaining = self._timeouts.stall - sender.idle_seconds()
+            try:
+                return channel.receive(Deadline(max(remaining, 0.001)))
+            except Stalled:
+                if sender.idle_seconds() >= self._timeouts.stall:
+                    raise
+
+    def _answer(self, join: Join) -> Refuse | tuple[Publication, Transport]:
+        with self._lock:
+            publication = self._publications.get(join.identity.role)
+            roles = sorted(self._publications)
+        if publication is None:
+            held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
+            return Refuse(f"this server does not hold {join.identity.role} weights: {held}")
+        differences = publication.identity.mismatch(join.identity)
+        differences += publication.coordinates.mismatch(join.coordinates)
+        if differences:
+            return Refuse("the model or its partitioning differs", differences)
+        manifest = publication.store.manifest
+        if join.manifest_digest != manifest.digest:
+            difference = Difference("manifest", manifest.digest, join.manifest_digest)
+            return Refuse("the tensors differ", (difference,), manifest.encoded)
+        transport = self._choose_transport(join)
+        if transport is None:
+            names = ", ".join(transport.name for transport in self._transports)
+            return Refuse(f"no common transport: this server has {names}")
+        return publication, transport
+
+    def _choose_transport(self, join: Join) -> Transport | None:
+        by_name = {transport.name: transport for transport in self._transports}
+        usable = (
+            by_name[offer.transport]
+            for offer in join.offers
+            if offer.transport in by_name and by_name[offer.transport].accepts(offer)
+        )
+        return next(usable, None)
+
+    def _refuse(self, channel: Channel, peer: Endpoint, refusal: Refuse) -> None:
+        differences = "; ".join(map(str, refusal.differences))
+        logger.warning("refused %s: %s%s", peer, refusal.reason, f": {differences}" if differences else "")
+        channel.send(refusal, self._timeouts.connect)
+
+    def _status(self) -> Status:
+        with self._lock:
+            publications, sessions = list(self._publications.values()), len(self._senders)
+        holdings = tuple(
+            Holding(
+                role=publication.identity.role,
+                identity=publication.identity,
+                coordinates=publication.coordinates,
+                tensors=len(publication.store.manifest.tensors),
+                nbytes=publication.store.manifest.nbytes,
+                generation=publication.store.generation,
+            )
+            for publication in publications
+        )
+        return Status(holdings, sessions, tuple(transport.name for transport in self._transports))
+
+
+def _bind(host: str | None, port: int) -> socket.socket:
+    if host is None:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
+        return socket.create_server(("", port), backlog=128)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family, backlog=128)
+
+
+def _unmapped(address: str) -> str:
+    """An IPv4 peer of a dual-stack socket has an address like ::ffff:10.0.0.1."""
+    return address.removeprefix("::ffff:")

@@ -1,0 +1,101 @@
+"""Same host: the server hands over the descriptor of its arena, the client maps the same pages. Nothing is copied.
+
+The descriptor goes over a Unix socket in the abstract namespace, which leaves no file behind and is reachable exactly
+within one network namespace; so the offer's scope is the machine's boot and the network namespace. Both sides check
+that the peer has their own user id. The client's arena is the server's: it stays when the server exits, and the client
+serves it in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.channel import ConnectionLost, Stalled
+from vllm_ascend.model_loader.netloader.errors import TransportError
+from vllm_ascend.model_loader.netloader.protocol import Offer
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.weights import WeightStore
+
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+
+class SharedMemoryTransport(Transport):
+    name = "shared_memory"
+
+    def offer(self) -> Offer:
+        return Offer(self.name, host_scope())
+
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
+        return _DescriptorSender(store, timeouts)
+
+    def receive(self, reception: Reception) -> Arena:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(reception.timeouts.connect)
+            try:
+                sock.connect("\0" + reception.text("socket"))
+                _require_own_user(sock)
+                _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+            except OSError as error:
+                raise TransportError(f"the source's Unix socket gave no descriptor: {error}") from error
+        if len(descriptors) != 1:
+            raise TransportError("the source closed its Unix socket without a descriptor (another user id?)")
+        arena = Arena.adopt(descriptors[0], reception.nbytes)
+        reception.progress(reception.nbytes)
+        return arena
+
+
+class _DescriptorSender(Sender):
+    def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
+        super().__init__()
+        self._timeout = timeouts.connect
+        self._descriptor = os.dup(store.arena.descriptor)
+        self._name = f"netloader-{secrets.token_hex(16)}"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind("\0" + self._name)
+        self._listener.listen(1)
+
+    @property
+    def parameters(self) -> Mapping[str, str | int]:
+        return {"socket": self._name}
+
+    def run(self) -> None:
+        self._listener.settimeout(self._timeout)
+        try:
+            connection, _ = self._listener.accept()
+            with connection:
+                connection.settimeout(self._timeout)
+                _require_own_user(connection)
+                socket.send_fds(connection, [b"\0"], [self._descriptor])
+        except TimeoutError as error:
+            raise Stalled(f"the client did not fetch the descriptor within {self._timeout:g} s") from error
+        except (OSError, TransportError) as error:
+            raise ConnectionLost(f"the descriptor could not be handed over: {error}") from error
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def host_scope() -> str:
+    """Names the set of processes that reach each other's abstract Unix sockets; unique where it cannot be told."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/net")
+        return f"{boot}/{namespace.st_dev}/{namespace.st_ino}"
+    return f"unknown/{secrets.token_hex(16)}"
+
+
+def _require_own_user(sock: socket.socket) -> None:
+    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if user != os.geteuid():
+        raise TransportError(f"the peer on the Unix socket has user id {user}: expected {os.geteuid()}")

@@ -1,0 +1,126 @@
+"""Reads from vLLM's configuration which model this is and which part of it the rank holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_ascend.model_loader.netloader.identity import (
+    ModelIdentity,
+    RankCoordinates,
+    canonical_digest,
+    checkpoint_fingerprint,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+logger = logging.getLogger(__name__)
+
+_INCIDENTAL_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"}
+"""What differs between copies of one model; the dtype in use is compared as a field of its own."""
+_HUB_SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)/?$")
+
+
+def role_of(model_config: ModelConfig) -> str:
+    """`draft` for the draft model of speculative decoding, else `target`."""
+    return "draft" if model_config.runner_type == "draft" else "target"
+
+
+def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configured_name: str | None) -> ModelIdentity:
+    """`configured_name` is MODEL."""
+    import torch
+    import vllm
+
+    hub_name, revision = _hub_name(model_config)
+    name = configured_name or hub_name
+    return ModelIdentity(
+        name=name or os.path.realpath(model_config.model),
+        name_is_path=not name,
+        revision=revision,
+        architecture=", ".join(model_config.architectures),
+        config_digest=canonical_digest(_essential(model_config.hf_config.to_dict())),
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        quantization=str(model_config.quantization or ""),
+        fingerprint=_fingerprint(model_config),
+        role=role_of(model_config),
+        load_options=_load_options(vllm_config),
+        versions={"vllm": vllm.__version__.partition("+")[0], "torch": torch.__version__.partition("+")[0]},
+    )
+
+
+def rank_coordinates(vllm_config: VllmConfig) -> RankCoordinates:
+    """Coordinates of this process; vLLM's parallel groups must exist."""
+    from vllm.distributed import parallel_state
+
+    groups = {
+        "tp": parallel_state.get_tp_group(),
+        "pp": parallel_state.get_pp_group(),
+        "pcp": parallel_state.get_pcp_group(),
+    }
+    placement = ""
+    if vllm_config.parallel_config.enable_expert_parallel:
+        groups["ep"] = parallel_state.get_ep_group()
+        placement = str(vllm_config.parallel_config.expert_placement_strategy)
+    coordinates: dict[str, int] = {}
+    for name, group in groups.items():
+        coordinates |= {f"{name}_rank": group.rank_in_group, f"{name}_size": group.world_size}
+    return RankCoordinates(**coordinates, expert_placement=placement)
+
+
+def global_rank(vllm_config: VllmConfig) -> int:
+    """This worker's number among all workers of the deployment.
+
+    Dense data-parallel replicas each have a torch.distributed world of their own, whose ranks begin at 0.
+    """
+    import torch
+
+    parallel = vllm_config.parallel_config
+    rank_in_replica = torch.distributed.get_rank() % parallel.world_size
+    return int(parallel.data_parallel_index * parallel.world_size + rank_in_replica)
+
+
+def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
+    """Repository and revision, both empty for a plain directory; an offline vLLM names the cached snapshot instead."""
+    if not Path(model_config.model).is_dir():
+        return model_config.model, str(model_config.revision or "")
+    if snapshot := _HUB_SNAPSHOT.search(os.path.abspath(model_config.model)):
+        return snapshot["name"].replace("--", "/"), snapshot["revision"]
+    return "", ""
+
+
+def _fingerprint(model_config: ModelConfig) -> str:
+    try:
+        return checkpoint_fingerprint(_checkpoint_directory(model_config))
+    except OSError as error:
+        logger.warning("the checkpoint of %s cannot be fingerprinted: %s", model_config.model, error)
+        return ""
+
+
+def _checkpoint_directory(model_config: ModelConfig) -> str:
+    if Path(model_config.model).is_dir():
+        return str(model_config.model)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model_config.model, "config.json", revision=model_config.revision)
+    return str(Path(config).parent) if isinstance(config, str) else os.devnull
+
+
+def _load_options(vllm_config: VllmConfig) -> str:
+    """Options that change the bytes of a rank beside the model and its partition."""
+    parallel = vllm_config.parallel_config
+    if not parallel.enable_eplb:
+        return ""
+    return f"expert load balancing with {parallel.eplb_config.num_redundant_experts} redundant experts"
+
+
+def _essential(config: Any) -> Any:
+    if isinstance(config, dict):
+        kept = {str(key): value for key, value in config.items() if key not in _INCIDENTAL_CONFIG_KEYS}
+        return {key: _essential(value) for key, value in kept.items()}
+    if isinstance(config, list | tuple):
+        return [_essential(item) for item in config]
+    return config

@@ -1,0 +1,211 @@
+"""The weights of a model, and their bytes behind a manifest.
+
+`ModelWeights` knows which tensors of a model are weights and moves them into an arena: parameters are rebound to views
+of it before anything is loaded, so that the disk loader, too, writes straight into it and the bytes exist once.
+Persistent buffers count as weights; they are small and stay where they are, their contents are copied.
+
+`WeightStore` is what a server hands out: an immutable arena, its manifest, and a generation that grows whenever the
+process replaces the weights of that role.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
+from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
+from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest, TensorSpec, is_dense
+
+
+@dataclass(frozen=True)
+class WeightStore:
+    """Complete weights that may be served. `arena` must be sealed; whoever publishes the store closes it."""
+
+    manifest: Manifest
+    arena: Arena
+    generation: int
+
+    @cached_property
+    def bytes(self) -> memoryview:
+        """All bytes, read-only, in the manifest's address space."""
+        return self.arena.reader()
+
+    def close(self) -> None:
+        """Gives up the descriptor; a session that still reads keeps its mapping. Idempotent."""
+        self.arena.close()
+
+
+class ModelWeights:
+    """The weights of `model` before post-processing, in the order in which the model names them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises UnsupportedModel, naming the tensor, where the memory cannot be described by a manifest."""
+        self._parameters = dict(model.named_parameters())
+        self._buffers = dict(_persistent_buffers(model))
+        tensors = {name: tensor.data for name, tensor in (self._parameters | self._buffers).items()}
+        for name, tensor in tensors.items():
+            _require_plain_memory(name, self._parameters.get(name, tensor))
+        bases, aliases = _separate_aliases(tensors)
+        self.manifest = Manifest.layout(((name, tensors[name]) for name in bases), aliases)
+
+    def bind(self, arena: Arena) -> None:
+        """Makes the parameters views of `arena`, which holds all bytes, and copies the buffers out of it."""
+        for spec in self.manifest.tensors:
+            view = arena.tensor(spec)
+            if spec.name in self._buffers:
+                self._buffers[spec.name].copy_(view)
+            else:
+                self._parameters[spec.name].data = view
+        self._bind_aliases()
+
+    def move_into(self, arena: Arena) -> None:
+        """Makes the parameters views of the empty `arena`, keeping what the model has initialised so far.
+
+        Memory that was never touched is not copied: it holds nothing.
+        """
+        for spec in self.manifest.tensors:
+            view = arena.tensor(spec)
+            if spec.name in self._parameters:
+                _copy_touched_pages(view, self._parameters[spec.name].data, spec)
+                self._parameters[spec.name].data = view
+        self._bind_aliases()
+
+    def collect_into(self, model: nn.Module, arena: Arena) -> None:
+        """Brings into `arena` what a weight loader put elsewhere, and the buffers. Call it after loading.
+
+        Raises UnsupportedModel where loading replaced parameters, changed a type or shape, or parted shared memory.
+        """
+        tensors = self._parameters | self._buffers
+        loaded = dict(model.named_parameters()) | dict(_persistent_buffers(model))
+        for name in tensors.keys() | loaded.keys():
+            if tensors.get(name) is not loaded.get(name):
+                raise UnsupportedModel(f"loading replaced, added or removed {name}")
+        for alias in self.manifest.aliases:
+            base = tensors[self.manifest.tensors[alias.base].name]
+            if tensors[alias.name].data_ptr() != base.data_ptr() + alias.start:
+                raise UnsupportedModel(f"loading parted {alias.name} from the memory that it shared")
+        for spec in self.manifest.tensors:
+            view = arena.tensor(spec)
+            tensor = tensors[spec.name]
+            if tensor.data.dtype != view.dtype or tensor.shape != view.shape:
+                raise UnsupportedModel(
+                    f"loading changed {spec.name} from {spec.dtype} {list(spec.shape)} "
+                    f"to {tensor.dtype} {list(tensor.shape)}"
+                )
+            if tensor.data_ptr() != view.data_ptr():
+                view.copy_(tensor.data)
+                if spec.name in self._parameters:
+                    tensor.data = view
+        self._bind_aliases()
+
+    def _bind_aliases(self) -> None:
+        for alias in self.manifest.aliases:
+            base = self.manifest.tensors[alias.base].name
+            if alias.name in self._parameters and base in self._parameters:
+                self._parameters[alias.name].data = bind_alias(self._parameters[base].data, alias)
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the state of the model; vLLM keeps derived tables in non-persistent ones."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise UnsupportedModel(f"{name} gets its shape only while it is loaded")
+    if tensor.is_meta:
+        raise UnsupportedModel(f"{name} has no memory before it is loaded (online quantization keeps it on meta)")
+    has_inner_tensors = is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "partitions")
+    if has_inner_tensors or tensor.layout is not torch.strided:
+        raise UnsupportedModel(f"{name} keeps its bytes in inner tensors ({type(tensor).__name__}, {tensor.layout})")
+    if tensor.device.type != "cpu":
+        raise UnsupportedModel(f"{name} is on {tensor.device}: this version serves weights in host memory only")
+
+
+def _separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[Alias]]:
+    """Names of the tensors that own their memory, in order, and the tensors that lie within the memory of those."""
+    owners: dict[int, list[str]] = {}
+    order = {name: position for position, name in enumerate(tensors)}
+    bases: list[str] = []
+    inside: list[tuple[str, str]] = []
+    for name in sorted(tensors, key=lambda name: (-_extent(tensors[name]), order[name])):
+        tensor = tensors[name]
+        candidates = owners.setdefault(tensor.untyped_storage().data_ptr(), []) if tensor.numel() else []
+        base = next((owner for owner in candidates if _overlaps(tensors[owner], tensor)), None)
+        if base is not None:
+            inside.append((name, base))
+        else:
+            _require_dense(name, tensor)
+            candidates.append(name)
+            bases.append(name)
+    bases.sort(key=order.__getitem__)
+    position = {name: index for index, name in enumerate(bases)}
+    inside.sort(key=lambda pair: order[pair[0]])
+    return bases, [_alias(name, tensors[name], position[base], tensors[base]) for name, base in inside]
+
+
+def _alias(name: str, tensor: torch.Tensor, index: int, base: torch.Tensor) -> Alias:
+    start = tensor.data_ptr() - base.data_ptr()
+    if start < 0 or start + _extent(tensor) > _extent(base) or start % tensor.itemsize:
+        raise UnsupportedModel(f"{name} overlaps the memory of another tensor without lying within it")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Alias(name, index, start, dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _require_dense(name: str, tensor: torch.Tensor) -> None:
+    if not is_dense(tuple(tensor.shape), tensor.stride()):
+        raise UnsupportedModel(f"{name} is not dense in memory: shape {list(tensor.shape)}, strides {tensor.stride()}")
+
+
+def _overlaps(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() < other.data_ptr() + _extent(other) and other.data_ptr() < one.data_ptr() + _extent(one)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last, holes included."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+def _copy_touched_pages(destination: torch.Tensor, source: torch.Tensor, spec: TensorSpec) -> None:
+    begin, end = source.data_ptr(), source.data_ptr() + spec.nbytes
+    for first, last in _touched_pages(begin, end):
+        start, stop = max(first, begin), min(last, end)
+        ctypes.memmove(destination.data_ptr() + start - begin, start, stop - start)
+
+
+def _touched_pages(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Address ranges around [begin, end) whose pages exist in memory or swap.
+
+    Reads the table that Linux describes in Documentation/admin-guide/mm/pagemap.rst; where it is not readable, every
+    page counts as touched.
+    """
+    first, last = begin // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+    if first == last:
+        return
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            entries = numpy.frombuffer(os.pread(pagemap.fileno(), (last - first) * 8, first * 8), dtype=numpy.uint64)
+    except OSError:
+        yield first * mmap.PAGESIZE, last * mmap.PAGESIZE
+        return
+    present = (entries >> numpy.uint64(62)) != 0
+    edges = numpy.flatnonzero(numpy.diff(present, prepend=False, append=False)).tolist()
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        yield (first + start) * mmap.PAGESIZE, (first + stop) * mmap.PAGESIZE
