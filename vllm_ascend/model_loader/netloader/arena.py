@@ -9,8 +9,8 @@ so nothing is copied until somebody writes.
 Making pages is the larger part of the cost of filling them, so `make_pages` runs beside the work that brings the bytes,
 and ahead of it.
 
-Lifetime: the mapping lives as long as the arena or any tensor made by `tensor`. When a tensor's storage dies, what its
-pages cost this process is given back: private copies always, the file's own pages if it was never sealed.
+Lifetime: the mapping lives as long as the arena or any tensor made by `tensor`. When the last tensor over a block dies,
+this process's private copies of its pages are freed; after `free_with_tensors`, so are the pages themselves.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Arena:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._blocks: weakref.WeakValueDictionary[tuple[int, int], ctypes.Array[ctypes.c_char]]
         self._blocks = weakref.WeakValueDictionary()
+        self._not_needed_without_tensors = threading.Event()
         self._stop_page_maker = threading.Event()
         self._page_maker: threading.Thread | None = None
 
@@ -153,6 +154,11 @@ class Arena:
         block = self._block(spec.offset, spec.nbytes)
         return torch.frombuffer(block, dtype=dtype).as_strided(spec.shape, spec.strides)
 
+    def free_with_tensors(self) -> None:
+        """For an arena that will not be served: from now on a tensor's memory is freed when the tensor dies."""
+        if not self.servable:
+            self._not_needed_without_tensors.set()
+
     def close(self) -> None:
         """Gives up the descriptor. Idempotent."""
         self.stop_making_pages()
@@ -161,11 +167,13 @@ class Arena:
             self._descriptor = None
 
     def _block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """The memory of one tensor. All tensors over it share the block, so that only the last one gives back pages."""
+        """The memory of one tensor. All tensors over it share the block, so that only the last one gives pages back."""
         block = self._blocks.get((offset, nbytes))
         if block is None:
             block = (ctypes.c_char * nbytes).from_buffer(self._mapping, offset)
-            weakref.finalize(block, _give_back_pages, self._address + offset, nbytes).atexit = False
+            weakref.finalize(
+                block, _give_back_pages, self._address + offset, nbytes, self._not_needed_without_tensors
+            ).atexit = False
             self._blocks[offset, nbytes] = block
         return block
 
@@ -200,15 +208,12 @@ def allocate(manifest: Manifest, *, mapped: bool) -> Arena:
     return arena
 
 
-def _give_back_pages(address: int, nbytes: int) -> None:
-    """Frees the whole pages within a block that nobody uses any more.
-
-    MADV_REMOVE also frees the pages of the file, and works only on a shared mapping, that is before sealing.
-    """
+def _give_back_pages(address: int, nbytes: int, free: threading.Event) -> None:
+    """Drops the whole pages within a block from this process, and with `free` from the file behind them too."""
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin and _libc.madvise(begin, end - begin, mmap.MADV_REMOVE):
-        _libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
+    if end > begin:
+        _libc.madvise(begin, end - begin, mmap.MADV_REMOVE if free.is_set() else mmap.MADV_DONTNEED)
 
 
 def _check_adoptable(descriptor: int, nbytes: int) -> None:

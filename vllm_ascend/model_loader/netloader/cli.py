@@ -1,1 +1,73 @@
-"""The `netloader` command."""
+"""The `netloader` command: looks at running instances from outside.
+
+Needs no vLLM and loads no model. Exit status: 0 done, 1 the source did not answer or refused, 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourceError
+from vllm_ascend.model_loader.netloader.protocol import Holding, Status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        status = inquire(options.source, options.timeout)
+    except SourceError as error:
+        print(f"netloader: {options.source}: {error}", file=sys.stderr)
+        return 1
+    print(msgspec.json.encode(status).decode() if options.json else describe(options.source, status))
+    return 0
+
+
+def describe(source: Endpoint, status: Status) -> str:
+    """What a person wants to know of a source."""
+    sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"
+    lines = [f"{source}: {sessions} now, transports {', '.join(status.transports)}"]
+    lines += [_describe_holding(holding) for holding in status.holdings] or ["  holds no weights"]
+    return "\n".join(lines)
+
+
+def _describe_holding(holding: Holding) -> str:
+    identity, place = holding.identity, holding.coordinates
+    fields = {
+        "model": identity.name,
+        "architecture": identity.architecture,
+        "dtype": identity.dtype + (f", {identity.quantization}" if identity.quantization else ""),
+        "partition": (
+            f"tp {place.tp_rank} of {place.tp_size}, pp {place.pp_rank} of {place.pp_size}, "
+            f"ep {place.ep_rank} of {place.ep_size}"
+        ),
+        "weights": f"{holding.tensors} tensors, {holding.nbytes / 1e6:.1f} MB, generation {holding.generation}",
+        "checkpoint": identity.fingerprint[:16] or "not seen",
+        "software": ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items())),
+    }
+    return "\n".join([f"  {holding.role}", *(f"    {name:<14}{value}" for name, value in fields.items())])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="netloader", description="Looks at vLLM instances that serve their weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    status = commands.add_parser("status", help="what a source holds and for which partition")
+    status.add_argument("source", type=_endpoint, help="host:port")
+    status.add_argument("--timeout", type=float, default=10.0, help="seconds")
+    status.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _endpoint(text: str) -> Endpoint:
+    try:
+        return Endpoint.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

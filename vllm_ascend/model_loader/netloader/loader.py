@@ -82,7 +82,13 @@ class _Load:
         self._phases = Phases()
         self._request: Request | None = None
         self._arena: Arena | None = None
-        self._report = LoadReport(role_of(model_config), self._rank, "failed", seconds=self._phases.seconds)
+        self._report = LoadReport(
+            role_of(model_config),
+            self._rank,
+            "failed",
+            seconds=self._phases.seconds,
+            not_served=None if config.serve else "SERVE is false",
+        )
         config.listen_port_for(self._rank)  # a port out of range must stop the start before anything is loaded
 
     def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
@@ -191,7 +197,7 @@ class _Load:
     def _keep(self, arena: Arena) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""
         if not self._config.serve:
-            self._report.not_served = "SERVE is false"
+            arena.free_with_tensors()
             arena.close()
             return
         if not arena.servable:

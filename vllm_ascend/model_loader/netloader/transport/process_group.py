@@ -36,7 +36,7 @@ class ProcessGroupTransport(Transport):
         host, port = reception.text("host"), reception.number("port")
         try:
             with process_group.receiver_group(host, port, reception.timeouts.stall) as group:
-                destination = torch.frombuffer(arena.writable(), dtype=torch.uint8)
+                destination = _as_tensor(arena.writable())
                 _in_flight(
                     reception.nbytes,
                     lambda offset, length: process_group.receive(group, destination[offset : offset + length]),
@@ -54,9 +54,7 @@ class _GroupSender(Sender):
         self._timeout = timeouts.stall
         self._listener = process_group.listen(server_host)
         self._port = self._listener.getsockname()[1]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; this one is only sent
-            self._bytes = torch.frombuffer(store.bytes, dtype=torch.uint8) if store.bytes.nbytes else torch.empty(0)
+        self._bytes = _as_tensor(store.bytes)
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
@@ -75,6 +73,14 @@ class _GroupSender(Sender):
 
     def close(self) -> None:
         self._listener.close()
+
+
+def _as_tensor(memory: memoryview) -> torch.Tensor:
+    if not memory.nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; what is read-only is only sent
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _in_flight(nbytes: int, start: Callable[[int, int], Work], progress: Callable[[int], None]) -> None:

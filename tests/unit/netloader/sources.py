@@ -1,0 +1,88 @@
+"""Small models, stores and servers that the tests of server, client and transports share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.client import Client, Fetched, Request
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.manifest import Manifest
+from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.weights import WeightStore
+
+SHORT = Timeouts(connect=5.0, stall=5.0)
+
+IDENTITY = ModelIdentity(
+    name="org/model",
+    architecture="LlamaForCausalLM",
+    config_digest="c0ffee",
+    dtype="bfloat16",
+    fingerprint="f00d",
+    versions={"vllm": "0.32.0"},
+)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors with deterministic contents."""
+
+    by_name: dict[str, torch.Tensor]
+
+    @classmethod
+    def of_shapes(cls, *shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        return cls({f"w{n}": torch.randn(*shape, generator=generator).to(dtype) for n, shape in enumerate(shapes)})
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.layout(self.by_name.items())
+
+    def store(self, generation: int = 1) -> WeightStore:
+        """A sealed store of these contents; the caller or a server closes it."""
+        manifest = self.manifest
+        arena = Arena.create(manifest.nbytes)
+        for spec in manifest.tensors:
+            arena.tensor(spec).copy_(self.by_name[spec.name])
+        arena.seal()
+        return WeightStore(manifest, arena, generation)
+
+    def request(self, identity: ModelIdentity = IDENTITY, coordinates: RankCoordinates | None = None) -> Request:
+        return Request(identity, coordinates or RankCoordinates(), self.manifest)
+
+    def assert_in(self, arena: Arena) -> None:
+        for spec in self.manifest.tensors:
+            assert torch.equal(arena.tensor(spec), self.by_name[spec.name]), spec.name
+
+
+SMALL = Tensors.of_shapes((16, 8), (5,), (33, 7))
+
+
+@contextlib.contextmanager
+def serving(
+    tensors: Tensors,
+    transports: Sequence[Transport],
+    *,
+    identity: ModelIdentity = IDENTITY,
+    coordinates: RankCoordinates | None = None,
+    timeouts: Timeouts = SHORT,
+    host: str = "127.0.0.1",
+) -> Iterator[tuple[WeightServer, Endpoint]]:
+    """A server on a real socket that holds `tensors`."""
+    with WeightServer(host, 0, transports, timeouts) as server:
+        server.publish(Publication(identity, coordinates or RankCoordinates(), tensors.store()))
+        yield server, Endpoint(host, server.port)
+
+
+def fetch(
+    tensors: Tensors, transports: Sequence[Transport], *sources: Endpoint, timeouts: Timeouts = SHORT
+) -> tuple[Client, Fetched]:
+    """Raises SourcesExhausted."""
+    client = Client(tensors.request(), transports, timeouts)
+    return client, client.fetch(sources)

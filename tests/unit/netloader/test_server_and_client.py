@@ -1,0 +1,332 @@
+"""Conversations between real servers and clients over real sockets, with the in-memory transport moving the bytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import msgspec
+import pytest
+import torch
+from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
+
+from vllm_ascend.model_loader.netloader import cli
+from vllm_ascend.model_loader.netloader.client import Client, inquire
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, TransportError
+from vllm_ascend.model_loader.netloader.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.protocol import REQUEST_LIMIT, Hello, Join, Message, Offer, frame
+from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Publication, WeightServer
+from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
+from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+
+MEMORY = (MemoryTransport(),)
+IMPATIENT = Timeouts(connect=0.3, stall=0.3)
+
+
+def reasons(error: pytest.ExceptionInfo[SourcesExhausted]) -> str:
+    return "\n".join(error.value.reasons)
+
+
+def test_no_source_is_exhausted_at_once() -> None:
+    with pytest.raises(SourcesExhausted, match="no SOURCE is configured"):
+        fetch(SMALL, MEMORY)
+
+
+def test_the_second_source_delivers_when_the_first_is_gone() -> None:
+    with serving(SMALL, MEMORY) as (_, gone):
+        pass
+    with serving(SMALL, MEMORY) as (_, source):
+        client, fetched = fetch(SMALL, MEMORY, gone, source)
+    assert fetched.source == source
+    assert [attempt.source for attempt in client.attempts] == [str(gone)]
+    SMALL.assert_in(fetched.arena)
+
+
+def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
+    tensors = Tensors.of_shapes((50_000,))
+    failing = (MemoryTransport(fail_after=100_000),)
+    with serving(tensors, MEMORY) as (_, first), serving(tensors, MEMORY) as (_, second):
+        client = Client(tensors.request(), failing, SHORT)
+        with pytest.raises(SourcesExhausted, match="failing after"):
+            client.fetch([first])
+        client.transports = MEMORY
+        fetched = client.fetch([second])
+    tensors.assert_in(fetched.arena)
+
+
+class UnusableTransport(MemoryTransport):
+    name = "unusable"
+
+    def receive(self, reception: Reception) -> object:  # type: ignore[override]
+        raise TransportError("not between these machines")
+
+
+def test_the_same_source_is_asked_with_the_next_transport() -> None:
+    kinds = (UnusableTransport(), MemoryTransport())
+    with serving(SMALL, kinds) as (_, source):
+        client, fetched = fetch(SMALL, kinds, source)
+    assert fetched.transport == "memory"
+    assert [(attempt.transport, attempt.reason) for attempt in client.attempts] == [
+        ("unusable", "not between these machines")
+    ]
+
+
+def test_no_common_transport_is_a_refusal() -> None:
+    with serving(SMALL, MEMORY) as (_, source), pytest.raises(SourcesExhausted, match="no common transport"):
+        fetch(SMALL, (UnusableTransport(),), source)
+
+
+def test_a_refusal_names_the_differing_fields_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = msgspec.structs.replace(IDENTITY, dtype="float16", config_digest="other")
+    with caplog.at_level(logging.WARNING), serving(SMALL, MEMORY, identity=theirs) as (_, source):
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, MEMORY, source)
+    assert "dtype (here bfloat16, there float16)" in reasons(error)
+    assert "config_digest (here c0ffee, there other)" in reasons(error)
+    refusals = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused")]
+    assert len(refusals) == 1
+    assert "dtype (here float16, there bfloat16)" in refusals[0]
+
+
+def test_another_rank_is_refused() -> None:
+    place = RankCoordinates(tp_rank=1, tp_size=2)
+    with serving(SMALL, MEMORY, coordinates=place) as (_, source), pytest.raises(SourcesExhausted) as error:
+        fetch(SMALL, MEMORY, source)
+    assert "tp_rank (here 0, there 1)" in reasons(error)
+    assert "tp_size (here 1, there 2)" in reasons(error)
+
+
+def test_differing_tensors_are_named() -> None:
+    theirs = Tensors({**SMALL.by_name, "w1": torch.zeros(6), "surplus": torch.zeros(2)})
+    with serving(theirs, MEMORY) as (_, source), pytest.raises(SourcesExhausted) as error:
+        fetch(SMALL, MEMORY, source)
+    assert "tensor w1 (here float32 [5]" in reasons(error)
+    assert "tensor surplus (here none, there float32 [2]" in reasons(error)
+
+
+def test_a_server_without_the_role_says_what_it_holds() -> None:
+    draft = msgspec.structs.replace(IDENTITY, role="draft")
+    with serving(SMALL, MEMORY, identity=draft) as (_, source):
+        with pytest.raises(SourcesExhausted, match="does not hold target weights: it holds draft"):
+            fetch(SMALL, MEMORY, source)
+
+
+def test_weights_that_change_during_the_transfer_are_discarded() -> None:
+    class ReplacingTransport(MemoryTransport):
+        def receive(self, reception: Reception):  # type: ignore[no-untyped-def]
+            arena = super().receive(reception)
+            server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
+            return arena
+
+    with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted, match="generation 1 -> 2"):
+        fetch(SMALL, (ReplacingTransport(),), source)
+
+
+def test_a_withdrawn_role_is_not_served_any_more() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.withdraw("target", generation=99)
+        fetch(SMALL, MEMORY, source)
+        server.withdraw("target", generation=1)
+        with pytest.raises(SourcesExhausted, match="holds no weights yet"):
+            fetch(SMALL, MEMORY, source)
+
+
+def test_generations_grow_by_role() -> None:
+    server = WeightServer("127.0.0.1", 0, MEMORY, SHORT)
+    assert [server.next_generation(role) for role in ("target", "target", "draft")] == [1, 2, 1]
+
+
+def test_a_source_that_accepts_and_stays_silent_is_left_after_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, serving(SMALL, MEMORY) as (_, source):
+        mute = Endpoint("127.0.0.1", silent.getsockname()[1])
+        client, fetched = fetch(SMALL, MEMORY, mute, source, timeouts=replace(SHORT, connect=0.5))
+    assert fetched.source == source
+    assert "it did not greet: the peer was silent" in client.attempts[0].reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00\x00\x00\x02\xff\xff", frame(Hello()), os.urandom(64)],
+    ids=["closes", "another protocol", "no message", "wrong message", "noise"],
+)
+def test_a_source_that_does_not_speak_the_protocol_is_left(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(SMALL, MEMORY) as (_, source):
+
+        def reply() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(64)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        stranger = Endpoint("127.0.0.1", listener.getsockname()[1])
+        client, fetched = fetch(SMALL, MEMORY, stranger, source)
+        thread.join()
+    assert fetched.source == source
+    assert len(client.attempts) == 1
+
+
+def test_an_unknown_host_is_left() -> None:
+    client = Client(SMALL.request(), MEMORY, SHORT)
+    with pytest.raises(SourcesExhausted, match="no connection"):
+        client.fetch([Endpoint("host.invalid", 19000)])
+
+
+def test_ipv6_and_dual_stack() -> None:
+    with serving(SMALL, MEMORY, host="::1") as (_, source):
+        assert fetch(SMALL, MEMORY, source)[1].source.host == "::1"
+    with WeightServer(None, 0, transports(["process_group"]), SHORT) as server:
+        server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store()))
+        for host in ("127.0.0.1", "::1", "localhost"):
+            _, fetched = fetch(SMALL, transports(["process_group"]), Endpoint(host, server.port))
+            SMALL.assert_in(fetched.arena)
+
+
+def test_a_port_in_use_is_an_error_at_start() -> None:
+    with serving(SMALL, MEMORY) as (_, source), pytest.raises(OSError, match="Address already in use"):
+        WeightServer("127.0.0.1", source.port, MEMORY, SHORT).start()
+
+
+def test_closing_twice_and_without_starting_is_harmless() -> None:
+    server = WeightServer("127.0.0.1", 0, MEMORY, SHORT)
+    server.close()
+    server.start()
+    server.close()
+    server.close()
+
+
+# What peers do wrong. After each, the server must serve the next client as if nothing had been.
+
+
+def _connected(source: Endpoint, *messages: Message) -> socket.socket:
+    connection = socket.create_connection(source, timeout=5)
+    for message in messages:
+        connection.sendall(frame(message))
+    return connection
+
+
+def silent(source: Endpoint) -> Iterator[socket.socket]:
+    yield _connected(source)
+
+
+def silent_after_hello(source: Endpoint) -> Iterator[socket.socket]:
+    yield _connected(source, Hello())
+
+
+def silent_in_the_middle_of_a_frame(source: Endpoint) -> Iterator[socket.socket]:
+    connection = _connected(source, Hello())
+    connection.sendall(b"\x00\x00\x10\x00half a frame")
+    yield connection
+
+
+def one_byte_at_a_time(source: Endpoint) -> Iterator[socket.socket]:
+    connection = _connected(source)
+    for byte in frame(Hello()):
+        connection.sendall(bytes([byte]))
+    yield connection
+
+
+def announces_too_much(source: Endpoint) -> Iterator[socket.socket]:
+    connection = _connected(source)
+    connection.sendall((REQUEST_LIMIT + 1).to_bytes(4, "big"))
+    yield connection
+
+
+def not_utf8(source: Endpoint) -> Iterator[socket.socket]:
+    connection = _connected(source, Hello())
+    connection.sendall(b"\x00\x00\x00\x08\x81\xa4type\xa1\xff")
+    yield connection
+
+
+def noise(source: Endpoint) -> Iterator[socket.socket]:
+    generator = random.Random(0)
+    for _ in range(50):
+        connection = _connected(source)
+        connection.sendall(generator.randbytes(generator.randrange(200)))
+        yield connection
+
+
+def resets(source: Endpoint) -> Iterator[socket.socket]:
+    for messages in ((), (Hello(),)):
+        connection = _connected(source, *messages)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        yield connection
+
+
+def joins_and_vanishes(source: Endpoint) -> Iterator[socket.socket]:
+    join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+    yield _connected(source, Hello(), join)
+
+
+def many_at_once(source: Endpoint) -> Iterator[socket.socket]:
+    for _ in range(MAX_CONNECTIONS - 8):
+        yield _connected(source)
+
+
+WRONG = [
+    silent,
+    silent_after_hello,
+    silent_in_the_middle_of_a_frame,
+    one_byte_at_a_time,
+    announces_too_much,
+    not_utf8,
+    noise,
+    resets,
+    joins_and_vanishes,
+    many_at_once,
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterator[socket.socket]]) -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        connections = list(wrong(source))
+        _, fetched = fetch(SMALL, MEMORY, source)
+        SMALL.assert_in(fetched.arena)
+        for connection in connections:
+            connection.close()
+        _wait_until(lambda: not server._channels)
+
+
+def test_silent_peers_are_dropped_after_the_deadline() -> None:
+    with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
+        _wait_until(lambda: not server._channels and not server._senders)
+        for connection in connections:
+            connection.close()
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true within 20 s"
+        time.sleep(0.01)
+
+
+def test_status_tells_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(SMALL, MEMORY) as (_, source):
+        (holding,) = inquire(source, 5).holdings
+        assert cli.main(["status", str(source)]) == 0
+        assert cli.main(["status", "--json", str(source)]) == 0
+    assert (holding.role, holding.tensors, holding.nbytes) == ("target", 3, SMALL.manifest.nbytes)
+    output = capsys.readouterr().out
+    assert "org/model" in output
+    assert '"generation":1' in output
+
+
+def test_status_of_a_dead_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(SMALL, MEMORY) as (_, source):
+        pass
+    assert cli.main(["status", str(source)]) == 1
+    assert f"{source}: no connection" in capsys.readouterr().err
