@@ -24,7 +24,8 @@ def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns the worker, which holds the model, and the result.
 
     `specification`: model (a directory or hub name), load_format, extra (the loader's configuration), engine (further
-    engine arguments), digests (whether to hash the parameters as they are before post-processing).
+    engine arguments), digests (whether to hash the parameters as they are before post-processing), rank and init_method
+    (for one process of several that make up an instance).
     Result: weight_seconds of `load_weights`, private_bytes that it added to this process, digests, parameter_bytes.
     """
     from vllm.config import set_current_vllm_config
@@ -48,7 +49,9 @@ def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     observer = _Observer(loader_class, with_digests=specification.get("digests", False))
     worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     with set_current_vllm_config(vllm_config):
-        worker = worker_class(vllm_config, 0, 0, f"tcp://127.0.0.1:{get_open_port()}", is_driver_worker=True)
+        rank = specification.get("rank", 0)
+        init_method = specification.get("init_method") or f"tcp://127.0.0.1:{get_open_port()}"
+        worker = worker_class(vllm_config, rank, rank, init_method, is_driver_worker=rank == 0)
         worker.init_device()
         worker.load_model()
     return worker, observer.result

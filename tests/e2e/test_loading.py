@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Load, Loader
+from loaders import Load, Loader
 
 TRANSPORTS = ("shared_memory", "tcp", "process_group")
 

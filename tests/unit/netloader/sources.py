@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client, Fetched, Request
+from vllm_ascend.model_loader.netloader.client import Client, Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest
 from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.weights import WeightStore
+from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
 SHORT = Timeouts(connect=5.0, stall=5.0)
 

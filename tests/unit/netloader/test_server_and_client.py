@@ -23,7 +23,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import REQUEST_LIMIT, Hello, Join, Message, Offer, frame
-from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Publication, WeightServer
+from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Peer, Publication, WeightServer
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
@@ -330,3 +330,35 @@ def test_status_of_a_dead_source_says_so(capsys: pytest.CaptureFixture[str]) -> 
         pass
     assert cli.main(["status", str(source)]) == 1
     assert f"{source}: no connection" in capsys.readouterr().err
+
+
+def test_a_client_is_referred_to_the_rank_that_holds_its_part(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (RankCoordinates(tp_rank=rank, tp_size=2) for rank in (0, 1))
+    with (
+        serving(SMALL, MEMORY, coordinates=first) as (server, source),
+        serving(SMALL, MEMORY, coordinates=second) as (
+            _,
+            other,
+        ),
+    ):
+        server.refer_to([Peer(first, "", source.port), Peer(second, "", other.port)])
+        client = Client(SMALL.request(coordinates=second), MEMORY, SHORT)
+        assert client.fetch([source]).source == other
+        assert client.attempts == []
+
+
+def test_a_referral_is_followed_only_once() -> None:
+    first, second = (RankCoordinates(tp_rank=rank, tp_size=2) for rank in (0, 1))
+    with (
+        serving(SMALL, MEMORY, coordinates=first) as (one, source),
+        serving(SMALL, MEMORY, coordinates=first) as (
+            two,
+            other,
+        ),
+    ):
+        one.refer_to([Peer(second, "127.0.0.1", other.port), Peer(second, "not a host", 1)])
+        two.refer_to([Peer(second, "", source.port), Peer(second, "", 9)])
+        client = Client(SMALL.request(coordinates=second), MEMORY, SHORT)
+        with pytest.raises(SourcesExhausted, match=f"{other}: it refused: another rank"):
+            client.fetch([source])
+    assert len(client.attempts) == 1

@@ -32,7 +32,6 @@ from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest,
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
 _MADV_POPULATE_WRITE: Final = 23
-_MADV_HUGEPAGE: Final = 14
 _F_ADD_SEALS: Final = 1033
 _F_GET_SEALS: Final = 1034
 _F_SEAL_SEAL: Final = 0x1
@@ -78,9 +77,7 @@ class Arena:
         except BaseException:
             os.close(descriptor)
             raise
-        arena = cls(nbytes, descriptor, mapping)
-        arena._advise_huge_pages()
-        return arena
+        return cls(nbytes, descriptor, mapping)
 
     @classmethod
     def adopt(cls, descriptor: int, nbytes: int) -> Arena:
@@ -185,9 +182,6 @@ class Arena:
                 return  # no memory left: whoever fills the arena gets the error
             if mapped and _libc.madvise(self._address + offset, length, _MADV_POPULATE_WRITE):
                 return  # kernels before 5.14 cannot: pages are mapped at first touch
-
-    def _advise_huge_pages(self) -> None:
-        _libc.madvise(self._address, _whole_pages(self.nbytes), _MADV_HUGEPAGE)
 
 
 def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:

@@ -7,6 +7,7 @@ was silent for too long. Both are ProtocolErrors: the session ends, and only thi
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -17,11 +18,13 @@ from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role
+from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role, State
 
 _RECEIVE_BYTES: Final = 64 << 10
 _PIPE_BYTES: Final = 1 << 20
 """The largest pipe that Linux gives an unprivileged user by default."""
+_OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
+"""Errors of this host that are not the peer's doing."""
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
@@ -60,6 +63,10 @@ class Channel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def state(self) -> State:
+        return self._conversation.state
 
     def send(self, message: Message, timeout: float) -> None:
         """Raises ConnectionLost or Stalled."""
@@ -121,10 +128,17 @@ class Channel:
         self.socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(timeout), int(timeout % 1 * 1e6)))
         yield
 
-    def close(self) -> None:
-        """Ends the connection, also for a thread that waits on it. Idempotent."""
+    def shut_down(self) -> None:
+        """Ends the connection for the thread that uses it, from any thread; that thread closes it.
+
+        Closing it here could give its descriptor's number to another file while a system call is about to use it.
+        """
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives up the connection. Idempotent."""
+        self.shut_down()
         self.socket.close()
 
 
@@ -152,4 +166,6 @@ def _translated_errors(timeout: float) -> Iterator[None]:
     except (TimeoutError, BlockingIOError) as error:
         raise Stalled(f"the peer was silent for {timeout:g} s") from error
     except OSError as error:
+        if error.errno in _OUR_OWN:
+            raise
         raise ConnectionLost(f"the connection broke: {error.strerror or error}") from error

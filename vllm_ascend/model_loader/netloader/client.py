@@ -7,9 +7,11 @@ the model here: the caller gets an arena that holds all bytes, confirmed by the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate
@@ -23,8 +25,8 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourcesExhausted,
     SourceUnreachable,
     TransportError,
+    one_line,
 )
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest
 from vllm_ascend.model_loader.netloader.protocol import (
     PROTOCOL_VERSION,
@@ -42,20 +44,13 @@ from vllm_ascend.model_loader.netloader.protocol import (
 )
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.weights import Request
 
 logger = logging.getLogger(__name__)
 
+REFERRALS_FOLLOWED = 8
 SHOWN_DIFFERENCES = 8
 """Differing tensors named in a message; the rest is counted."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted."""
-
-    identity: ModelIdentity
-    coordinates: RankCoordinates
-    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,22 @@ class Client:
 
     def fetch(self, sources: Sequence[Endpoint]) -> Fetched:
         """Raises SourcesExhausted with every attempt's reason."""
-        for source in sources:
-            fetched = self._fetch_from(source)
-            if fetched is not None:
-                return fetched
+        waiting, known = deque(sources), set(sources)
+        while waiting:
+            source = waiting.popleft()
+            # A referral is followed once: the ranks of an instance know each other.
+            outcome = self._fetch_from(source, follow_referrals=source in sources)
+            if isinstance(outcome, Fetched):
+                self._give_up_arena(unless=outcome.arena)
+                return outcome
+            referrals = [each for each in _referred(source, outcome[:REFERRALS_FOLLOWED]) if each not in known]
+            known.update(referrals)
+            waiting.extendleft(reversed(referrals))
         self._give_up_arena()
         raise SourcesExhausted([str(attempt) for attempt in self.attempts])
 
-    def _fetch_from(self, source: Endpoint) -> Fetched | None:
+    def _fetch_from(self, source: Endpoint, *, follow_referrals: bool) -> Fetched | tuple[str, ...]:
+        """What `source` delivered, or the endpoints that it refers to."""
         remaining = list(self.transports)
         while remaining:
             session = _Session(self, source, remaining)
@@ -99,11 +102,14 @@ class Client:
             try:
                 return session.run()
             except (SourceError, TransportError) as error:
+                if follow_referrals and isinstance(error, SourceRefused) and error.referrals:
+                    logger.info("%s refers to %s: %s", source, ", ".join(error.referrals), error)
+                    return error.referrals
                 self._note(Attempt(str(source), session.transport_name, str(error), time.perf_counter() - begun))
                 if not isinstance(error, TransportError) or session.transport is None:
-                    return None
+                    return ()
                 remaining.remove(session.transport)
-        return None
+        return ()
 
     def _note(self, attempt: Attempt) -> None:
         self.attempts.append(attempt)
@@ -116,10 +122,10 @@ class Client:
                 self._arena = allocate(self.request.manifest, mapped=mapped)
         return self._arena
 
-    def _give_up_arena(self) -> None:
-        if self._arena is not None:
+    def _give_up_arena(self, unless: Arena | None = None) -> None:
+        if self._arena is not None and self._arena is not unless:
             self._arena.close()
-            self._arena = None
+        self._arena = None
 
 
 class _Session:
@@ -146,7 +152,7 @@ class _Session:
                 with self._client.phases("transfer"):
                     arena = self._receive(channel, accept)
                 with self._client.phases("verify"):
-                    self._confirm(channel, accept)
+                    self._confirm(channel, accept, arena)
             except (ProtocolError, OSError) as error:
                 raise SourceFailed(str(error)) from error
         return Fetched(arena, self._source, accept.transport)
@@ -180,15 +186,20 @@ class _Session:
             channel.send(Leave(str(error)), client.timeouts.connect)
             raise
 
-    def _confirm(self, channel: Channel, accept: Accept) -> None:
+    def _confirm(self, channel: Channel, accept: Accept, arena: Arena) -> None:
         timeouts = self._client.timeouts
-        channel.send(Done(), timeouts.connect)
-        confirm = channel.receive(Deadline(timeouts.stall))
-        assert isinstance(confirm, Confirm)
-        if confirm.generation != accept.generation:
-            raise SourceFailed(
-                f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
-            )
+        try:
+            channel.send(Done(), timeouts.connect)
+            confirm = channel.receive(Deadline(timeouts.stall))
+            assert isinstance(confirm, Confirm)
+            if confirm.generation != accept.generation:
+                raise SourceFailed(
+                    f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
+                )
+        except BaseException:
+            if arena.servable:  # the source's own pages: no other transport can fill them
+                arena.close()
+            raise
 
 
 def greet(source: Endpoint, timeout: float) -> Channel:
@@ -196,7 +207,7 @@ def greet(source: Endpoint, timeout: float) -> Channel:
     try:
         channel = connect(source, timeout)
     except OSError as error:
-        raise SourceUnreachable(f"no connection within {timeout:g} s: {error.strerror or error}") from error
+        raise SourceUnreachable(f"no connection: {error.strerror or error}") from error
     try:
         channel.send(Hello(), timeout)
         welcome = _granted(channel.receive(Deadline(timeout)), None)
@@ -231,7 +242,16 @@ def _granted(answer: Message, manifest: Manifest | None) -> Message:
     differences = [difference.flipped() for difference in answer.differences]
     if answer.manifest and manifest is not None:
         differences = list(manifest.mismatch(Manifest.decode(answer.manifest))) or differences
-    shown = [str(difference) for difference in differences[:SHOWN_DIFFERENCES]]
+    shown = [one_line(str(difference)) for difference in differences[:SHOWN_DIFFERENCES]]
     if len(differences) > SHOWN_DIFFERENCES:
         shown.append(f"and {len(differences) - SHOWN_DIFFERENCES} more")
-    raise SourceRefused(f"it refused: {answer.reason}" + (f": {'; '.join(shown)}" if shown else ""))
+    details = f": {'; '.join(shown)}" if shown else ""
+    raise SourceRefused(f"it refused: {one_line(answer.reason)}{details}", answer.referrals)
+
+
+def _referred(source: Endpoint, referrals: Sequence[str]) -> Iterator[Endpoint]:
+    """The endpoints in `referrals`, those without a host on that of `source`; what is none is left out."""
+    for referral in referrals:
+        with contextlib.suppress(ValueError):
+            own_host = str(source).rpartition(":")[0]
+            yield Endpoint.parse(own_host + referral if referral.startswith(":") else referral)

@@ -52,9 +52,8 @@ class NetLoaderConfig:
         if not isinstance(extra_config, Mapping):
             raise ConfigError(f"--model-loader-extra-config is {extra_config!r}: expected a JSON object")
         values = dict(extra_config)
-        config_file = values.pop("CONFIG_FILE", None)
-        if config_file is not None:
-            values |= _read_config_file(config_file)
+        if "CONFIG_FILE" in values:
+            values |= _read_config_file(values.pop("CONFIG_FILE"))
         return cls(**{key.lower(): _parse_value(key, value) for key, value in values.items()})
 
     def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
@@ -80,7 +79,7 @@ def _read_config_file(path: object) -> dict[str, Any]:
         content = json.loads(Path(location).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"CONFIG_FILE {location!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"CONFIG_FILE {location!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"CONFIG_FILE {location!r} holds {content!r}: expected a JSON object of Netloader keys")

@@ -44,7 +44,14 @@ class SourceUnreachable(SourceError):
 
 
 class SourceRefused(SourceError):
-    """The source declined, or what it holds is not what is wanted."""
+    """The source declined, or what it holds is not what is wanted.
+
+    `referrals` are endpoints, as text, that the source named instead of itself.
+    """
+
+    def __init__(self, reason: str, referrals: Sequence[str] = ()) -> None:
+        self.referrals = tuple(referrals)
+        super().__init__(reason)
 
 
 class SourceFailed(SourceError):
@@ -63,4 +70,10 @@ class SourcesExhausted(NetloaderError):
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
-        super().__init__("; ".join(reasons) if reasons else "no SOURCE is configured")
+        super().__init__("; ".join(reasons) if reasons else "no SOURCE is configured for this rank")
+
+
+def one_line(text: str, limit: int = 1000) -> str:
+    """`text` from a peer, fit for a log: no line breaks or control characters, and not without end."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= limit else f"{printable[:limit]}..."

@@ -9,7 +9,8 @@ decide and paths do not matter. Where one does not (a client may have no weights
 configured MODEL, a hub repository, or, as a last resort, the same path.
 
 The fingerprint reads kilobytes of a checkpoint of any size: file names and sizes, safetensors headers (names, types,
-shapes), and small samples of tensors spread over each file, so that two fine-tunes of one layout differ.
+shapes), and small samples of tensors spread over each file. Two fine-tunes of one layout differ in it unless they
+differ only in places that no sample touches.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def checkpoint_fingerprint(directory: str | os.PathLike[str]) -> str:
     Raises OSError where a file cannot be read.
     """
     files = next(filter(None, (sorted(Path(directory).glob(pattern)) for pattern in FINGERPRINT_PATTERNS)), [])
-    if not files:
+    if not files or not _complete(Path(directory), files[0].suffix):
         return ""
     digest = hashlib.sha256()
     samples_per_file = max(1, SAMPLES_PER_CHECKPOINT // len(files))
@@ -125,6 +126,18 @@ def checkpoint_fingerprint(directory: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _complete(directory: Path, suffix: str) -> bool:
+    """Whether all files are there that an index names: an interrupted download says nothing about the model."""
+    for index in directory.glob(f"*{suffix}.index.json"):
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if not all((directory / str(name)).is_file() for name in named):
+            return False
+    return True
+
+
 def _safetensors_header(descriptor: int, size: int) -> bytes:
     """The length prefix and the JSON after it: https://github.com/huggingface/safetensors#format"""
     prefix = os.pread(descriptor, 8, 0)
@@ -134,7 +147,7 @@ def _safetensors_header(descriptor: int, size: int) -> bytes:
 
 def _sample_offsets(header: bytes, size: int, count: int) -> Iterator[int]:
     """Where to sample: the middle of tensors, evenly chosen among all; evenly over the file if it names none."""
-    middles = sorted(_tensor_middles(header))
+    middles = sorted(middle for middle in _tensor_middles(header) if middle < size)
     if not middles:
         yield from (size * position // (count + 1) for position in range(count + 1))
         return
@@ -148,8 +161,9 @@ def _tensor_middles(header: bytes) -> Iterator[int]:
         for name, entry in entries.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                yield len(header) + (begin + end) // 2
-    except (ValueError, TypeError, KeyError, AttributeError):
+                if isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end:
+                    yield len(header) + (begin + end) // 2
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
 
 

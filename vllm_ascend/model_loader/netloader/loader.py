@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 from torch import nn
 from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
@@ -22,16 +23,18 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.network_utils import get_ip
 
+from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader import serving
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate
-from vllm_ascend.model_loader.netloader.client import Client, Fetched, Request
+from vllm_ascend.model_loader.netloader.client import Client, Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
+from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
 from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
-from vllm_ascend.model_loader.netloader.weights import ModelWeights
+from vllm_ascend.model_loader.netloader.weights import ModelWeights, Request, plain_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class NetLoader(BaseModelLoader):
             with load.reported():
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.serve(model)
+                load.share_endpoints()
         finally:
             self._load = None
         return model
@@ -82,6 +86,7 @@ class _Load:
         self._phases = Phases()
         self._request: Request | None = None
         self._arena: Arena | None = None
+        self._server: WeightServer | None = None
         self._report = LoadReport(
             role_of(model_config),
             self._rank,
@@ -93,23 +98,25 @@ class _Load:
 
     def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
+        weights: ModelWeights | None = None
         try:
             weights = ModelWeights(model)
-        except UnsupportedModel as error:
-            weights, unsupported = None, str(error)
-        try:
-            if weights is None:
-                self._report.not_served = unsupported
-                raise SourcesExhausted([unsupported] if self._config.source else [])
             self._fill_from_sources(weights)
-        except SourcesExhausted as error:
+            return
+        except UnsupportedModel as error:
+            weights, reason = None, str(error)
+            self._report.not_served = self._report.not_served or reason
             if self._config.fallback == "error":
                 raise
-            if self._config.source:
-                logger.warning("no source delivered the weights, loading from disk: %s", error)
-            with self._phases("disk"):
-                self._fill_from_disk(model, weights, load_from_disk)
-            self._report.outcome = "disk"
+        except SourcesExhausted as error:
+            reason = str(error)
+            if self._config.fallback == "error":
+                raise
+        if self._config.source:
+            logger.warning("no source delivered the weights, loading from disk: %s", reason)
+        with self._phases("disk"):
+            self._fill_from_disk(model, weights, load_from_disk)
+        self._report.outcome = "disk"
 
     def serve(self, model: nn.Module) -> None:
         """Publishes what was loaded; call it after post-processing. Inference does not depend on its success."""
@@ -117,27 +124,59 @@ class _Load:
             return
         try:
             with self._phases("serve"):
-                server = serving.serve(model, self._request, self._arena, self._config, self._rank)
-                address = str(Endpoint(self._config.listen_host or _own_address(), server.port))
-                if self._config.output_prefix is not None:
-                    serving.announce(self._config.output_prefix, self._rank, address)
+                self._server = serving.serve(model, self._request, self._arena, self._config, self._rank)
         except OSError as error:
-            self._report.not_served = f"{error.strerror or error}"
-            logger.error("the weights of rank %d cannot be served: %s", self._rank, error)
-        else:
-            self._report.listening = address
+            self._cannot_serve(str(error), self._arena)
+            return
+        self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
+        self._announce(self._report.listening)
+
+    def _announce(self, address: str) -> None:
+        if self._config.output_prefix is None:
+            return
+        try:
+            serving.announce(self._config.output_prefix, self._rank, address)
+        except OSError as error:
+            logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
+
+    def share_endpoints(self) -> None:
+        """Tells the other ranks of this instance where this one serves, so that each can refer clients to the others.
+
+        Every rank that serves comes here once, for its target model: a draft model may be on some ranks only.
+        """
+        if not self._config.serve or self._report.role != "target" or self._vllm_config.parallel_config.world_size == 1:
+            return
+        ours, host = b"", self._advertised_host()
+        if self._server is not None and self._request is not None:
+            ours = msgspec.msgpack.encode(Peer(self._request.coordinates, host, self._server.port))
+        peers = [msgspec.msgpack.decode(payload, type=Peer) for payload in gather(ours) if payload]
+        if self._server is not None:
+            self._server.refer_to(
+                msgspec.structs.replace(peer, host="") if peer.host == host else peer for peer in peers
+            )
+
+    def _advertised_host(self) -> str:
+        if self._config.listen_host in (None, "0.0.0.0", "::"):
+            return _own_address()
+        return str(self._config.listen_host)
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
         """Reports at the end, also of a load that fails."""
         try:
             yield
+        except BaseException:
+            self._report.outcome = "failed"
+            raise
         finally:
             logger.info("%s", self._report.line())
-            if self._config.report_prefix is not None:
-                self._write_report(Path(f"{self._config.report_prefix}{self._rank}.json"))
+            self._write_report()
 
-    def _write_report(self, path: Path) -> None:
+    def _write_report(self) -> None:
+        if self._config.report_prefix is None:
+            return
+        suffix = "" if self._report.role == "target" else f"-{self._report.role}"
+        path = Path(f"{self._config.report_prefix}{self._rank}{suffix}.json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._report.write(path)
@@ -145,8 +184,10 @@ class _Load:
             logger.error("the load report %s cannot be written: %s", path, error)
 
     def _fill_from_sources(self, weights: ModelWeights) -> None:
-        request = self._describe(weights)
-        with _progress_bar(weights.manifest.nbytes, self._vllm_config.load_config.use_tqdm_on_load) as progress:
+        with self._phases("join"):
+            request = self._describe(weights)
+        show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
+        with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
             client = Client(
                 request,
                 transports(self._config.transport),
@@ -156,8 +197,9 @@ class _Load:
                 attempts=self._report.attempts,
             )
             fetched = client.fetch(self._config.sources_for(self._rank))
-        weights.bind(fetched.arena)
-        self._keep(fetched.arena)
+        with self._phases("transfer"):
+            weights.bind(fetched.arena)
+            self._keep(fetched.arena)
         self._note_fetched(fetched, weights.manifest.nbytes)
 
     def _note_fetched(self, fetched: Fetched, nbytes: int) -> None:
@@ -176,14 +218,20 @@ class _Load:
             load_from_disk(model, self._model_config)
             return
         self._report.bytes = weights.manifest.nbytes
-        arena = allocate(weights.manifest, mapped=True)
+        try:
+            arena = allocate(weights.manifest, mapped=True)
+        except UnsupportedModel as error:
+            self._cannot_serve(str(error))
+            load_from_disk(model, self._model_config)
+            return
         weights.move_into(arena)
+        before = plain_attributes(model)
         load_from_disk(model, self._model_config)
         try:
             weights.collect_into(model, arena)
+            _require_unchanged(before, plain_attributes(model))
         except UnsupportedModel as error:
-            self._report.not_served = str(error)
-            arena.close()
+            self._cannot_serve(str(error), arena)
             return
         self._describe(weights)
         self._keep(arena)
@@ -200,9 +248,27 @@ class _Load:
             arena.free_with_tensors()
             arena.close()
             return
-        if not arena.servable:
-            arena.seal()
+        try:
+            if not arena.servable:
+                arena.seal()
+        except OSError as error:
+            self._cannot_serve(f"the arena cannot be sealed: {error}", arena)
+            return
         self._arena = arena
+
+    def _cannot_serve(self, reason: str, arena: Arena | None = None) -> None:
+        if arena is not None:
+            arena.free_with_tensors()
+            arena.close()
+        self._report.not_served = reason
+        logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
+
+
+def _require_unchanged(before: dict[str, object], after: dict[str, object]) -> None:
+    """Raises UnsupportedModel where loading did more to the model than fill its tensors."""
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise UnsupportedModel(f"loading set {', '.join(changed[:8])}, which a copy of the weights does not carry")
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ ALIGNMENT: Final = 64
 DTYPES: Final[dict[str, torch.dtype]] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and dtype.itemsize > 0
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
 }
+"""By name; without torch's own quantized types, of which no tensor can be made over given memory."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -96,7 +97,7 @@ class Manifest:
         """Raises ProtocolError."""
         try:
             wire = _wire_decoder.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolError(f"the manifest cannot be read: {error}") from error
         return cls(wire.tensors, wire.aliases)
 
@@ -141,6 +142,8 @@ class Manifest:
             _validate_description(alias, names)
             if not 0 <= alias.base < len(self.tensors):
                 raise ProtocolError(f"alias {alias.name!r} refers to tensor number {alias.base}, which does not exist")
+            if alias.start % DTYPES[alias.dtype].itemsize:
+                raise ProtocolError(f"alias {alias.name!r} begins at byte {alias.start}, between two elements")
             if alias.start < 0 or alias.start + _extent(alias) > self.tensors[alias.base].nbytes:
                 raise ProtocolError(f"alias {alias.name!r} reaches beyond tensor {self.tensors[alias.base].name!r}")
 
@@ -154,9 +157,9 @@ def chunks(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements fill a contiguous block of memory, each place once, in whatever order of dimensions."""
     expected = 1
+    if 0 in shape:
+        return True
     for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size == 0:
-            return True
         if size > 1 and stride != expected:
             return False
         expected *= size

@@ -85,11 +85,17 @@ class Accept(Message, frozen=True):
 
 
 class Refuse(Message, frozen=True):
-    """Says no. `manifest` is the server's, where that is what differs, so that the client can name the tensors."""
+    """Says no.
+
+    `manifest` is the server's, where that is what differs, so that the client can name the tensors. `referrals` are
+    endpoints of other ranks of the same instance that hold what was asked for; one without a host (":19001") is on the
+    host under which the client reached this server.
+    """
 
     reason: ShortText
     differences: tuple[Difference, ...] = ()
     manifest: bytes = b""
+    referrals: tuple[ShortText, ...] = ()
 
 
 class Done(Message, frozen=True):

@@ -50,7 +50,8 @@ class LoadReport(msgspec.Struct):
         if self.outcome == "failed":
             origin = "from nowhere"
         phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in self.seconds.items() if seconds >= 0.0005)
-        serving = f"serving on {self.listening}" if self.listening else f"not serving ({self.not_served})"
+        reason = f" ({self.not_served})" if self.not_served else ""
+        serving = f"serving on {self.listening}" if self.listening else f"not serving{reason}"
         failed = f"; {len(self.attempts)} failed: {'; '.join(map(str, self.attempts))}" if self.attempts else ""
         return (
             f"netloader loaded the {self.role} weights of rank {self.rank} {origin}: {self.bytes / 1e6:.1f} MB in "
@@ -97,5 +98,9 @@ class Phases:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that a reader sees either not at all or complete. Raises OSError."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_bytes(content)
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

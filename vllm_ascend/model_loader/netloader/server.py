@@ -16,13 +16,15 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
+import msgspec
+
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import (
     PROTOCOL_VERSION,
@@ -37,6 +39,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Leave,
     Refuse,
     Role,
+    State,
     Status,
     Welcome,
 )
@@ -47,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 256
 """Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
+_REFUSAL_TIMEOUT: Final = 0.1
+"""Seconds that the accepting thread may spend on telling a peer that there is no room for it."""
 _ACCEPT_PAUSE: Final = 0.05
 """Seconds before the next try after a failed accept, so that a lasting shortage does not busy the process."""
 
@@ -60,6 +65,14 @@ class Publication:
     store: WeightStore
 
 
+class Peer(msgspec.Struct, frozen=True):
+    """Another rank of the same instance and where it serves its part; an empty host is that of this server."""
+
+    coordinates: RankCoordinates
+    host: str
+    port: int
+
+
 class WeightServer:
     """Serves from `start` to `close`. `host` None means all addresses, `port` 0 an ephemeral one."""
 
@@ -68,9 +81,10 @@ class WeightServer:
         self._port = port
         self._transports = tuple(transports)
         self._timeouts = timeouts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may withdraw within any of its blocks
         self._publications: dict[str, Publication] = {}
         self._generations: dict[str, int] = {}
+        self._peers: tuple[Peer, ...] = ()
         self._senders: dict[bytes, Sender] = {}
         self._channels: dict[Channel, threading.Thread] = {}
         self._listener: socket.socket | None = None
@@ -102,7 +116,7 @@ class WeightServer:
             connections = dict(self._channels)
             senders = list(self._senders.values())
         for channel in connections:
-            channel.close()
+            channel.shut_down()
         for sender in senders:
             sender.close()
         for thread in connections.values():
@@ -130,6 +144,10 @@ class WeightServer:
         if previous is not None:
             previous.store.close()
 
+    def refer_to(self, peers: Iterable[Peer]) -> None:
+        """From now on, a client that wants the part of one of `peers` is told where it is."""
+        self._peers = tuple(peers)
+
     def withdraw(self, role: str, generation: int | None = None) -> None:
         """Stops serving `role`, where given only if it is still of that `generation`."""
         with self._lock:
@@ -154,23 +172,35 @@ class WeightServer:
         channel = Channel(sock, Role.SERVER)
         thread = threading.Thread(target=self._handle, args=(channel, peer), name=f"netloader {peer}", daemon=True)
         with self._lock:
-            overloaded = len(self._channels) >= MAX_CONNECTIONS
-            if not overloaded:
+            has_room = len(self._channels) < MAX_CONNECTIONS
+            if has_room:
                 self._channels[channel] = thread
-        if overloaded:
-            channel.close()
+        if not has_room:
+            self._turn_away(channel, peer, f"there are {MAX_CONNECTIONS} connections")
             return
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            self._channels.pop(channel, None)
+            self._turn_away(channel, peer, str(error))
+
+    def _turn_away(self, channel: Channel, peer: Endpoint, reason: str) -> None:
+        logger.warning("no room for a connection from %s: %s", peer, reason)
+        with channel, contextlib.suppress(ProtocolError):
+            channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
 
     def _handle(self, channel: Channel, peer: Endpoint) -> None:
         """Ends with the connection. What a peer does wrong is logged once and touches nobody else."""
         try:
             with channel:
                 self._converse(channel, peer)
+        except ConnectionLost as error:
+            level = logging.WARNING if channel.state in (State.TRANSFER, State.CONFIRMING) else logging.DEBUG
+            logger.log(level, "%s went away: %s", peer, error)
         except (ProtocolError, OSError) as error:
-            logger.warning("session with %s ended: %s", peer, error)
+            logger.warning("ended the connection with %s: %s", peer, one_line(str(error)))
         except Exception:
-            logger.exception("session with %s ended by an error of this server", peer)
+            logger.exception("ended the connection with %s: an error of this server", peer)
         finally:
             with self._lock:
                 del self._channels[channel]
@@ -228,7 +258,7 @@ class WeightServer:
         role = publication.identity.role
         match self._wait_while_progressing(channel, sender):
             case Leave(reason):
-                logger.warning("%s gave up taking the %s weights by %s: %s", peer, role, transport, reason)
+                logger.warning("%s gave up taking the %s weights by %s: %s", peer, role, transport, one_line(reason))
             case Done():
                 with self._lock:
                     current = self._publications.get(role)
@@ -243,9 +273,9 @@ class WeightServer:
             remaining = self._timeouts.stall - sender.idle_seconds()
             try:
                 return channel.receive(Deadline(max(remaining, 0.001)))
-            except Stalled:
+            except Stalled as error:
                 if sender.idle_seconds() >= self._timeouts.stall:
-                    raise
+                    raise Stalled(f"the client took nothing for {self._timeouts.stall:g} s") from error
 
     def _answer(self, join: Join) -> Refuse | tuple[Publication, Transport]:
         with self._lock:
@@ -255,9 +285,11 @@ class WeightServer:
             held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
             return Refuse(f"this server does not hold {join.identity.role} weights: {held}")
         differences = publication.identity.mismatch(join.identity)
-        differences += publication.coordinates.mismatch(join.coordinates)
-        if differences:
-            return Refuse("the model or its partitioning differs", differences)
+        displaced = publication.coordinates.mismatch(join.coordinates)
+        if displaced and not differences and (referrals := self._referrals(join.coordinates)):
+            return Refuse("another rank of this instance holds that part", displaced, referrals=referrals)
+        if differences or displaced:
+            return Refuse("the model or its partitioning differs", differences + displaced)
         manifest = publication.store.manifest
         if join.manifest_digest != manifest.digest:
             difference = Difference("manifest", manifest.digest, join.manifest_digest)
@@ -267,6 +299,9 @@ class WeightServer:
             names = ", ".join(transport.name for transport in self._transports)
             return Refuse(f"no common transport: this server has {names}")
         return publication, transport
+
+    def _referrals(self, coordinates: RankCoordinates) -> tuple[str, ...]:
+        return tuple(str(Endpoint(peer.host, peer.port)) for peer in self._peers if peer.coordinates == coordinates)
 
     def _choose_transport(self, join: Join) -> Transport | None:
         by_name = {transport.name: transport for transport in self._transports}
@@ -278,8 +313,11 @@ class WeightServer:
         return next(usable, None)
 
     def _refuse(self, channel: Channel, peer: Endpoint, refusal: Refuse) -> None:
-        differences = "; ".join(map(str, refusal.differences))
-        logger.warning("refused %s: %s%s", peer, refusal.reason, f": {differences}" if differences else "")
+        if refusal.referrals:
+            logger.info("referred %s to %s", peer, ", ".join(refusal.referrals))
+        else:
+            details = one_line("; ".join(map(str, refusal.differences)))
+            logger.warning("refused %s: %s%s", peer, refusal.reason, f": {details}" if details else "")
         channel.send(refusal, self._timeouts.connect)
 
     def _status(self) -> Status:

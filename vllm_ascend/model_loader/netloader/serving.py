@@ -10,12 +10,11 @@ from typing import Final
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Request
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
-from vllm_ascend.model_loader.netloader.weights import WeightStore
+from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
 _servers: Final[dict[tuple[str | None, int], WeightServer]] = {}
 _lock: Final = threading.Lock()

@@ -45,7 +45,7 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
         config_digest=canonical_digest(_essential(model_config.hf_config.to_dict())),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
-        fingerprint=_fingerprint(model_config),
+        fingerprint=_fingerprint(model_config, vllm_config.load_config.download_dir),
         role=role_of(model_config),
         load_options=_load_options(vllm_config),
         versions={"vllm": vllm.__version__.partition("+")[0], "torch": torch.__version__.partition("+")[0]},
@@ -86,27 +86,36 @@ def global_rank(vllm_config: VllmConfig) -> int:
 def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
     """Repository and revision, both empty for a plain directory; an offline vLLM names the cached snapshot instead."""
     if not Path(model_config.model).is_dir():
-        return model_config.model, str(model_config.revision or "")
+        # vLLM resolves a branch name to the commit where it can ask the hub.
+        revision = getattr(model_config.revision, "resolved", None) or model_config.revision
+        return model_config.model, str(revision or "")
     if snapshot := _HUB_SNAPSHOT.search(os.path.abspath(model_config.model)):
         return snapshot["name"].replace("--", "/"), snapshot["revision"]
     return "", ""
 
 
-def _fingerprint(model_config: ModelConfig) -> str:
+def _fingerprint(model_config: ModelConfig, download_dir: str | None) -> str:
     try:
-        return checkpoint_fingerprint(_checkpoint_directory(model_config))
+        directory = _checkpoint_directory(model_config, download_dir)
+        return checkpoint_fingerprint(directory) if directory else ""
     except OSError as error:
         logger.warning("the checkpoint of %s cannot be fingerprinted: %s", model_config.model, error)
         return ""
 
 
-def _checkpoint_directory(model_config: ModelConfig) -> str:
+def _checkpoint_directory(model_config: ModelConfig, download_dir: str | None) -> str:
+    """Where the weight files are if they are on this host, else empty. Asks no hub."""
     if Path(model_config.model).is_dir():
         return str(model_config.model)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    config = try_to_load_from_cache(model_config.model, "config.json", revision=model_config.revision)
-    return str(Path(config).parent) if isinstance(config, str) else os.devnull
+    try:
+        revision = str(model_config.revision) if model_config.revision else None
+        config = try_to_load_from_cache(model_config.model, "config.json", cache_dir=download_dir, revision=revision)
+    except HFValidationError:  # an address in object storage, for example
+        return ""
+    return str(Path(config).parent) if isinstance(config, str) else ""
 
 
 def _load_options(vllm_config: VllmConfig) -> str:

@@ -10,6 +10,7 @@ process replaces the weights of that role.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import os
@@ -25,7 +26,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest, TensorSpec, is_dense
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest, is_dense
+
+
+@dataclass(frozen=True)
+class Request:
+    """The weights that one rank needs."""
+
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,11 @@ class ModelWeights:
 
         Memory that was never touched is not copied: it holds nothing.
         """
+        files = list(_mapped_files())
         for spec in self.manifest.tensors:
             view = arena.tensor(spec)
             if spec.name in self._parameters:
-                _copy_touched_pages(view, self._parameters[spec.name].data, spec)
+                _copy_touched_pages(view, self._parameters[spec.name].data, files)
                 self._parameters[spec.name].data = view
         self._bind_aliases()
 
@@ -112,8 +124,24 @@ class ModelWeights:
     def _bind_aliases(self) -> None:
         for alias in self.manifest.aliases:
             base = self.manifest.tensors[alias.base].name
-            if alias.name in self._parameters and base in self._parameters:
-                self._parameters[alias.name].data = bind_alias(self._parameters[base].data, alias)
+            if base in self._parameters:  # a buffer stays where it is, and so do its aliases
+                tensor = self._parameters.get(alias.name, self._buffers.get(alias.name))
+                assert tensor is not None
+                tensor.data = bind_alias(self._parameters[base].data, alias)
+
+
+def plain_attributes(model: nn.Module) -> dict[str, object]:
+    """The values that modules keep beside their tensors, by name: flags, numbers, texts.
+
+    Some models set flags while they load a checkpoint (an EAGLE draft notes that it brought its own head). A copy of
+    the weights does not carry them, so whoever loads from disk compares before and after.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,30 +160,32 @@ def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
     has_inner_tensors = is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "partitions")
     if has_inner_tensors or tensor.layout is not torch.strided:
         raise UnsupportedModel(f"{name} keeps its bytes in inner tensors ({type(tensor).__name__}, {tensor.layout})")
+    if tensor.is_quantized or tensor.is_nested or tensor.is_neg() or tensor.is_conj():
+        raise UnsupportedModel(f"{name} is quantized by torch, nested, or a view that changes signs")
     if tensor.device.type != "cpu":
         raise UnsupportedModel(f"{name} is on {tensor.device}: this version serves weights in host memory only")
 
 
 def _separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[Alias]]:
     """Names of the tensors that own their memory, in order, and the tensors that lie within the memory of those."""
-    owners: dict[int, list[str]] = {}
-    order = {name: position for position, name in enumerate(tensors)}
-    bases: list[str] = []
-    inside: list[tuple[str, str]] = []
-    for name in sorted(tensors, key=lambda name: (-_extent(tensors[name]), order[name])):
-        tensor = tensors[name]
-        candidates = owners.setdefault(tensor.untyped_storage().data_ptr(), []) if tensor.numel() else []
-        base = next((owner for owner in candidates if _overlaps(tensors[owner], tensor)), None)
-        if base is not None:
-            inside.append((name, base))
+    order = {name: number for number, name in enumerate(tensors)}
+    by_address = sorted(
+        (name for name in tensors if _extent(tensors[name])),
+        key=lambda name: (tensors[name].data_ptr(), -_extent(tensors[name]), order[name]),
+    )
+    inside: dict[str, str] = {}
+    base: str | None = None
+    for name in by_address:
+        if base is not None and tensors[name].data_ptr() < tensors[base].data_ptr() + _extent(tensors[base]):
+            inside[name] = base
         else:
-            _require_dense(name, tensor)
-            candidates.append(name)
-            bases.append(name)
-    bases.sort(key=order.__getitem__)
-    position = {name: index for index, name in enumerate(bases)}
-    inside.sort(key=lambda pair: order[pair[0]])
-    return bases, [_alias(name, tensors[name], position[base], tensors[base]) for name, base in inside]
+            base = name
+    bases = [name for name in tensors if name not in inside]
+    for name in bases:
+        _require_dense(name, tensors[name])
+    index = {name: number for number, name in enumerate(bases)}
+    aliases = (name for name in tensors if name in inside)
+    return bases, [_alias(name, tensors[name], index[inside[name]], tensors[inside[name]]) for name in aliases]
 
 
 def _alias(name: str, tensor: torch.Tensor, index: int, base: torch.Tensor) -> Alias:
@@ -171,10 +201,6 @@ def _require_dense(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedModel(f"{name} is not dense in memory: shape {list(tensor.shape)}, strides {tensor.stride()}")
 
 
-def _overlaps(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() < other.data_ptr() + _extent(other) and other.data_ptr() < one.data_ptr() + _extent(one)
-
-
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first element to behind the last, holes included."""
     if not tensor.numel():
@@ -183,21 +209,25 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
-def _copy_touched_pages(destination: torch.Tensor, source: torch.Tensor, spec: TensorSpec) -> None:
-    begin, end = source.data_ptr(), source.data_ptr() + spec.nbytes
-    for first, last in _touched_pages(begin, end):
+def _copy_touched_pages(destination: torch.Tensor, source: torch.Tensor, files: list[tuple[int, int]]) -> None:
+    begin, end = source.data_ptr(), source.data_ptr() + source.numel() * source.itemsize
+    for first, last in _touched_pages(begin, end, files):
         start, stop = max(first, begin), min(last, end)
         ctypes.memmove(destination.data_ptr() + start - begin, start, stop - start)
 
 
-def _touched_pages(begin: int, end: int) -> Iterator[tuple[int, int]]:
+def _touched_pages(begin: int, end: int, files: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Address ranges around [begin, end) whose pages exist in memory or swap.
 
-    Reads the table that Linux describes in Documentation/admin-guide/mm/pagemap.rst; where it is not readable, every
-    page counts as touched.
+    Reads the table that Linux describes in Documentation/admin-guide/mm/pagemap.rst. Where that is not readable, and in
+    `files`, whose pages hold contents before anybody touches them, every page counts as touched.
     """
     first, last = begin // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
     if first == last:
+        return
+    following = bisect.bisect_right(files, begin, key=lambda file: file[1])
+    if following < len(files) and files[following][0] < end:
+        yield first * mmap.PAGESIZE, last * mmap.PAGESIZE
         return
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
@@ -209,3 +239,13 @@ def _touched_pages(begin: int, end: int) -> Iterator[tuple[int, int]]:
     edges = numpy.flatnonzero(numpy.diff(present, prepend=False, append=False)).tolist()
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         yield (first + start) * mmap.PAGESIZE, (first + stop) * mmap.PAGESIZE
+
+
+def _mapped_files() -> Iterator[tuple[int, int]]:
+    """Address ranges of this process that show files, ascending; proc(5), /proc/pid/maps."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:
+            addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+            if inode != "0":
+                start, stop = addresses.split("-")
+                yield int(start, 16), int(stop, 16)

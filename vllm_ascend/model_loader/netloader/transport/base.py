@@ -128,4 +128,4 @@ class Transport(ABC):
 
 
 CHUNK_BYTES: Final = 16 << 20
-"""Bytes that are moved, and later retried, as one."""
+"""Bytes that are asked for and moved as one."""

@@ -7,6 +7,7 @@ are in flight at once, so that neither side waits for the other after each tenso
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch.distributed import Work
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
+from vllm_ascend.model_loader.netloader.errors import TransportError
 from vllm_ascend.model_loader.netloader.manifest import chunks
 from vllm_ascend.model_loader.netloader.transport.base import CHUNK_BYTES, Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
@@ -34,16 +36,20 @@ class ProcessGroupTransport(Transport):
     def receive(self, reception: Reception) -> Arena:
         arena = reception.allocate(mapped=True)
         host, port = reception.text("host"), reception.number("port")
-        try:
-            with process_group.receiver_group(host, port, reception.timeouts.stall) as group:
-                destination = _as_tensor(arena.writable())
+        with contextlib.ExitStack() as group_scope:
+            try:  # torch.distributed raises RuntimeError for every failure of a group
+                group = group_scope.enter_context(process_group.receiver_group(host, port, reception.timeouts.stall))
+            except RuntimeError as error:
+                raise TransportError(f"no process group with {host}, port {port}: {_first_line(error)}") from error
+            destination = _as_tensor(arena.writable())
+            try:
                 _in_flight(
                     reception.nbytes,
                     lambda offset, length: process_group.receive(group, destination[offset : offset + length]),
                     reception.progress,
                 )
-        except RuntimeError as error:  # what torch.distributed raises for every failure of a group
-            raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
+            except RuntimeError as error:
+                raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
         return arena
 
 

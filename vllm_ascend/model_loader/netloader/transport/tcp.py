@@ -7,7 +7,6 @@ no round trip stands between them.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import deque
@@ -18,7 +17,7 @@ from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, connect
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
-from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Hello
+from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Hello, Welcome
 from vllm_ascend.model_loader.netloader.transport.base import CHUNK_BYTES, Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -71,7 +70,7 @@ class _RangeSender(Sender):
         with self._lock:
             self._closed = True
             for channel in self._channels:
-                channel.close()
+                channel.shut_down()
             self._close_unused_descriptor()
 
     def _close_unused_descriptor(self) -> None:
@@ -98,23 +97,29 @@ class _Pull:
         self._chunks = deque(chunks(reception.nbytes, CHUNK_BYTES))
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def run(self) -> None:
         count = min(CONNECTIONS, len(self._chunks))
         threads = [threading.Thread(target=self._connection, name=f"netloader-tcp-{n}") for n in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        started: list[threading.Thread] = []
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        except BaseException as error:
+            self._fail(error)
+        for thread in started:
             thread.join()
         if self._failure is not None:
             raise self._failure
 
     def _connection(self) -> None:
         try:
-            with contextlib.closing(self._open()) as channel:
+            with self._open() as channel:
+                self._attach(channel)
                 self._fetch_chunks(channel)
-        except (ProtocolError, OSError) as error:
+        except BaseException as error:  # whatever it is, `run` raises it: bytes are missing
             self._fail(error)
 
     def _open(self) -> Channel:
@@ -122,10 +127,14 @@ class _Pull:
         channel = connect(self._reception.source, timeout)
         with self._lock:
             self._channels.append(channel)
-        channel.send(Hello(), timeout)
-        channel.receive(Deadline(timeout))
-        channel.send(Attach(self._reception.session), timeout)
         return channel
+
+    def _attach(self, channel: Channel) -> None:
+        timeout = self._reception.timeouts.connect
+        channel.send(Hello(), timeout)
+        if not isinstance(channel.receive(Deadline(timeout)), Welcome):
+            raise ProtocolError("the source refuses a data connection")
+        channel.send(Attach(self._reception.session), timeout)
 
     def _fetch_chunks(self, channel: Channel) -> None:
         timeout = self._reception.timeouts.stall
@@ -145,10 +154,10 @@ class _Pull:
         except IndexError:
             return None
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Keeps the first failure and wakes the other connections, whose own failures then follow from it."""
         with self._lock:
             if self._failure is None:
                 self._failure = error
             for channel in self._channels:
-                channel.close()
+                channel.shut_down()

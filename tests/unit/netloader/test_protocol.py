@@ -1,0 +1,560 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.protocol import (
+    FETCH_LIMIT,
+    REPLY_LIMIT,
+    REQUEST_LIMIT,
+    Accept,
+    Attach,
+    Confirm,
+    Conversation,
+    Done,
+    Fetch,
+    Hello,
+    Holding,
+    Inquire,
+    Join,
+    Leave,
+    Message,
+    Offer,
+    Refuse,
+    Role,
+    State,
+    Status,
+    Welcome,
+    frame,
+)
+
+CLIENT, SERVER = Role.CLIENT, Role.SERVER
+
+IDENTITY = ModelIdentity(
+    name="org/model",
+    architecture="LlamaForCausalLM",
+    config_digest="c0ffee",
+    dtype="bfloat16",
+    revision="main",
+    quantization="fp8",
+    fingerprint="f00d",
+    versions={"vllm": "0.32.0"},
+)
+RANK = RankCoordinates(tp_rank=1, tp_size=2)
+SESSION = bytes(range(16))
+
+SAID_BY: dict[Role, tuple[Message, ...]] = {
+    CLIENT: (
+        Hello(),
+        Join(IDENTITY, RANK, "d1835", (Offer("shared_memory", "boot/4/7"), Offer("tcp"))),
+        Done(),
+        Leave("the transport failed"),
+        Attach(SESSION),
+        Fetch(1 << 33, 4096),
+        Inquire(),
+    ),
+    SERVER: (
+        Welcome(),
+        Accept(SESSION, 3, "process_group", {"host": "10.0.0.1", "port": 40000}),
+        Refuse(
+            "the tensors differ",
+            (Difference("tensor w", "int8 [2]", ""),),
+            b"\x92\x90\x90",
+            (":19001", "node-3:19001"),
+        ),
+        Confirm(3),
+        Status((Holding("target", IDENTITY, RANK, 291, 1 << 34, 3),), 2, ("shared_memory", "tcp")),
+    ),
+}
+EXAMPLES: dict[type[Message], Message] = {type(each): each for each in SAID_BY[CLIENT] + SAID_BY[SERVER]}
+
+TABLE: dict[State, tuple[Role, dict[type[Message], State]] | None] = {
+    State.GREETED: (SERVER, {Welcome: State.READY, Refuse: State.ENDED}),
+    State.READY: (CLIENT, {Join: State.JOINING, Attach: State.DATA, Inquire: State.INQUIRING}),
+    State.JOINING: (SERVER, {Accept: State.TRANSFER, Refuse: State.ENDED}),
+    State.TRANSFER: (CLIENT, {Done: State.CONFIRMING, Leave: State.ENDED}),
+    State.CONFIRMING: (SERVER, {Confirm: State.ENDED}),
+    State.INQUIRING: (SERVER, {Status: State.READY}),
+    State.DATA: (CLIENT, {Fetch: State.DATA}),
+    State.ENDED: None,
+}
+"""Who may say what, and where it leads. START is the one state in which either side may begin."""
+
+
+def allowed(state: State, role: Role) -> dict[type[Message], State]:
+    if state is State.START:
+        return {Hello: State.GREETED} if role is CLIENT else {Refuse: State.ENDED}
+    turn = TABLE[state]
+    return turn[1] if turn is not None and turn[0] is role else {}
+
+
+class Pair:
+    """A client and a server, wired together; whatever one says is checked to have reached the other."""
+
+    def __init__(self, cut: Callable[[bytes], list[bytes]] = lambda data: [data]) -> None:
+        self.ends = {role: Conversation(role) for role in Role}
+        self._cut = cut
+
+    def client(self, message: Message) -> None:
+        self._say(CLIENT, message)
+
+    def server(self, message: Message) -> None:
+        self._say(SERVER, message)
+
+    def say(self, *kinds: type[Message]) -> Pair:
+        for kind in kinds:
+            self._say(speaker(kind), EXAMPLES[kind])
+        return self
+
+    def _say(self, role: Role, message: Message) -> None:
+        listener = self.ends[other(role)]
+        *pieces, last = self._cut(self.ends[role].send(message))
+        for piece in pieces:
+            listener.feed(piece)
+            assert listener.next_message() is None
+        listener.feed(last)
+        assert listener.next_message() == message
+        assert listener.next_message() is None
+
+    @property
+    def state(self) -> State:
+        states = {end.state for end in self.ends.values()}
+        assert len(states) == 1, states
+        return states.pop()
+
+
+def other(role: Role) -> Role:
+    return SERVER if role is CLIENT else CLIENT
+
+
+def speaker(kind: type[Message]) -> Role:
+    return CLIENT if kind in map(type, SAID_BY[CLIENT]) else SERVER
+
+
+WAYS: dict[State, tuple[type[Message], ...]] = {
+    State.START: (),
+    State.GREETED: (Hello,),
+    State.READY: (Hello, Welcome),
+    State.JOINING: (Hello, Welcome, Join),
+    State.TRANSFER: (Hello, Welcome, Join, Accept),
+    State.CONFIRMING: (Hello, Welcome, Join, Accept, Done),
+    State.INQUIRING: (Hello, Welcome, Inquire),
+    State.DATA: (Hello, Welcome, Attach),
+    State.ENDED: (Hello, Welcome, Join, Refuse),
+}
+
+
+def arrived(end: Conversation) -> Iterator[Message]:
+    while (message := end.next_message()) is not None:
+        yield message
+
+
+def test_the_tables_of_this_module_cover_every_message_and_state() -> None:
+    assert set(EXAMPLES) == set(Message.__subclasses__())
+    assert {State.START, *TABLE} == set(WAYS) == set(State)
+    for state, way in WAYS.items():
+        assert Pair().say(*way).state is state
+
+
+def test_a_client_takes_weights() -> None:
+    pair = Pair()
+    pair.client(Hello())
+    pair.server(Welcome())
+    pair.client(Join(IDENTITY, RANK, "d1835", (Offer("tcp"),)))
+    pair.server(Accept(SESSION, 1, "tcp", {}))
+    pair.client(Done())
+    pair.server(Confirm(1))
+    assert pair.state is State.ENDED
+
+
+def test_a_client_gives_up() -> None:
+    pair = Pair().say(Hello, Welcome, Join, Accept)
+    pair.client(Leave("no memory"))
+    assert pair.state is State.ENDED
+
+
+def test_a_server_refuses_a_join() -> None:
+    pair = Pair().say(Hello, Welcome, Join)
+    pair.server(Refuse("the model differs", (Difference("dtype", "float16", "bfloat16"),)))
+    assert pair.state is State.ENDED
+
+
+def test_a_server_refuses_another_version_of_the_protocol() -> None:
+    pair = Pair()
+    pair.client(Hello(protocol=99))
+    pair.server(Refuse("the protocol versions differ"))
+    assert pair.state is State.ENDED
+
+
+def test_a_server_that_has_too_many_connections_refuses_before_the_greeting() -> None:
+    pair = Pair()
+    pair.server(Refuse("overloaded"))
+    assert pair.state is State.ENDED
+
+
+def test_a_visitor_inquires_as_often_as_it_likes_and_may_then_join() -> None:
+    pair = Pair().say(Hello, Welcome, Inquire, Status, Inquire, Status, Join, Accept)
+    assert pair.state is State.TRANSFER
+
+
+def test_a_data_connection_fetches_without_end() -> None:
+    pair = Pair().say(Hello, Welcome, Attach, Fetch, Fetch)
+    pair.client(Fetch(0, FETCH_LIMIT))
+    assert pair.state is State.DATA
+
+
+def test_requests_may_be_sent_ahead() -> None:
+    pair = Pair().say(Hello, Welcome, Attach)
+    requests = [Fetch(offset, 10) for offset in range(0, 100, 10)]
+    server = pair.ends[SERVER]
+    server.feed(b"".join(pair.ends[CLIENT].send(request) for request in requests))
+    assert list(arrived(server)) == requests
+
+
+CONVERSATION: tuple[type[Message], ...] = (Hello, Welcome, Inquire, Status, Join, Accept, Done, Confirm)
+
+
+def test_a_conversation_that_arrives_byte_by_byte_is_the_same() -> None:
+    pair = Pair(cut=lambda data: [data[n : n + 1] for n in range(len(data))])
+    assert pair.say(*CONVERSATION).state is State.ENDED
+
+
+@pytest.mark.parametrize("ending", [(Refuse,), (Accept, Leave)], ids=["refused", "given up"])
+def test_a_conversation_that_is_cut_at_any_offset_is_the_same(ending: tuple[type[Message], ...]) -> None:
+    conversation = (Hello, Welcome, Inquire, Status, Join, *ending)
+    longest = max(len(frame(EXAMPLES[kind])) for kind in conversation)
+    for offset in range(1, longest):
+        pair = Pair(cut=lambda data, at=offset: [data[:at], data[at:]] if at < len(data) else [data])
+        assert pair.say(*conversation).state is State.ENDED
+
+
+def test_requests_sent_ahead_may_be_cut_anywhere() -> None:
+    requests = [Fetch(0, 1), Fetch(1 << 20, 70_000), Fetch(7, 300)]
+    stream = b"".join(map(frame, requests))
+    for offset in range(len(stream) + 1):
+        server = Pair().say(Hello, Welcome, Attach).ends[SERVER]
+        server.feed(stream[:offset])
+        heard = list(arrived(server))
+        server.feed(memoryview(stream)[offset:])
+        assert [*heard, *arrived(server)] == requests
+
+
+@pytest.mark.parametrize(("role", "limit"), [(SERVER, 64 << 10), (CLIENT, 64 << 20)], ids=["server", "client"])
+def test_a_frame_over_the_limit_is_refused_by_its_length_alone(role: Role, limit: int) -> None:
+    assert limit == {SERVER: REQUEST_LIMIT, CLIENT: REPLY_LIMIT}[role]
+    for length in (limit + 1, 0xFFFFFFFF):
+        end = Conversation(role)
+        end.feed(length.to_bytes(4, "big"))
+        tracemalloc.start()
+        try:
+            with pytest.raises(ProtocolError) as caught:
+                end.next_message()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert str(caught.value) == f"the {other(role).value} announces a frame of {length} bytes: at most {limit}"
+        assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(("role", "limit"), [(SERVER, REQUEST_LIMIT), (CLIENT, REPLY_LIMIT)], ids=["server", "client"])
+def test_a_frame_of_the_limit_is_waited_for(role: Role, limit: int) -> None:
+    end = Conversation(role)
+    end.feed(limit.to_bytes(4, "big"))
+    assert end.next_message() is None
+
+
+def test_the_manifest_of_a_large_model_fits_into_a_refusal() -> None:
+    pair = Pair().say(Hello, Welcome, Join)
+    pair.server(Refuse("the tensors differ", (), bytes(REPLY_LIMIT - 1000)))
+
+
+def payload(message: Message) -> bytes:
+    return frame(message)[4:]
+
+
+def framed(content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + content
+
+
+def without(message: Message, field: str) -> bytes:
+    fields = msgspec.msgpack.decode(payload(message))
+    del fields[field]
+    return msgspec.msgpack.encode(fields)
+
+
+def having(message: Message, **fields: object) -> bytes:
+    return msgspec.msgpack.encode(msgspec.msgpack.decode(payload(message)) | fields)
+
+
+def cut_after(message: Message, text: bytes) -> bytes:
+    """The payload up to and with `text`."""
+    content = payload(message)
+    return content[: content.index(text) + len(text)]
+
+
+HUGE_ARRAY, HUGE_MAP, HUGE_BYTES = b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"
+JOIN, ACCEPT, REFUSE = EXAMPLES[Join], EXAMPLES[Accept], EXAMPLES[Refuse]
+
+NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
+    "nothing": (CLIENT, b""),
+    "no map": (CLIENT, b"\x93\x01\x02\x03"),
+    "an unknown tag": (CLIENT, having(Hello(), type="Greetings")),
+    "no tag": (CLIENT, without(Hello(), "type")),
+    "a tag that is no text": (CLIENT, payload(Hello()).replace(b"Hello", b"H\xffllo")),
+    "a server's message from a client": (CLIENT, payload(Welcome())),
+    "a client's message from a server": (SERVER, payload(Hello())),
+    "a message cut short": (CLIENT, payload(JOIN)[:-1]),
+    "a message and more": (CLIENT, payload(JOIN) + b"\xc0"),
+    "a field of another type": (CLIENT, having(Hello(), protocol="1")),
+    "a missing field": (CLIENT, without(JOIN, "identity")),
+    "an identity with an unknown field": (CLIENT, having(JOIN, identity=msgspec.to_builtins(IDENTITY) | {"x": 1})),
+    "coordinates with an unknown field": (CLIENT, having(JOIN, coordinates={"dp_rank": 1})),
+    "a negative number": (CLIENT, having(Hello(), protocol=-1)),
+    "a number beyond all files": (CLIENT, having(Fetch(0, 1), offset=1 << 62)),
+    "a fetch of nothing": (CLIENT, having(Fetch(0, 1), length=0)),
+    "a fetch of too much": (CLIENT, having(Fetch(0, 1), length=FETCH_LIMIT + 1)),
+    "a session too short": (CLIENT, having(EXAMPLES[Attach], session=bytes(15))),
+    "a session too long": (CLIENT, having(EXAMPLES[Attach], session=bytes(17))),
+    "a reason too long": (CLIENT, having(EXAMPLES[Leave], reason="x" * 4097)),
+    "parameters that are lists": (SERVER, having(ACCEPT, parameters={"port": [1]})),
+    "a difference of two fields": (SERVER, having(REFUSE, differences=[["dtype", "int8"]])),
+    "offers without end": (CLIENT, cut_after(JOIN, b"offers") + HUGE_ARRAY),
+    "versions without end": (CLIENT, cut_after(JOIN, b"versions") + HUGE_MAP),
+    "differences without end": (SERVER, cut_after(REFUSE, b"differences") + HUGE_ARRAY),
+    "a manifest without end": (SERVER, cut_after(REFUSE, b"manifest") + HUGE_BYTES),
+    "parameters without end": (SERVER, cut_after(ACCEPT, b"parameters") + HUGE_MAP),
+    "nested beyond measure": (CLIENT, b"\x83" + payload(Hello())[1:] + b"\xa1x" + b"\x91" * 50_000 + b"\xc0"),
+}
+
+
+@pytest.mark.parametrize(("role", "content"), NO_MESSAGE.values(), ids=NO_MESSAGE.keys())
+def test_a_frame_that_is_no_message_is_a_protocol_error_and_costs_no_memory(role: Role, content: bytes) -> None:
+    end = Conversation(other(role))
+    end.feed(framed(content))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match=f"the {role.value} sent a frame that is no message: "):
+            end.next_message()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+def test_a_field_that_a_later_release_adds_to_a_message_is_ignored(kind: type[Message]) -> None:
+    state = next(state for state in State if kind in allowed(state, speaker(kind)))
+    end = Pair().say(*WAYS[state]).ends[other(speaker(kind))]
+    end.feed(framed(having(EXAMPLES[kind], added_later=[1, {"a": None}])))
+    assert end.next_message() == EXAMPLES[kind]
+
+
+OUT_OF_TURN = [
+    pytest.param(state, kind, id=f"{kind.__name__} in {state.name}")
+    for state in State
+    for kind in EXAMPLES
+    if kind not in allowed(state, speaker(kind))
+]
+
+
+@pytest.mark.parametrize(("state", "kind"), OUT_OF_TURN)
+def test_a_message_out_of_turn_is_a_protocol_error_that_names_state_and_expectation(
+    state: State, kind: type[Message]
+) -> None:
+    role = speaker(kind)
+    end = Pair().say(*WAYS[state]).ends[other(role)]
+    end.feed(frame(EXAMPLES[kind]))
+    with pytest.raises(ProtocolError) as caught:
+        end.next_message()
+    expected = ", ".join(each.__name__ for each in allowed(state, role)) or "nothing"
+    assert str(caught.value) == f"the {role.value} sent {kind.__name__} in state {state.name}: expected {expected}"
+
+
+@pytest.mark.parametrize(("state", "kind"), OUT_OF_TURN)
+def test_nobody_says_anything_out_of_turn_by_mistake(state: State, kind: type[Message]) -> None:
+    end = Pair().say(*WAYS[state]).ends[speaker(kind)]
+    with pytest.raises(AssertionError, match=f"{kind.__name__} may not be sent in state {state.name}"):
+        end.send(EXAMPLES[kind])
+    assert end.state is state
+
+
+@pytest.mark.parametrize("role", Role)
+def test_nobody_says_what_the_other_side_says(role: Role) -> None:
+    for state, way in WAYS.items():
+        end = Pair().say(*way).ends[role]
+        for message in SAID_BY[other(role)]:
+            with pytest.raises(AssertionError, match="may not be sent"):
+                end.send(message)
+        assert end.state is state
+
+
+def listen(role: Role, state: State, data: bytes) -> None:
+    """Lets an end in `state` hear `data` until it needs more or gives up with a ProtocolError."""
+    end = Pair().say(*WAYS[state]).ends[role]
+    end.feed(data)
+    with contextlib.suppress(ProtocolError):
+        for message in arrived(end):
+            assert type(message) in EXAMPLES
+
+
+states, roles = st.sampled_from(State), st.sampled_from(Role)
+
+
+@given(role=roles, state=states, data=st.binary(max_size=64) | st.binary(max_size=64).map(framed))
+@example(role=SERVER, state=State.START, data=b"GET / HTTP/1.1\r\nHost: node-3:19000\r\n\r\n")
+@example(role=SERVER, state=State.START, data=b"SSH-2.0-OpenSSH_9.6\r\n")
+@example(role=SERVER, state=State.START, data=b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+def test_garbage_is_a_protocol_error(role: Role, state: State, data: bytes) -> None:
+    listen(role, state, data)
+
+
+@given(
+    role=roles,
+    state=states,
+    kind=st.sampled_from([*EXAMPLES]),
+    flips=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 255)), min_size=1, max_size=3),
+)
+@settings(max_examples=400)
+def test_a_damaged_message_is_a_protocol_error_or_another_message(
+    role: Role, state: State, kind: type[Message], flips: list[tuple[int, int]]
+) -> None:
+    content = bytearray(payload(EXAMPLES[kind]))
+    for position, change in flips:
+        content[position % len(content)] ^= change
+    listen(role, state, framed(bytes(content)))
+
+
+wire_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text(max_size=4) | st.binary(max_size=16),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(role=roles, state=states, kind=st.sampled_from([*EXAMPLES]), data=st.data())
+def test_a_message_with_strange_fields_is_a_protocol_error_or_a_message(
+    role: Role, state: State, kind: type[Message], data: st.DataObject
+) -> None:
+    fields = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(kind.__struct_fields__, wire_values)))
+    listen(role, state, framed(having(EXAMPLES[kind], **fields)))
+
+
+class TwoPeers(RuleBasedStateMachine):
+    """Two ends that say whatever the table allows, in whatever pieces; and strangers that break in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends = {role: Conversation(role) for role in Role}
+        self.expected = State.START
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.expected is not State.ENDED)
+    def one_speaks(self, data: st.DataObject) -> None:
+        turns = [(role, kind) for role in Role for kind in allowed(self.expected, role)]
+        role, kind = data.draw(st.sampled_from(turns))
+        stream = self.ends[role].send(EXAMPLES[kind])
+        cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=3).map(sorted))
+        heard = []
+        for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+            self.ends[other(role)].feed(stream[begin:end])
+            heard += list(arrived(self.ends[other(role)]))
+        assert heard == [EXAMPLES[kind]]
+        self.expected = allowed(self.expected, role)[kind]
+
+    @rule(role=roles, data=st.data())
+    def one_breaks_the_protocol(self, role: Role, data: st.DataObject) -> None:
+        wrong = [message for message in SAID_BY[role] if type(message) not in allowed(self.expected, role)]
+        victim = copy.deepcopy(self.ends[other(role)])
+        victim.feed(frame(data.draw(st.sampled_from(wrong))))
+        with pytest.raises(ProtocolError, match=f"in state {self.expected.name}: expected"):
+            victim.next_message()
+
+    @rule()
+    @precondition(lambda self: self.expected is State.ENDED)
+    def they_meet_again(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    @invariant()
+    def both_know_where_they_are(self) -> None:
+        assert {end.state for end in self.ends.values()} == {self.expected}
+        assert all(end.next_message() is None for end in self.ends.values())
+
+
+TwoPeers.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
+TestTwoPeersNeverDisagreeOnTheState = TwoPeers.TestCase
+
+
+GOLDEN: dict[type[Message], str] = {
+    Hello: "0000001682a474797065a548656c6c6fa870726f746f636f6c01",
+    Join: (
+        "0000019985a474797065a44a6f696ea86964656e746974798ba46e616d65a96f72672f6d6f64656cac6172636869746563747572"
+        "65b04c6c616d61466f7243617573616c4c4dad636f6e6669675f646967657374a6633066666565a56474797065a862666c6f6174"
+        "3136ac6e616d655f69735f70617468c2a87265766973696f6ea46d61696eac7175616e74697a6174696f6ea3667038ab66696e67"
+        "65727072696e74a466303064a4726f6c65a6746172676574ac6c6f61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c"
+        "6da6302e33322e30ab636f6f7264696e6174657389a774705f72616e6b01a774705f73697a6502a770705f72616e6b00a770705f"
+        "73697a6501a87063705f72616e6b00a87063705f73697a6501a765705f72616e6b00a765705f73697a6501b06578706572745f70"
+        "6c6163656d656e74a0af6d616e69666573745f646967657374a56431383335a66f66666572739282a97472616e73706f7274ad73"
+        "68617265645f6d656d6f7279a573636f7065a8626f6f742f342f3782a97472616e73706f7274a3746370a573636f7065a0"
+    ),
+    Done: "0000000b81a474797065a4446f6e65",
+    Leave: "0000002882a474797065a54c65617665a6726561736f6eb4746865207472616e73706f7274206661696c6564",
+    Attach: "0000002782a474797065a6417474616368a773657373696f6ec410000102030405060708090a0b0c0d0e0f",
+    Fetch: "0000002683a474797065a54665746368a66f6666736574cf0000000200000000a66c656e677468cd1000",
+    Inquire: "0000000e81a474797065a7496e7175697265",
+    Welcome: "0000001882a474797065a757656c636f6d65a870726f746f636f6c01",
+    Accept: (
+        "0000006d85a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+        "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
+        "31a4706f7274cd9c40"
+    ),
+    Refuse: (
+        "0000007585a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e"
+        "6365739193a874656e736f722077a8696e7438205b325da0a86d616e6966657374c403929090a9726566657272616c7392a63a31"
+        "39303031ac6e6f64652d333a3139303031"
+    ),
+    Confirm: "0000001a82a474797065a7436f6e6669726daa67656e65726174696f6e03",
+    Status: (
+        "000001a584a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+        "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
+        "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
+        "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
+        "61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c6da6302e33322e30ab636f6f7264696e6174657389a774705f7261"
+        "6e6b01a774705f73697a6502a770705f72616e6b00a770705f73697a6501a87063705f72616e6b00a87063705f73697a6501a765"
+        "705f72616e6b00a765705f73697a6501b06578706572745f706c6163656d656e74a0a774656e736f7273cd0123a66e6279746573"
+        "cf0000000400000000aa67656e65726174696f6e03a873657373696f6e7302aa7472616e73706f72747392ad7368617265645f6d"
+        "656d6f7279a3746370"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+def test_the_bytes_of_a_message_stay_the_same_within_a_version(kind: type[Message]) -> None:
+    role = speaker(kind)
+    assert frame(EXAMPLES[kind]) == bytes.fromhex(GOLDEN[kind])
+    state = next(state for state in State if kind in allowed(state, role))
+    end = Pair().say(*WAYS[state]).ends[other(role)]
+    end.feed(bytes.fromhex(GOLDEN[kind]))
+    assert end.next_message() == EXAMPLES[kind]
+
+
+def test_fields_left_at_their_defaults_travel_too() -> None:
+    assert payload(Hello()) == b"\x82\xa4type\xa5Hello\xa8protocol\x01"
+    assert set(msgspec.msgpack.decode(payload(Refuse("no")))) == {"type", *Refuse.__struct_fields__}
+
+
+def test_the_largest_request_is_far_below_its_limit() -> None:
+    long = ModelIdentity(
+        "/" + "d" * 255 * 4, "A" * 200, "f" * 64, "bfloat16", True, "r" * 64, "q" * 64, "f" * 64, "target", "o" * 200
+    )
+    offers = tuple(Offer(name, "s" * 80) for name in ("shared_memory", "tcp", "process_group"))
+    assert len(frame(Join(long, RANK, "f" * 64, offers))) < 4096

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ascend.model_loader.netloader.report import Attempt, LoadReport, Phases, write_whole
+
+
+class Clock:
+    """Stands still until somebody passes time."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_phase_takes_the_time_it_runs() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    clock.passes(5)
+    with phases("connect"):
+        clock.passes(2)
+    clock.passes(5)
+    assert phases.seconds == {"connect": 2.0}
+
+
+def test_the_outer_phase_stands_still_while_an_inner_one_runs() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    with phases("transfer"):
+        clock.passes(1)
+        with phases("allocate"):
+            clock.passes(10)
+            with phases("verify"):
+                clock.passes(100)
+            clock.passes(10)
+        clock.passes(1)
+    assert phases.seconds == {"transfer": 2.0, "allocate": 20.0, "verify": 100.0}
+
+
+def test_a_phase_that_runs_again_adds_up() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    for _ in range(3):
+        with phases("connect"):
+            clock.passes(1)
+        clock.passes(50)
+    with phases("connect"), phases("connect"):
+        clock.passes(1)
+    assert phases.seconds == {"connect": 4.0}
+
+
+def test_a_phase_that_fails_counts_and_the_outer_one_goes_on() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+
+    def fail() -> None:
+        with phases("connect"):
+            clock.passes(3)
+            raise ConnectionRefusedError
+
+    with phases("disk"):
+        with pytest.raises(ConnectionRefusedError):
+            fail()
+        clock.passes(4)
+    assert phases.seconds == {"connect": 3.0, "disk": 4.0}
+
+
+def test_phases_are_read_while_they_run_by_whoever_holds_the_mapping() -> None:
+    clock = Clock()
+    phases = Phases(clock)
+    seconds = phases.seconds
+    with phases("connect"):
+        clock.passes(1)
+    assert seconds is phases.seconds
+    assert seconds == {"connect": 1.0}
+
+
+nestings = st.recursive(
+    st.integers(0, 9), lambda inner: st.tuples(st.sampled_from("abc"), st.lists(inner, max_size=4)), max_leaves=12
+)
+
+
+@given(steps=st.lists(nestings, max_size=4))
+def test_the_phases_add_up_to_the_time_in_which_any_ran(steps: list[object]) -> None:
+    clock = Clock(0.0)
+    phases = Phases(clock)
+
+    def run(steps: list[object]) -> float:
+        spent = 0.0
+        for step in steps:
+            if isinstance(step, tuple):
+                with phases(step[0]):
+                    spent += run(step[1])
+            else:
+                clock.passes(step)
+                spent += step
+        return spent
+
+    with phases("all"):
+        spent = run(steps)
+    assert sum(phases.seconds.values()) == spent
+
+
+PEER_TO_PEER = LoadReport(
+    role="target",
+    rank=3,
+    outcome="p2p",
+    source="10.0.0.1:19000",
+    transport="tcp",
+    bytes=15_231_000_000,
+    seconds={"connect": 0.0123, "join": 0.0004, "allocate": 0.5, "transfer": 6.25, "serve": 0.25},
+    listening="10.0.0.2:19003",
+)
+
+
+def test_the_line_of_a_load_from_a_source() -> None:
+    assert PEER_TO_PEER.line() == (
+        "netloader loaded the target weights of rank 3 from 10.0.0.1:19000 by tcp: 15231.0 MB in 6.763 s "
+        "(connect 0.012, allocate 0.500, transfer 6.250, serve 0.250), serving on 10.0.0.2:19003"
+    )
+
+
+def test_the_line_of_a_load_from_disk_names_every_failed_attempt() -> None:
+    report = LoadReport(
+        role="draft",
+        rank=0,
+        outcome="disk",
+        bytes=1_000_000,
+        seconds={"disk": 1.5},
+        attempts=[
+            Attempt("a:1", None, "no connection within 10 s: Connection refused", 0.1),
+            Attempt("[fd00::1]:2", "shared_memory", "the descriptor is gone", 0.2),
+        ],
+        not_served="SERVE is false",
+    )
+    assert report.line() == (
+        "netloader loaded the draft weights of rank 0 from disk: 1.0 MB in 1.500 s (disk 1.500), "
+        "not serving (SERVE is false); 2 failed: a:1: no connection within 10 s: Connection refused; "
+        "[fd00::1]:2 by shared_memory: the descriptor is gone"
+    )
+
+
+def test_the_line_of_a_failed_load_does_not_claim_the_disk() -> None:
+    line = LoadReport("target", 0, "failed", seconds={"connect": 1.0}).line()
+    assert "from nowhere" in line
+    assert "from disk" not in line
+
+
+def test_the_line_of_a_failed_load_shows_no_none() -> None:
+    assert "None" not in LoadReport("target", 0, "failed").line()
+
+
+def test_serving_does_not_count_as_loading() -> None:
+    assert PEER_TO_PEER.load_seconds == pytest.approx(6.7627)
+    assert LoadReport("target", 0, "disk").load_seconds == 0
+
+
+def test_the_line_is_one_line() -> None:
+    assert "\n" not in PEER_TO_PEER.line()
+
+
+def test_a_written_report_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "report0.json"
+    report = msgspec.structs.replace(PEER_TO_PEER, attempts=[Attempt("a:1", None, "gone", 0.5)])
+    report.write(path)
+    assert msgspec.json.decode(path.read_bytes(), type=LoadReport) == report
+    assert path.read_bytes().endswith(b"\n}\n")
+
+
+def test_the_keys_of_a_written_report_stay_the_same_across_releases(tmp_path: Path) -> None:
+    path = tmp_path / "report0.json"
+    LoadReport("target", 0, "disk", attempts=[Attempt("a:1", None, "gone", 0.5)], not_served="why").write(path)
+    assert json.loads(path.read_text()) == {
+        "role": "target",
+        "rank": 0,
+        "outcome": "disk",
+        "source": None,
+        "transport": None,
+        "bytes": 0,
+        "seconds": {},
+        "attempts": [{"source": "a:1", "transport": None, "reason": "gone", "seconds": 0.5}],
+        "listening": None,
+        "not_served": "why",
+    }
+
+
+def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "report0.json"
+    path.write_text("x" * 10_000)
+    PEER_TO_PEER.write(path)
+    assert json.loads(path.read_text())["rank"] == 3
+
+
+def test_a_report_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        PEER_TO_PEER.write(tmp_path / "missing" / "report0.json")
+
+
+def test_writing_leaves_one_file(tmp_path: Path) -> None:
+    write_whole(tmp_path / "rank0.txt", b"first")
+    write_whole(tmp_path / "rank0.txt", b"second")
+    assert os.listdir(tmp_path) == ["rank0.txt"]
+    assert (tmp_path / "rank0.txt").read_bytes() == b"second"
+
+
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rank0.txt"
+    write_whole(path, b"the old one, whole")
+    with open(path, "rb", buffering=0) as reader:
+        assert reader.read(4) == b"the "
+        write_whole(path, b"new")
+        assert reader.read() == b"old one, whole"
+    assert path.read_bytes() == b"new"
+
+
+def test_writing_that_fails_leaves_no_partial_file(tmp_path: Path) -> None:
+    (tmp_path / "rank0.txt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "rank0.txt", b"content")
+    assert os.listdir(tmp_path) == ["rank0.txt"]

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vllm_ascend
+
+ROOT = Path(vllm_ascend.__file__).parent
+NETLOADER = "vllm_ascend.model_loader.netloader"
+HEAVY = {"torch", "torch_npu", "vllm", "msgspec", "numpy", "tqdm", "transformers"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The heavy packages that a fresh interpreter has loaded after `statement`."""
+    script = f"{statement}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+    return HEAVY & set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import vllm_ascend",
+        "import vllm_ascend; assert vllm_ascend.register() is None",
+        f"import {NETLOADER}",
+        f"import {NETLOADER}.config, {NETLOADER}.endpoint, {NETLOADER}.errors",
+    ],
+    ids=["the package", "registering the platform", "netloader", "the configuration"],
+)
+def test_importing_costs_nothing(statement: str) -> None:
+    assert loaded_by(statement) == set()
+
+
+def test_the_command_line_needs_no_vllm() -> None:
+    assert "vllm" not in loaded_by(f"import {NETLOADER}.cli")
+
+
+def test_without_an_npu_the_platform_is_left_to_vllm() -> None:
+    assert vllm_ascend.register() is None
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("vllm.platform_plugins", "ascend", "vllm_ascend:register"),
+        ("vllm.general_plugins", "ascend_netloader", "vllm_ascend:register_netloader"),
+        ("console_scripts", "netloader", "vllm_ascend.model_loader.netloader.cli:main"),
+    ],
+)
+def test_an_entry_point_is_declared_and_leads_somewhere(group: str, name: str, value: str) -> None:
+    declared = importlib.metadata.distribution("vllm-ascend").entry_points.select(group=group, name=name)
+    assert [entry_point.value for entry_point in declared] == [value]
+    assert all(callable(entry_point.load()) for entry_point in declared)
+
+
+def test_the_version_of_the_distribution_is_that_of_the_package() -> None:
+    assert importlib.metadata.version("vllm-ascend") == vllm_ascend.__version__
+
+
+MODULES = {
+    ".".join(("vllm_ascend", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that `module` imports anywhere in its text, in functions and for type checking too."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else str(node.module)
+
+
+def imported_packages(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imports(module)}
+
+
+def imported_siblings(module: str) -> set[str]:
+    """Modules of this package, those of Netloader without their prefix."""
+    return {name.removeprefix(f"{NETLOADER}.") for name in imports(module) if name.partition(".")[0] == "vllm_ascend"}
+
+
+LAYERS: list[set[str]] = [
+    {"errors", "endpoint", "report"},
+    {"config", "identity"},
+    {"manifest", "protocol"},
+    {"arena", "channel"},
+    {"weights"},
+    {"transport.base"},
+    {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"},
+    {"transport"},
+    {"client", "server"},
+    {"cli", "serving", "vllm_identity"},
+    {"loader"},
+    {NETLOADER},
+]
+"""Each module imports only from the layers above it in this list."""
+
+NETLOADER_MODULES = [
+    module.removeprefix(f"{NETLOADER}.")
+    for module in MODULES
+    if module == NETLOADER or module.startswith(f"{NETLOADER}.")
+]
+
+
+def full_name(module: str) -> str:
+    return module if module in MODULES else f"{NETLOADER}.{module}"
+
+
+def test_every_module_of_netloader_has_its_layer() -> None:
+    assert sorted(NETLOADER_MODULES) == sorted(module for layer in LAYERS for module in layer)
+
+
+@pytest.mark.parametrize("module", NETLOADER_MODULES)
+def test_a_module_imports_only_from_the_layers_below_its_own(module: str) -> None:
+    depth = next(depth for depth, layer in enumerate(LAYERS) if module in layer)
+    below = set().union(*LAYERS[:depth])
+    siblings = {name for name in imported_siblings(full_name(module)) if not name.startswith("vllm_ascend.distributed")}
+    assert siblings <= below
+
+
+BOTTOM: dict[str, set[str]] = {
+    "errors": set(),
+    "endpoint": set(),
+    "report": set(),
+    "identity": set(),
+    "config": {"endpoint", "errors"},
+    "protocol": {"errors", "identity"},
+    "manifest": {"errors", "identity"},
+    "channel": {"endpoint", "errors", "protocol"},
+    "vllm_identity": {"identity"},
+}
+
+
+@pytest.mark.parametrize(("module", "allowed"), BOTTOM.items(), ids=BOTTOM.keys())
+def test_a_module_at_the_bottom_imports_no_more_than_this(module: str, allowed: set[str]) -> None:
+    assert imported_siblings(full_name(module)) <= allowed
+
+
+TORCH = {
+    "manifest",
+    "arena",
+    "weights",
+    "transport.process_group",
+    "serving",
+    "loader",
+    "vllm_identity",
+    "vllm_ascend.distributed.gather",
+    "vllm_ascend.distributed.process_group",
+}
+VLLM = {
+    "loader",
+    "vllm_identity",
+    NETLOADER,
+    "vllm_ascend.distributed.gather",
+    "vllm_ascend.distributed.process_group",
+}
+DISTRIBUTED = {"loader", "transport.process_group"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
+    name = module.removeprefix(f"{NETLOADER}.")
+    packages = imported_packages(module)
+    assert "torch" not in packages or name in TORCH
+    assert "vllm" not in packages or name in VLLM
+    assert "torch_npu" not in packages
+    if module.startswith("vllm_ascend.distributed"):
+        assert imported_siblings(module) <= {"vllm_ascend.distributed"}, (
+            "what Netloader uses knows nothing of Netloader"
+        )
+    elif any(sibling.startswith("vllm_ascend.distributed") for sibling in imported_siblings(module)):
+        assert name in DISTRIBUTED
+
+
+def test_the_configuration_and_what_is_below_use_the_standard_library_only() -> None:
+    for module in ("errors", "endpoint", "config"):
+        assert imported_packages(full_name(module)) - {"vllm_ascend"} <= sys.stdlib_module_names

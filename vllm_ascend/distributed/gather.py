@@ -1,0 +1,31 @@
+"""Exchange of small values between all ranks of an instance, over vLLM's own CPU group."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+PAYLOAD_LIMIT: Final = 1020
+_LENGTH_BYTES: Final = 4
+
+
+def gather(payload: bytes) -> list[bytes]:
+    """What every rank of this instance passed, in order of rank. All ranks must call it.
+
+    `payload` has at most PAYLOAD_LIMIT bytes. A plain tensor travels, so nothing is unpickled.
+    """
+    from vllm.distributed.parallel_state import get_world_group
+
+    assert len(payload) <= PAYLOAD_LIMIT, f"a payload of {len(payload)} bytes is above {PAYLOAD_LIMIT}"
+    group = get_world_group()
+    framed = (len(payload).to_bytes(_LENGTH_BYTES, "big") + payload).ljust(PAYLOAD_LIMIT + _LENGTH_BYTES, b"\0")
+    ours = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
+    all_ranks = [torch.empty_like(ours) for _ in range(group.world_size)]
+    torch.distributed.all_gather(all_ranks, ours, group=group.cpu_group)
+    return [_unframe(bytes(tensor.tolist())) for tensor in all_ranks]
+
+
+def _unframe(framed: bytes) -> bytes:
+    length = int.from_bytes(framed[:_LENGTH_BYTES], "big")
+    return framed[_LENGTH_BYTES : _LENGTH_BYTES + length]
