@@ -18,15 +18,19 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine runs in this process
 
 
 def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the worker, which holds the model, and the result.
+    """Returns the worker, or the engine, which holds the model, and the result.
 
     `specification`: model (a directory or hub name), load_format, extra (the loader's configuration), engine (further
     engine arguments), digests (whether to hash the parameters as they are before post-processing), rank and init_method
-    (for one process of several that make up an instance).
-    Result: weight_seconds of `load_weights`, private_bytes that it added to this process, digests, parameter_bytes.
+    (for one process of several that make up an instance), prompts (lists of token ids: makes a whole engine in this
+    process, which answers them).
+    Result: weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes, digests,
+    answers (greedy, token ids).
     """
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -36,17 +40,19 @@ def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from vllm.utils.network_utils import get_open_port
 
     load_general_plugins()
-    arguments = EngineArgs(
-        model=specification["model"],
-        load_format=specification.get("load_format", "netloader"),
-        model_loader_extra_config=specification.get("extra", {}),
-        enforce_eager=True,
-        max_model_len=256,
+    arguments = {
+        "model": specification["model"],
+        "load_format": specification.get("load_format", "netloader"),
+        "model_loader_extra_config": specification.get("extra", {}),
+        "enforce_eager": True,
+        "max_model_len": 256,
         **specification.get("engine", {}),
-    )
-    vllm_config = arguments.create_engine_config()
+    }
+    vllm_config = EngineArgs(**arguments).create_engine_config()
     loader_class = type(get_model_loader(vllm_config.load_config))
     observer = _Observer(loader_class, with_digests=specification.get("digests", False))
+    if "prompts" in specification:
+        return _answering_engine(arguments, specification["prompts"], observer)
     worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
     with set_current_vllm_config(vllm_config):
         rank = specification.get("rank", 0)
@@ -55,6 +61,18 @@ def load_once(specification: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         worker.init_device()
         worker.load_model()
     return worker, observer.result
+
+
+def _answering_engine(
+    arguments: dict[str, Any], prompts: list[list[int]], observer: _Observer
+) -> tuple[Any, dict[str, Any]]:
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(**arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    observer.result["answers"] = [list(output.outputs[0].token_ids) for output in outputs]
+    return engine, observer.result
 
 
 class _Observer:
@@ -93,10 +111,11 @@ def private_bytes() -> int:
 
 
 def main() -> None:
-    worker, result = load_once(json.loads(sys.argv[1]))
+    holder, result = load_once(json.loads(sys.argv[1]))
     print(json.dumps(result), flush=True)
     sys.stdin.read()
-    worker.shutdown()
+    if hasattr(holder, "shutdown"):
+        holder.shutdown()
 
 
 if __name__ == "__main__":

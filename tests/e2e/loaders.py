@@ -70,6 +70,11 @@ class Loader:
         return digests
 
     @property
+    def answers(self) -> list[list[int]]:
+        answers: list[list[int]] = self.result["answers"]
+        return answers
+
+    @property
     def report(self) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(Path(f"{self._prefix}report-{self._rank}.json").read_text())
         return report

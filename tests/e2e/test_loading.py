@@ -1,6 +1,7 @@
 """vLLM's worker loads real checkpoints through Netloader, in processes of their own, and no byte differs.
 
-Digests are vLLM's `compute_tensor_digests` of all parameters, taken before post-processing.
+Digests are vLLM's `compute_tensor_digests` of all parameters, taken before post-processing; answers are the greedy
+continuations of a whole engine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from loaders import Load, Loader
 
+PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 TRANSPORTS = ("shared_memory", "tcp", "process_group")
 
 
@@ -25,19 +27,24 @@ def model(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str, load: Load) -> Iterator[Loader]:
-    server = load(model)
+    server = load(model, prompts=PROMPTS)
     yield server.finish_loading()
     server.end()
 
 
-def test_parameters_are_identical_by_every_transport(model: str, server: Loader, load: Load) -> None:
-    plain = load(model, load_format="auto")
-    clients = {name: load(model, {"SOURCE": [server.address], "TRANSPORT": [name]}) for name in TRANSPORTS}
+def test_parameters_and_answers_are_identical_by_every_transport(model: str, server: Loader, load: Load) -> None:
+    plain = load(model, load_format="auto", prompts=PROMPTS)
+    clients = {
+        name: load(model, {"SOURCE": [server.address], "TRANSPORT": [name]}, prompts=PROMPTS) for name in TRANSPORTS
+    }
     expected = plain.finish_loading().digests
     assert server.digests == expected
+    assert server.answers == plain.answers
+    assert server.answers[0] != server.answers[1]
     assert server.report["outcome"] == "disk"
     for name, client in clients.items():
         assert client.finish_loading().digests == expected, name
+        assert client.answers == plain.answers, name
         report = client.report
         assert (report["outcome"], report["source"], report["transport"]) == ("p2p", server.address, name)
         assert report["bytes"] == server.report["bytes"]

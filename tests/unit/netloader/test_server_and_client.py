@@ -175,10 +175,11 @@ def test_a_source_that_does_not_speak_the_protocol_is_left(answer: bytes) -> Non
     assert len(client.attempts) == 1
 
 
-def test_an_unknown_host_is_left() -> None:
+@pytest.mark.parametrize("host", ["host.invalid", "a..b", "x" * 70])
+def test_an_unknown_host_is_left(host: str) -> None:
     client = Client(SMALL.request(), MEMORY, SHORT)
     with pytest.raises(SourcesExhausted, match="no connection"):
-        client.fetch([Endpoint("host.invalid", 19000)])
+        client.fetch([Endpoint(host, 19000)])
 
 
 def test_ipv6_and_dual_stack() -> None:

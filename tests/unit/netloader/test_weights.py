@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -393,6 +394,13 @@ def test_two_parameters_over_the_same_memory_are_one_with_an_alias() -> None:
     assert manifest.aliases == (Alias("b", 0, 0, "float32", (6,), (1,)),)
 
 
+def test_the_larger_of_two_parameters_that_begin_together_owns_the_memory() -> None:
+    storage = torch.zeros(6)
+    manifest = ModelWeights(module({"front": storage[:2], "whole": storage})).manifest
+    assert [spec.name for spec in manifest.tensors] == ["whole"]
+    assert manifest.aliases == (Alias("front", 0, 0, "float32", (2,), (1,)),)
+
+
 def test_an_alias_may_be_of_another_type() -> None:
     complex_ = torch.zeros(3, dtype=torch.complex64)
     model = module({"complex": complex_, "real": torch.view_as_real(complex_)})
@@ -444,6 +452,32 @@ def test_a_buffer_within_a_parameter_travels_with_it() -> None:
     arena.tensor(weights.manifest.tensors[0]).fill_(5.0)
     weights.bind(arena)
     assert client.part.tolist() == [5.0, 5.0]
+
+
+class Convolution(nn.Module):
+    """Keeps a view of its weight in another shape beside it, as vLLM's Mamba 2 mixer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 1, 3), requires_grad=False)
+        self.register_buffer("rows", self.weight.view(4, 3), persistent=False)
+
+
+def test_a_view_that_does_not_travel_follows_its_parameter_when_it_is_moved_and_loaded() -> None:
+    model = Convolution()
+    store = loaded_from_disk(model, lambda model: model.weight.data.fill_(5.0))
+    assert [spec.name for spec in store.manifest.tensors] == ["weight"]
+    assert store.manifest.aliases == ()
+    assert set(model.rows.flatten().tolist()) == {5.0}
+
+
+def test_a_view_that_does_not_travel_follows_its_parameter_when_it_is_bound() -> None:
+    model = Convolution()
+    weights = ModelWeights(model)
+    arena = empty_arena(weights)
+    arena.tensor(weights.manifest.tensors[0]).fill_(5.0)
+    weights.bind(arena)
+    assert set(model.rows.flatten().tolist()) == {5.0}
 
 
 def test_parameters_that_share_memory_by_different_storages_are_recognised_or_refused() -> None:
@@ -534,6 +568,17 @@ def test_a_quantised_tensor_is_unsupported_and_named() -> None:
         ModelWeights(module({}, w=quantised))
 
 
+def test_a_type_that_no_manifest_knows_is_unsupported_and_named() -> None:
+    with pytest.raises(UnsupportedModel, match="w"):
+        ModelWeights(module({"w": torch.empty(4, dtype=torch.bits8)}))
+
+
+def test_a_buffer_of_a_type_that_torch_cannot_copy_is_served_or_unsupported() -> None:
+    model = module({}, w=torch.empty(4, dtype=torch.uint4))
+    with contextlib.suppress(UnsupportedModel):
+        loaded_from_disk(model)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_a_nested_tensor_is_unsupported_and_named() -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
@@ -541,14 +586,14 @@ def test_a_nested_tensor_is_unsupported_and_named() -> None:
         ModelWeights(module({"w": nested}))
 
 
-def test_a_negative_view_keeps_its_sign_or_is_unsupported() -> None:
-    model = module({"w": torch._neg_view(torch.ones(3))})
-    try:
-        weights = ModelWeights(model)
-    except UnsupportedModel:
-        return
-    weights.move_into(empty_arena(weights))
-    assert model.w.tolist() == [-1.0, -1.0, -1.0]
+@pytest.mark.parametrize(
+    "make",
+    [lambda: torch._neg_view(torch.ones(3)), lambda: torch.full((3,), 1 + 2j).conj()],
+    ids=["negative", "conjugate"],
+)
+def test_a_view_that_changes_signs_is_unsupported_and_named(make: Callable[[], torch.Tensor]) -> None:
+    with pytest.raises(UnsupportedModel, match=r"w is .*a view that changes signs"):
+        ModelWeights(module({"w": make()}))
 
 
 def test_a_strided_parameter_without_elements_is_supported() -> None:
@@ -577,15 +622,20 @@ def test_plain_attributes_are_what_modules_keep_beside_their_tensors() -> None:
     model.has_own_head = False
     model.layers[1].note = "draft"
     model.layers[0].limit = None
+    model.layers[0].ratio = float("nan")
+    model.layers[0].table = torch.ones(2)
     model.shapes = [1, 2]
     attributes = plain_attributes(model)
-    assert attributes["has_own_head"] is False
-    assert attributes["layers.0.in_features"] == 4
-    assert attributes["layers.1.note"] == "draft"
-    assert attributes["layers.0.limit"] is None
+    assert attributes["has_own_head"] == "False"
+    assert attributes["layers.0.in_features"] == "4"
+    assert attributes["layers.1.note"] == "'draft'"
+    assert attributes["layers.0.limit"] == "None"
+    assert plain_attributes(model) == attributes
     assert not {"shapes", "embed", "scale", "layers.0.weight"} & attributes.keys()
     model.has_own_head = True
-    assert {name for name, value in plain_attributes(model).items() if value != attributes[name]} == {"has_own_head"}
+    model.layers[0].table = torch.ones(2)
+    changed = {name for name, value in plain_attributes(model).items() if value != attributes[name]}
+    assert changed == {"has_own_head", "layers.0.table"}
 
 
 def test_a_store_gives_its_bytes_in_the_address_space_of_its_manifest() -> None:

@@ -183,7 +183,8 @@ class _Session:
         try:
             return self.transport.receive(reception)
         except TransportError as error:
-            channel.send(Leave(str(error)), client.timeouts.connect)
+            with contextlib.suppress(ProtocolError):  # whether it hears of it or not, the next transport is tried
+                channel.send(Leave(one_line(str(error))), client.timeouts.connect)
             raise
 
     def _confirm(self, channel: Channel, accept: Accept, arena: Arena) -> None:
@@ -206,8 +207,8 @@ def greet(source: Endpoint, timeout: float) -> Channel:
     """A greeted connection, which the caller closes. Raises SourceUnreachable or SourceRefused."""
     try:
         channel = connect(source, timeout)
-    except OSError as error:
-        raise SourceUnreachable(f"no connection: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host name
+        raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
     try:
         channel.send(Hello(), timeout)
         welcome = _granted(channel.receive(Deadline(timeout)), None)

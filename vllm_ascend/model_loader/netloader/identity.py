@@ -94,14 +94,15 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return {"name", "revision"}
         return set()
 
-    def digest(self) -> str:
-        return canonical_digest(msgspec.to_builtins(self))
-
 
 def canonical_digest(value: Any) -> str:
-    """SHA-256 of `value` as JSON with sorted keys; what JSON lacks is represented by its text."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    """SHA-256 of `value` as JSON with sorted keys; what JSON lacks is represented by its text, a set in order."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_as_json)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def checkpoint_fingerprint(directory: str | os.PathLike[str]) -> str:

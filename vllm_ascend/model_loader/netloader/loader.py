@@ -264,7 +264,7 @@ class _Load:
         logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
 
 
-def _require_unchanged(before: dict[str, object], after: dict[str, object]) -> None:
+def _require_unchanged(before: dict[str, str], after: dict[str, str]) -> None:
     """Raises UnsupportedModel where loading did more to the model than fill its tensors."""
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if changed:

@@ -23,6 +23,9 @@ from vllm_ascend.model_loader.netloader.identity import Difference
 ALIGNMENT: Final = 64
 """Bytes; what torch's CPU allocator gives, so that kernels find the alignment they are used to."""
 
+MAX_DIMENSIONS: Final = 64
+"""What torch allows; also bounds the arithmetic on a manifest from a peer."""
+
 DTYPES: Final[dict[str, torch.dtype]] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
@@ -198,6 +201,8 @@ def _validate_description(spec: TensorSpec | Alias, names: set[str]) -> None:
     names.add(spec.name)
     if spec.dtype not in DTYPES:
         raise ProtocolError(f"tensor {spec.name!r} has the unknown dtype {spec.dtype!r}")
+    if len(spec.shape) > MAX_DIMENSIONS:
+        raise ProtocolError(f"tensor {spec.name!r} has {len(spec.shape)} dimensions: at most {MAX_DIMENSIONS}")
     if any(size < 0 for size in spec.shape) or math.prod(spec.shape) >= 1 << 60:
         raise ProtocolError(f"tensor {spec.name!r} has the impossible shape {list(spec.shape)}")
     if len(spec.shape) != len(spec.strides) or any(stride < 0 for stride in spec.strides):

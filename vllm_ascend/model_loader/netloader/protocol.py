@@ -15,8 +15,8 @@ the peer raises ProtocolError. After Attach, the server answers each Fetch with 
     Done | Leave           ->                              Fetch                 ->
                            <-  Confirm                                           <-  raw bytes
 
-Compatibility: peers compare PROTOCOL_VERSION in the greeting. Fields are never reordered or removed within a version;
-new ones come with defaults.
+Compatibility: peers compare PROTOCOL_VERSION in the greeting. Within a version, messages may gain fields with defaults,
+which older peers ignore; identity, coordinates and manifest do not change, since they are compared as a whole.
 """
 
 from __future__ import annotations

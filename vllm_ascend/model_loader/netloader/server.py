@@ -283,7 +283,7 @@ class WeightServer:
             roles = sorted(self._publications)
         if publication is None:
             held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
-            return Refuse(f"this server does not hold {join.identity.role} weights: {held}")
+            return Refuse(f"this server does not hold {one_line(join.identity.role)} weights: {held}")
         differences = publication.identity.mismatch(join.identity)
         displaced = publication.coordinates.mismatch(join.coordinates)
         if displaced and not differences and (referrals := self._referrals(join.coordinates)):

@@ -11,6 +11,7 @@ process replaces the weights of that role.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 import os
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest, is_dense
+from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, is_dense
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,16 @@ class ModelWeights:
             _require_plain_memory(name, self._parameters.get(name, tensor))
         bases, aliases = _separate_aliases(tensors)
         self.manifest = Manifest.layout(((name, tensors[name]) for name in bases), aliases)
+        travelling = {id(tensor) for tensor in (*self._parameters.values(), *self._buffers.values())}
+        others = [(name, tensor) for name, tensor in _all_tensors(model) if id(tensor) not in travelling]
+        self._followers = list(_views_of([tensors[name] for name in bases], others))
 
     def bind(self, arena: Arena) -> None:
         """Makes the parameters views of `arena`, which holds all bytes, and copies the buffers out of it."""
         for spec in self.manifest.tensors:
             view = arena.tensor(spec)
             if spec.name in self._buffers:
-                self._buffers[spec.name].copy_(view)
+                _memory(self._buffers[spec.name]).copy_(_memory(view))
             else:
                 self._parameters[spec.name].data = view
         self._bind_aliases()
@@ -116,7 +120,10 @@ class ModelWeights:
                     f"to {tensor.dtype} {list(tensor.shape)}"
                 )
             if tensor.data_ptr() != view.data_ptr():
-                view.copy_(tensor.data)
+                if tensor.stride() == view.stride():
+                    _memory(view).copy_(_memory(tensor.data))
+                else:
+                    view.copy_(tensor.data)
                 if spec.name in self._parameters:
                     tensor.data = view
         self._bind_aliases()
@@ -128,20 +135,26 @@ class ModelWeights:
                 tensor = self._parameters.get(alias.name, self._buffers.get(alias.name))
                 assert tensor is not None
                 tensor.data = bind_alias(self._parameters[base].data, alias)
+        for follower, alias in self._followers:
+            base = self.manifest.tensors[alias.base].name
+            if base in self._parameters:
+                follower.data = bind_alias(self._parameters[base].data, alias)
 
 
-def plain_attributes(model: nn.Module) -> dict[str, object]:
-    """The values that modules keep beside their tensors, by name: flags, numbers, texts.
+def plain_attributes(model: nn.Module) -> dict[str, str]:
+    """What modules keep beside their weights, by name: flags, numbers and texts, and which tensors as plain attributes.
 
     Some models set flags while they load a checkpoint (an EAGLE draft notes that it brought its own head). A copy of
     the weights does not carry them, so whoever loads from disk compares before and after.
     """
-    return {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, module in model.named_modules()
-        for name, value in vars(module).items()
-        if value is None or isinstance(value, bool | int | float | str)
-    }
+    attributes: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                attributes[f"{prefix}.{name}".lstrip(".")] = f"tensor {id(value)}"
+            elif value is None or isinstance(value, bool | int | float | str):
+                attributes[f"{prefix}.{name}".lstrip(".")] = repr(value)
+    return attributes
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,6 +163,40 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers of every kind and tensors that modules hold as plain attributes, also in lists."""
+    for prefix, module in model.named_modules():
+        for name, value in (*module._buffers.items(), *vars(module).items()):
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _views_of(
+    bases: list[torch.Tensor], others: list[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, Alias]]:
+    """Those of `others` that lie in the memory of one of `bases`: they have to go where it goes.
+
+    A Mamba mixer, for example, computes with a view of its convolution's weight.
+    """
+    by_address = sorted((base.data_ptr(), number) for number, base in enumerate(bases) if _extent(base))
+    for name, tensor in others:
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_nested or not _extent(tensor):
+            continue
+        last_byte = tensor.data_ptr() + _extent(tensor) - 1
+        _, number = by_address[bisect.bisect_right(by_address, (last_byte, len(bases))) - 1]
+        base = bases[number]
+        if base.data_ptr() <= last_byte and tensor.data_ptr() < base.data_ptr() + _extent(base):
+            yield tensor, _alias(name, tensor, number, base)
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor in the order in which they lie."""
+    start = tensor.storage_offset() * tensor.itemsize
+    nbytes = tensor.numel() * tensor.itemsize
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (nbytes,), (1,))
 
 
 def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
@@ -162,6 +209,8 @@ def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedModel(f"{name} keeps its bytes in inner tensors ({type(tensor).__name__}, {tensor.layout})")
     if tensor.is_quantized or tensor.is_nested or tensor.is_neg() or tensor.is_conj():
         raise UnsupportedModel(f"{name} is quantized by torch, nested, or a view that changes signs")
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise UnsupportedModel(f"{name} has the dtype {tensor.dtype}, of which no tensor can be made over given memory")
     if tensor.device.type != "cpu":
         raise UnsupportedModel(f"{name} is on {tensor.device}: this version serves weights in host memory only")
 
@@ -243,7 +292,7 @@ def _touched_pages(begin: int, end: int, files: list[tuple[int, int]]) -> Iterat
 
 def _mapped_files() -> Iterator[tuple[int, int]]:
     """Address ranges of this process that show files, ascending; proc(5), /proc/pid/maps."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
             addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
             if inode != "0":
