@@ -72,7 +72,8 @@ class ModelWeights:
         self.manifest = Manifest.layout(((name, tensors[name]) for name in bases), aliases)
         travelling = {id(tensor) for tensor in (*self._parameters.values(), *self._buffers.values())}
         others = [(name, tensor) for name, tensor in _all_tensors(model) if id(tensor) not in travelling]
-        self._followers = list(_views_of([tensors[name] for name in bases], others))
+        aliased = [((self._parameters | self._buffers)[alias.name], alias) for alias in aliases]
+        self._followers = [*aliased, *_views_of([tensors[name] for name in bases], others)]
 
     def bind(self, arena: Arena) -> None:
         """Makes the parameters views of `arena`, which holds all bytes, and copies the buffers out of it."""
@@ -129,15 +130,9 @@ class ModelWeights:
         self._bind_aliases()
 
     def _bind_aliases(self) -> None:
-        for alias in self.manifest.aliases:
-            base = self.manifest.tensors[alias.base].name
-            if base in self._parameters:  # a buffer stays where it is, and so do its aliases
-                tensor = self._parameters.get(alias.name, self._buffers.get(alias.name))
-                assert tensor is not None
-                tensor.data = bind_alias(self._parameters[base].data, alias)
         for follower, alias in self._followers:
             base = self.manifest.tensors[alias.base].name
-            if base in self._parameters:
+            if base in self._parameters:  # a buffer stays where it is, and so does what lies in it
                 follower.data = bind_alias(self._parameters[base].data, alias)
 
 
@@ -182,6 +177,8 @@ def _views_of(
     A Mamba mixer, for example, computes with a view of its convolution's weight.
     """
     by_address = sorted((base.data_ptr(), number) for number, base in enumerate(bases) if _extent(base))
+    if not by_address:
+        return
     for name, tensor in others:
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_nested or not _extent(tensor):
             continue
