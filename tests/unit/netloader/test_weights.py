@@ -660,7 +660,7 @@ def test_a_session_that_still_reads_keeps_the_bytes_of_a_closed_store() -> None:
     assert bytes(reader[:16]) == torch.ones(4).numpy().tobytes()
 
 
-def test_a_model_without_weights_has_an_empty_manifest() -> None:
+def test_a_model_that_holds_tensors_but_no_weights_has_an_empty_manifest() -> None:
     model = nn.Module()
     model.table = torch.ones(3)
     assert ModelWeights(model).manifest.nbytes == 0
