@@ -147,22 +147,29 @@ def _start_load(model: Path, load_format: str, extra: dict[str, Any], *, hold: b
         "extra": extra,
         "engine": {"skip_tokenizer_init": True},
     }
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "load_once.py"), json.dumps(specification)],
-        stdin=subprocess.PIPE if hold else subprocess.DEVNULL,
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "load_models.py")],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    assert process.stdin is not None
+    print(json.dumps(specification), file=process.stdin, flush=True)
+    if not hold:
+        process.stdin.close()
+    return process
 
 
 def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith('{"weight_seconds"'):
-            result: dict[str, Any] = json.loads(line)
+        if line.startswith('{"result":'):
+            result: dict[str, Any] = json.loads(line)["result"]
             return result
-    raise RuntimeError(f"a load ended with status {process.wait()} and no result; run tools/load_once.py to see why")
+        if line.startswith('{"error":'):
+            raise RuntimeError(f"a load failed: {json.loads(line)['error']}")
+    raise RuntimeError(f"a load ended with status {process.wait()} and no result; run tools/load_models.py to see why")
 
 
 def condition_memory(nbytes: int) -> None:

@@ -6,20 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 from fetch_model import fetch_model
-from loaders import Load, Loader
-from random_model import SMALL, make_random_model
+from loaders import Load, Loader, Pool
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("loads"))
+    yield pool
+    pool.end()
+
+
+@pytest.fixture
+def load(pool: Pool) -> Iterator[Load]:
     """Starts a load: load(model, {"SOURCE": [...]}, ...); `finish_loading` waits for it."""
-    directory = tmp_path_factory.mktemp("loads")
     started: list[Loader] = []
 
-    def start(model: str, extra: dict[str, Any] | None = None, **specification: Any) -> Loader:
-        started.append(Loader(directory, f"load-{len(started)}", model, extra or {}, **specification))
+    def start(model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
+        started.append(pool.load(model, extra, **request))
         return started[-1]
 
     yield start
@@ -33,21 +39,17 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def random_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory in which `checkpoints` makes its models."""
     return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="session")
-def tied(random_models: Path) -> str:
-    return str(make_random_model(random_models / "tied", {**SMALL, "tie_word_embeddings": True}))
+def untied(models: Path) -> str:
+    return checkpoints.dense(models)
 
 
 @pytest.fixture(scope="session")
-def untied(random_models: Path) -> str:
-    return str(make_random_model(random_models / "untied", {**SMALL, "tie_word_embeddings": False}))
-
-
-@pytest.fixture(scope="session")
-def fine_tune(random_models: Path) -> str:
+def fine_tune(models: Path) -> str:
     """The very same layout as `untied`, other weights."""
-    return str(make_random_model(random_models / "fine-tune", {**SMALL, "tie_word_embeddings": False}, seed=1))
+    return checkpoints.dense_retrained(models)

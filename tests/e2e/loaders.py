@@ -1,4 +1,7 @@
-"""A process that loads a model the way a vLLM worker does, for the tests to start, watch and end."""
+"""Processes that load models the way a vLLM worker does, for the tests to start, watch and end.
+
+Importing vLLM takes longer than loading a small model, so processes are kept and used again (`Pool`).
+"""
 
 from __future__ import annotations
 
@@ -16,82 +19,54 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOAD_TIMEOUT = 180.0
+_REPLIES = (b'{"result":', b'{"error":')
 
 
-class Loader:
-    """A process in which vLLM's worker loads a model (tools/load_once.py) and, if it can, goes on serving it."""
+class VllmProcess:
+    """tools/load_models.py, which answers requests in order."""
 
-    def __init__(self, directory: Path, name: str, model: str, extra: dict[str, Any], **specification: Any) -> None:
-        self._prefix = str(directory / f"{name}-")
-        files = {"REPORT_PREFIX": f"{self._prefix}report-", "OUTPUT_PREFIX": f"{self._prefix}address-"}
-        self.log = directory / f"{name}.log"
-        netloader = specification.get("load_format", "netloader") == "netloader"
-        specification |= {
-            "model": model,
-            "extra": {"LISTEN_HOST": "127.0.0.1", **files, **extra} if netloader else extra,
-            "digests": True,
-            "engine": {"skip_tokenizer_init": True, **specification.get("engine", {})},
-        }
-        self._rank = specification.get("rank", 0)
-        with self.log.open("wb") as log:
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.unanswered = 0
+        self._output = b""
+        with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tools" / "load_once.py"), json.dumps(specification)],
+                [sys.executable, str(ROOT / "tools" / "load_models.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stream,
                 env={**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
             )
-        self._output = b""
-        self.result: dict[str, Any] = {}
 
-    def finish_loading(self) -> Loader:
-        """Waits for the result. Fails the test, with the log, when there is none."""
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        self.unanswered += 1
+
+    def reply(self) -> dict[str, Any]:
+        """The next reply. Fails the test, with the log, when there is none."""
         assert self.process.stdout is not None
         end = time.monotonic() + LOAD_TIMEOUT
-        while b'{"weight_seconds"' not in self._output or not self._output.endswith(b"\n"):
+        while True:
+            line, separator, rest = self._output.partition(b"\n")
+            if separator:
+                self._output = rest
+                if line.startswith(_REPLIES):
+                    self.unanswered -= 1
+                    reply: dict[str, Any] = json.loads(line)
+                    return reply
+                continue
             readable, _, _ = select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0))
             data = self.process.stdout.read1() if readable else b""
             if not data:
                 self.process.kill()
-                pytest.fail(f"the load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
+                pytest.fail(f"a load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
             self._output += data
-        line = next(line for line in self._output.splitlines() if line.startswith(b'{"weight_seconds"'))
-        self.result = json.loads(line)
-        return self
-
-    def fails_with(self) -> str:
-        """Waits for a load that must fail; returns its log."""
-        assert self.process.wait(LOAD_TIMEOUT) != 0
-        return self.log.read_text(errors="replace")
-
-    @property
-    def digests(self) -> dict[str, str]:
-        digests: dict[str, str] = self.result["digests"]
-        return digests
-
-    @property
-    def answers(self) -> list[list[int]]:
-        answers: list[list[int]] = self.result["answers"]
-        return answers
-
-    @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(Path(f"{self._prefix}report-{self._rank}.json").read_text())
-        return report
-
-    @property
-    def address(self) -> str:
-        return Path(f"{self._prefix}address-{self._rank}.txt").read_text().strip()
-
-    def arena_bytes(self) -> int:
-        """Bytes of arena pages in the memory of the process now."""
-        kibibytes, in_arena = 0, False
-        for line in Path(f"/proc/{self.process.pid}/smaps").read_text().splitlines():
-            if not line.split(" ", 1)[0].endswith(":"):
-                in_arena = "memfd:netloader-arena" in line
-            elif in_arena and line.startswith("Rss:"):
-                kibibytes += int(line.split()[1])
-        return kibibytes * 1024
 
     def end(self) -> None:
         """Lets it shut down, since vLLM's ranks share memory that has to be removed; ends it by force if it hangs."""
@@ -104,6 +79,133 @@ class Loader:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class Pool:
+    """Processes that are started when needed and kept for the next load."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._all: list[VllmProcess] = []
+        self._idle: list[VllmProcess] = []
+        self._loads = 0
+
+    def load(self, model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
+        """Starts a load in a process of its own: see tools/load_models.py for `request`."""
+        self._loads += 1
+        return Loader(self, self._directory / f"load-{self._loads}", model, extra or {}, request)
+
+    def take(self) -> VllmProcess:
+        while self._idle:
+            process = self._idle.pop()
+            if process.alive:
+                return process
+        self._all.append(VllmProcess(self._directory / f"process-{len(self._all)}.log"))
+        return self._all[-1]
+
+    def give_back(self, process: VllmProcess) -> None:
+        if process.unanswered:  # a test that failed did not wait
+            process.process.kill()
+        else:
+            self._idle.append(process)
+
+    def end(self) -> None:
+        for process in self._all:
+            process.end()
+
+
+class Loader:
+    """One load in a process, which then serves the weights until `end` lets the process go on to another load."""
+
+    def __init__(self, pool: Pool, prefix: Path, model: str, extra: dict[str, Any], request: dict[str, Any]) -> None:
+        self._pool = pool
+        self._prefix = str(prefix)
+        self._process: VllmProcess | None = pool.take()
+        self._rank = request.get("rank", 0)
+        self._log_begins = self.log.stat().st_size
+        self.result: dict[str, Any] = {}
+        files = {"REPORT_PREFIX": f"{self._prefix}-report-", "OUTPUT_PREFIX": f"{self._prefix}-address-"}
+        netloader = request.get("load_format", "netloader") == "netloader"
+        self._process.ask(
+            {
+                "model": model,
+                "digests": True,
+                **request,
+                "extra": {"LISTEN_HOST": "127.0.0.1", **files, **extra} if netloader else extra,
+                "engine": {"skip_tokenizer_init": True, **request.get("engine", {})},
+            }
+        )
+
+    @property
+    def process(self) -> VllmProcess:
+        assert self._process is not None, "the process has gone on to another load"
+        return self._process
+
+    @property
+    def log(self) -> Path:
+        return self.process.log
+
+    def log_text(self) -> str:
+        """What the process has logged since this load began."""
+        return self.log.read_bytes()[self._log_begins :].decode(errors="replace")
+
+    def finish_loading(self) -> Loader:
+        """Waits for the result. Fails the test, with the log, when there is none."""
+        reply = self.process.reply()
+        if "error" in reply:
+            pytest.fail(f"the load failed with {reply['error']}:\n{self.log_text()[-4000:]}")
+        self.result = reply["result"]
+        return self
+
+    def fails_with(self) -> str:
+        """Waits for a load that must fail; returns its error."""
+        reply = self.process.reply()
+        assert "error" in reply, f"the load succeeded:\n{self.log_text()[-4000:]}"
+        error: str = reply["error"]
+        return error
+
+    def reload(self, prompts: list[Any], **arguments: Any) -> None:
+        """Begins vLLM's `reload_weights`; `finish_loading` or `fails_with` waits for it."""
+        self.process.ask({"reload": arguments, "prompts": prompts})
+
+    @property
+    def digests(self) -> dict[str, str]:
+        digests: dict[str, str] = self.result["digests"]
+        return digests
+
+    @property
+    def answers(self) -> list[Any]:
+        answers: list[Any] = self.result["answers"]
+        return answers
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return self.report_of("target")
+
+    def report_of(self, role: str) -> dict[str, Any]:
+        suffix = "" if role == "target" else f"-{role}"
+        report: dict[str, Any] = json.loads(Path(f"{self._prefix}-report-{self._rank}{suffix}.json").read_text())
+        return report
+
+    @property
+    def address(self) -> str:
+        return Path(f"{self._prefix}-address-{self._rank}.txt").read_text().strip()
+
+    def arena_bytes(self) -> int:
+        """Bytes of arena pages in the memory of the process now."""
+        kibibytes, in_arena = 0, False
+        for line in Path(f"/proc/{self.process.process.pid}/smaps").read_text().splitlines():
+            if not line.split(" ", 1)[0].endswith(":"):
+                in_arena = "memfd:netloader-arena" in line
+            elif in_arena and line.startswith("Rss:"):
+                kibibytes += int(line.split()[1])
+        return kibibytes * 1024
+
+    def end(self) -> None:
+        """Frees the process for another load; until that begins, it goes on serving. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            self._pool.give_back(process)
 
 
 Load = Callable[..., Loader]

@@ -5,17 +5,86 @@ from __future__ import annotations
 import contextlib
 import socket
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import checkpoints
 import pytest
 from loaders import Load, Loader
 
 
-def start_ranks(load: Load, model: str, rendezvous: Path, extra: dict[str, object], kind: str) -> list[Loader]:
-    """The two processes of an instance whose engine argument `kind` is 2, not waited for."""
+@dataclass(frozen=True)
+class Partition:
+    """Engine arguments of two ranks, and the refusal of a client that is partitioned otherwise."""
+
+    make: Callable[[Path], str]
+    engine: dict[str, Any]
+    otherwise: dict[str, Any]
+    refusal: str
+
+
+TWO_TENSOR_RANKS = {"tensor_parallel_size": 2}
+EXPERTS = {**TWO_TENSOR_RANKS, "enable_expert_parallel": True}
+PARTITIONS = {
+    "tensor parallel": Partition(checkpoints.dense, TWO_TENSOR_RANKS, {}, "tp_size (here 1, there 2)"),
+    "pipeline parallel": Partition(checkpoints.dense, {"pipeline_parallel_size": 2}, {}, "pp_size (here 1, there 2)"),
+    "expert parallel": Partition(
+        checkpoints.mixture_of_experts, EXPERTS, TWO_TENSOR_RANKS, "ep_size (here 1, there 2)"
+    ),
+    "experts dealt in turn": Partition(
+        checkpoints.mixture_of_experts,
+        {**EXPERTS, "expert_placement_strategy": "round_robin"},
+        EXPERTS,
+        "expert_placement (here linear, there round_robin)",
+    ),
+}
+
+
+@pytest.mark.parametrize("partition", PARTITIONS.values(), ids=PARTITIONS.keys())
+def test_every_rank_finds_its_peer_from_one_address(
+    partition: Partition, load: Load, models: Path, tmp_path: Path
+) -> None:
+    model, port = partition.make(models), two_free_ports()
+    servers = start_ranks(load, model, tmp_path, {"LISTEN_PORT": port}, partition.engine)
+    addresses = [server.finish_loading().address for server in servers]
+    assert addresses == [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
+    assert servers[0].digests != servers[1].digests
+
+    one_address = {"SOURCE": [addresses[1]], "FALLBACK": "error"}
+    clients = start_ranks(load, model, tmp_path, one_address, partition.engine)
+    for rank, client in enumerate(clients):
+        assert client.finish_loading().digests == servers[rank].digests
+        assert client.report["source"] == addresses[rank]
+        assert client.report["attempts"] == []
+        client.end()
+
+    others = start_ranks(load, model, tmp_path, {"SOURCE": addresses}, partition.otherwise)
+    for other in others:
+        assert other.finish_loading().report["outcome"] == "disk"
+        assert partition.refusal in other.report["attempts"][0]["reason"]
+
+
+def test_each_rank_may_have_sources_of_its_own(load: Load, models: Path, tmp_path: Path) -> None:
+    """SOURCE as upstream has it, by device; a rank without any loads from disk."""
+    model = checkpoints.dense(models)
+    servers = start_ranks(load, model, tmp_path, {}, TWO_TENSOR_RANKS)
+    addresses = [server.finish_loading().address for server in servers]
+    by_device = [{"device_id": 1, "sources": [addresses[1]]}]
+    clients = start_ranks(load, model, tmp_path, {"SOURCE": by_device}, TWO_TENSOR_RANKS)
+    assert [client.finish_loading().report["outcome"] for client in clients] == ["disk", "p2p"]
+    assert [client.digests for client in clients] == [server.digests for server in servers]
+
+
+def start_ranks(
+    load: Load, model: str, directory: Path, extra: dict[str, object], engine: dict[str, Any]
+) -> list[Loader]:
+    """The processes of an instance with these engine arguments, not waited for."""
     # vLLM names shared memory after this file, so its name must not recur.
-    init_method = f"file://{rendezvous}-{uuid.uuid4().hex}"
-    return [load(model, extra, rank=rank, init_method=init_method, engine={kind: 2}) for rank in range(2)]
+    init_method = f"file://{directory}/{uuid.uuid4().hex}"
+    ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+    return [load(model, extra, rank=rank, init_method=init_method, engine=engine) for rank in range(ranks)]
 
 
 def two_free_ports() -> int:
@@ -25,24 +94,3 @@ def two_free_ports() -> int:
             port: int = first.getsockname()[1]
             with socket.create_server(("127.0.0.1", port + 1)):
                 return port
-
-
-@pytest.mark.parametrize("kind", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_every_rank_finds_its_peer_from_one_address(untied: str, load: Load, tmp_path: Path, kind: str) -> None:
-    port = two_free_ports()
-    servers = start_ranks(load, untied, tmp_path / "server", {"LISTEN_PORT": port}, kind)
-    addresses = [server.finish_loading().address for server in servers]
-    assert addresses == [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
-    assert servers[0].digests != servers[1].digests
-
-    one_address = {"SOURCE": [addresses[1]], "FALLBACK": "error"}
-    clients = start_ranks(load, untied, tmp_path / "client", one_address, kind)
-    for rank, client in enumerate(clients):
-        assert client.finish_loading().digests == servers[rank].digests
-        assert client.report["source"] == addresses[rank]
-        assert client.report["attempts"] == []
-
-    whole = load(untied, {"SOURCE": addresses}).finish_loading()
-    assert whole.report["outcome"] == "disk"
-    name = "tp_size" if kind == "tensor_parallel_size" else "pp_size"
-    assert f"{name} (here 1, there 2)" in whole.report["attempts"][0]["reason"]

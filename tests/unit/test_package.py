@@ -93,14 +93,15 @@ def imported_siblings(module: str) -> set[str]:
 LAYERS: list[set[str]] = [
     {"errors", "endpoint", "report"},
     {"config", "identity"},
-    {"manifest", "protocol"},
+    {"attributes", "manifest", "protocol"},
     {"arena", "channel"},
     {"weights"},
     {"transport.base"},
     {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"},
     {"transport"},
     {"client", "server"},
-    {"cli", "serving", "vllm_identity"},
+    {"cli", "serving", "vllm_identity", "reload"},
+    {"load"},
     {"loader"},
     {NETLOADER},
 ]
@@ -137,6 +138,7 @@ BOTTOM: dict[str, set[str]] = {
     "config": {"endpoint", "errors"},
     "protocol": {"errors", "identity"},
     "manifest": {"errors", "identity"},
+    "attributes": {"errors"},
     "channel": {"endpoint", "errors", "protocol"},
     "vllm_identity": {"identity"},
 }
@@ -148,24 +150,29 @@ def test_a_module_at_the_bottom_imports_no_more_than_this(module: str, allowed: 
 
 
 TORCH = {
+    "attributes",
     "manifest",
     "arena",
     "weights",
     "transport.process_group",
     "serving",
+    "load",
     "loader",
+    "reload",
     "vllm_identity",
     "vllm_ascend.distributed.gather",
     "vllm_ascend.distributed.process_group",
 }
 VLLM = {
+    "load",
     "loader",
+    "reload",
     "vllm_identity",
     NETLOADER,
     "vllm_ascend.distributed.gather",
     "vllm_ascend.distributed.process_group",
 }
-DISTRIBUTED = {"loader", "transport.process_group"}
+DISTRIBUTED = {"load", "transport.process_group"}
 
 
 @pytest.mark.parametrize("module", MODULES)

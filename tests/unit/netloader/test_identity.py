@@ -436,3 +436,95 @@ def test_many_files_share_the_samples_of_one_checkpoint(tmp_path: Path) -> None:
     before = bytes_read_by_this_process()
     assert len(checkpoint_fingerprint(tmp_path)) == 64
     assert bytes_read_by_this_process() - before < 2 * SAMPLES_PER_CHECKPOINT * SAMPLE_BYTES + ALLOWANCE
+
+
+def sparse_checkpoint(directory: Path, *, shards: int, shard_bytes: int, tensors_per_shard: int) -> None:
+    """Headers as of a real checkpoint before zeros that take no room on the disk; skips where they would."""
+    step = shard_bytes // tensors_per_shard
+    for shard in range(shards):
+        entries = {
+            f"model.layers.{shard}.mlp.experts.{n}.weight": {
+                "dtype": "BF16",
+                "shape": [step // 2],
+                "data_offsets": [n * step, (n + 1) * step],
+            }
+            for n in range(tensors_per_shard)
+        }
+        file = directory / f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        content = safetensors(json.dumps(entries), b"")
+        file.write_bytes(content)
+        try:
+            os.truncate(file, len(content) + shard_bytes)
+        except OSError as error:
+            pytest.skip(f"no file of {shard_bytes} bytes can be made in {directory}: {error}")
+        if file.stat().st_blocks * 512 > 1 << 20:
+            pytest.skip(f"the filesystem of {directory} knows no sparse files")
+
+
+def test_a_sharded_checkpoint_of_a_hundred_gigabytes_costs_kilobytes(tmp_path: Path) -> None:
+    shards, shard_bytes, tensors_per_shard = 20, 5 * 10**9, 400
+    step = shard_bytes // tensors_per_shard
+    sparse_checkpoint(tmp_path, shards=shards, shard_bytes=shard_bytes, tensors_per_shard=tensors_per_shard)
+    files = sorted(tmp_path.iterdir())
+    assert sum(file.stat().st_size for file in files) > 100 * 10**9
+
+    before = bytes_read_by_this_process()
+    fingerprint = checkpoint_fingerprint(tmp_path)
+    bytes_read = bytes_read_by_this_process() - before
+    assert SAMPLES_PER_CHECKPOINT // shards * shards * SAMPLE_BYTES < bytes_read < 2 << 20
+
+    for file in (files[0], files[-1]):
+        with open(file, "r+b") as stream:
+            data_begins = 8 + int.from_bytes(stream.read(8), "little")
+            for n in range(tensors_per_shard):
+                stream.seek(data_begins + n * step + step // 2)
+                stream.write(b"\x01")
+        changed = checkpoint_fingerprint(tmp_path)
+        assert changed != fingerprint
+        fingerprint = changed
+
+
+FIRST_FILE, SECOND_FILE = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def sampled_positions() -> list[tuple[str, int]]:
+    """Every byte of `write_checkpoint` that counts: prefix and header of each file, and of each tensor the sample.
+
+    There are fewer tensors than samples, so that each tensor has one, from its middle on.
+    """
+    positions = []
+    for file, header in ((FIRST_FILE, FIRST_HEADER), (SECOND_FILE, SECOND_HEADER)):
+        data_begins = 8 + len(header)
+        counting = set(range(data_begins))
+        size = data_begins
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                middle = data_begins + (begin + end) // 2
+                counting |= set(range(middle, middle + SAMPLE_BYTES))
+                size = max(size, data_begins + end)
+        positions += [(file, position) for position in sorted(counting) if position < size]
+    return positions
+
+
+SAMPLED = sampled_positions()
+
+
+@given(place=st.sampled_from(SAMPLED), flipped_bits=st.integers(1, 255))
+@example(place=SAMPLED[0], flipped_bits=1)
+@example(place=(FIRST_FILE, 7), flipped_bits=0x80)
+@example(place=(FIRST_FILE, 8), flipped_bits=1)
+@example(place=(FIRST_FILE, 8 + len(FIRST_HEADER) - 1), flipped_bits=1)
+@example(place=(FIRST_FILE, 8 + len(FIRST_HEADER) + 2048), flipped_bits=1)
+@example(place=(FIRST_FILE, 8 + len(FIRST_HEADER) + 2048 + SAMPLE_BYTES - 1), flipped_bits=1)
+@example(place=SAMPLED[-1], flipped_bits=1)
+def test_any_changed_byte_of_a_header_or_a_sample_changes_the_fingerprint(
+    place: tuple[str, int], flipped_bits: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = write_checkpoint(tmp_path_factory.getbasetemp() / "one-byte")
+    original = checkpoint_fingerprint(directory)
+    name, position = place
+    content = bytearray((directory / name).read_bytes())
+    content[position] ^= flipped_bits
+    (directory / name).write_bytes(content)
+    assert checkpoint_fingerprint(directory) != original

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import tracemalloc
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import (
@@ -52,6 +54,7 @@ IDENTITY = ModelIdentity(
 )
 RANK = RankCoordinates(tp_rank=1, tp_size=2)
 SESSION = bytes(range(16))
+ATTRIBUTES = {"has_own_lm_head": True, "layers.0.rank": -7, "ratio": 0.5, "note": "draft", "window": None}
 
 SAID_BY: dict[Role, tuple[Message, ...]] = {
     CLIENT: (
@@ -65,7 +68,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
     ),
     SERVER: (
         Welcome(),
-        Accept(SESSION, 3, "process_group", {"host": "10.0.0.1", "port": 40000}),
+        Accept(SESSION, 3, "process_group", {"host": "10.0.0.1", "port": 40000}, ATTRIBUTES, "f00d"),
         Refuse(
             "the tensors differ",
             (Difference("tensor w", "int8 [2]", ""),),
@@ -73,7 +76,12 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             (":19001", "node-3:19001"),
         ),
         Confirm(3),
-        Status((Holding("target", IDENTITY, RANK, 291, 1 << 34, 3),), 2, ("shared_memory", "tcp")),
+        Status(
+            (Holding("target", IDENTITY, RANK, 291, 1 << 34, 3),),
+            2,
+            ("shared_memory", "tcp"),
+            {"draft": "loading set table, which cannot be told to another process"},
+        ),
     ),
 }
 EXAMPLES: dict[type[Message], Message] = {type(each): each for each in SAID_BY[CLIENT] + SAID_BY[SERVER]}
@@ -303,7 +311,7 @@ def cut_after(message: Message, text: bytes) -> bytes:
 
 
 HUGE_ARRAY, HUGE_MAP, HUGE_BYTES = b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"
-JOIN, ACCEPT, REFUSE = EXAMPLES[Join], EXAMPLES[Accept], EXAMPLES[Refuse]
+JOIN, ACCEPT, REFUSE, STATUS = EXAMPLES[Join], EXAMPLES[Accept], EXAMPLES[Refuse], EXAMPLES[Status]
 
 NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
     "nothing": (CLIENT, b""),
@@ -327,12 +335,32 @@ NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
     "a session too long": (CLIENT, having(EXAMPLES[Attach], session=bytes(17))),
     "a reason too long": (CLIENT, having(EXAMPLES[Leave], reason="x" * 4097)),
     "parameters that are lists": (SERVER, having(ACCEPT, parameters={"port": [1]})),
+    "attributes that are lists": (SERVER, having(ACCEPT, attributes={"shapes": [1]})),
+    "attributes that are maps": (SERVER, having(ACCEPT, attributes={"options": {"a": 1}})),
+    "attributes that are bytes": (SERVER, having(ACCEPT, attributes={"note": b"draft"})),
+    "attributes by number": (SERVER, having(ACCEPT, attributes={1: True})),
+    "attributes without names": (SERVER, having(ACCEPT, attributes=[True])),
+    "no attributes": (SERVER, having(ACCEPT, attributes=None)),
+    "an attribute's text too long": (SERVER, having(ACCEPT, attributes={"note": "x" * 4097})),
+    "an attribute's name too long": (SERVER, having(ACCEPT, attributes={"x" * 4097: True})),
+    "an attribute's text that is no text": (SERVER, payload(ACCEPT).replace(b"draft", b"dr\xffft")),
+    "an attribute's name that is no text": (SERVER, payload(ACCEPT).replace(b"note", b"n\xffte")),
+    "a fingerprint that is a number": (SERVER, having(ACCEPT, fingerprint=1)),
+    "a fingerprint that is nothing": (SERVER, having(ACCEPT, fingerprint=None)),
+    "a fingerprint too long": (SERVER, having(ACCEPT, fingerprint="f" * 4097)),
+    "reasons to decline that are numbers": (SERVER, having(STATUS, declined={"draft": 1})),
+    "reasons to decline that are nothing": (SERVER, having(STATUS, declined={"draft": None})),
+    "reasons to decline by number": (SERVER, having(STATUS, declined={1: "draft"})),
+    "declined roles without reasons": (SERVER, having(STATUS, declined=["draft"])),
+    "no declined roles": (SERVER, having(STATUS, declined=None)),
     "a difference of two fields": (SERVER, having(REFUSE, differences=[["dtype", "int8"]])),
     "offers without end": (CLIENT, cut_after(JOIN, b"offers") + HUGE_ARRAY),
     "versions without end": (CLIENT, cut_after(JOIN, b"versions") + HUGE_MAP),
     "differences without end": (SERVER, cut_after(REFUSE, b"differences") + HUGE_ARRAY),
     "a manifest without end": (SERVER, cut_after(REFUSE, b"manifest") + HUGE_BYTES),
     "parameters without end": (SERVER, cut_after(ACCEPT, b"parameters") + HUGE_MAP),
+    "attributes without end": (SERVER, cut_after(ACCEPT, b"attributes") + HUGE_MAP),
+    "declined roles without end": (SERVER, cut_after(STATUS, b"declined") + HUGE_MAP),
     "nested beyond measure": (CLIENT, b"\x83" + payload(Hello())[1:] + b"\xa1x" + b"\x91" * 50_000 + b"\xc0"),
 }
 
@@ -435,7 +463,12 @@ def test_a_damaged_message_is_a_protocol_error_or_another_message(
 
 
 wire_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text(max_size=4) | st.binary(max_size=16),
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=16),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
@@ -513,9 +546,10 @@ GOLDEN: dict[type[Message], str] = {
     Inquire: "0000000e81a474797065a7496e7175697265",
     Welcome: "0000001882a474797065a757656c636f6d65a870726f746f636f6c01",
     Accept: (
-        "0000006d85a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+        "000000cc87a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
         "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
-        "31a4706f7274cd9c40"
+        "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e72616e6b"
+        "f9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a466303064"
     ),
     Refuse: (
         "0000007585a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e"
@@ -524,7 +558,7 @@ GOLDEN: dict[type[Message], str] = {
     ),
     Confirm: "0000001a82a474797065a7436f6e6669726daa67656e65726174696f6e03",
     Status: (
-        "000001a584a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+        "000001f185a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
         "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
         "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
         "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
@@ -532,7 +566,8 @@ GOLDEN: dict[type[Message], str] = {
         "6e6b01a774705f73697a6502a770705f72616e6b00a770705f73697a6501a87063705f72616e6b00a87063705f73697a6501a765"
         "705f72616e6b00a765705f73697a6501b06578706572745f706c6163656d656e74a0a774656e736f7273cd0123a66e6279746573"
         "cf0000000400000000aa67656e65726174696f6e03a873657373696f6e7302aa7472616e73706f72747392ad7368617265645f6d"
-        "656d6f7279a3746370"
+        "656d6f7279a3746370a86465636c696e656481a56472616674d93a6c6f6164696e6720736574207461626c652c20776869636820"
+        "63616e6e6f7420626520746f6c6420746f20616e6f746865722070726f63657373"
     ),
 }
 
@@ -545,6 +580,84 @@ def test_the_bytes_of_a_message_stay_the_same_within_a_version(kind: type[Messag
     end = Pair().say(*WAYS[state]).ends[other(role)]
     end.feed(bytes.fromhex(GOLDEN[kind]))
     assert end.next_message() == EXAMPLES[kind]
+
+
+OLDER: dict[str, tuple[str, Message]] = {
+    "an Accept without attributes and fingerprint": (
+        (
+            "0000006d85a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+            "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
+            "31a4706f7274cd9c40"
+        ),
+        msgspec.structs.replace(ACCEPT, attributes={}, fingerprint=""),
+    ),
+    "a Status without declined roles": (
+        (
+            "000001a584a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+            "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
+            "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
+            "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
+            "61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c6da6302e33322e30ab636f6f7264696e6174657389a774705f7261"
+            "6e6b01a774705f73697a6502a770705f72616e6b00a770705f73697a6501a87063705f72616e6b00a87063705f73697a6501a765"
+            "705f72616e6b00a765705f73697a6501b06578706572745f706c6163656d656e74a0a774656e736f7273cd0123a66e6279746573"
+            "cf0000000400000000aa67656e65726174696f6e03a873657373696f6e7302aa7472616e73706f72747392ad7368617265645f6d"
+            "656d6f7279a3746370"
+        ),
+        msgspec.structs.replace(STATUS, declined={}),
+    ),
+}
+"""What earlier releases of this version of the protocol send."""
+
+
+@pytest.mark.parametrize(("older", "understood"), OLDER.values(), ids=OLDER.keys())
+def test_a_message_of_an_earlier_release_of_the_same_version_is_understood(older: str, understood: Message) -> None:
+    state = next(state for state in State if type(understood) in allowed(state, SERVER))
+    client = Pair().say(*WAYS[state]).ends[CLIENT]
+    client.feed(bytes.fromhex(older))
+    assert client.next_message() == understood
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        False,
+        0,
+        1,
+        -1,
+        (1 << 63) - 1,
+        -(1 << 63),
+        0.0,
+        -0.0,
+        1.0,
+        0.1,
+        5e-324,
+        math.inf,
+        math.nan,
+        "",
+        "draft",
+        "\x1b[2J\n",
+        "x" * 4096,
+        None,
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_an_attribute_arrives_with_its_value_and_type(value: Plain) -> None:
+    pair = Pair().say(Hello, Welcome, Join)
+    client = pair.ends[CLIENT]
+    client.feed(pair.ends[SERVER].send(Accept(SESSION, 1, "tcp", {}, {"layers.0.rank": value})))
+    accept = client.next_message()
+    assert isinstance(accept, Accept)
+    assert list(accept.attributes) == ["layers.0.rank"]
+    assert repr(accept.attributes["layers.0.rank"]) == repr(value)
+
+
+def test_messages_do_not_share_their_defaults() -> None:
+    accepts = [Accept(SESSION, 1, "tcp", {}) for _ in range(2)]
+    statuses = [Status((), 0, ()) for _ in range(2)]
+    assert [each.attributes for each in accepts] == [each.declined for each in statuses] == [{}, {}]
+    assert accepts[0].attributes is not accepts[1].attributes
+    assert statuses[0].declined is not statuses[1].declined
 
 
 def test_fields_left_at_their_defaults_travel_too() -> None:

@@ -193,7 +193,28 @@ def test_the_keys_of_a_written_report_stay_the_same_across_releases(tmp_path: Pa
         "attempts": [{"source": "a:1", "transport": None, "reason": "gone", "seconds": 0.5}],
         "listening": None,
         "not_served": "why",
+        "changed": None,
     }
+
+
+def test_a_report_names_the_changed_tensors_or_says_that_there_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "report0.json"
+    for changed in (["lm_head.weight", "scale"], []):
+        report = msgspec.structs.replace(PEER_TO_PEER, changed=changed)
+        report.write(path)
+        assert json.loads(path.read_text())["changed"] == changed
+        assert msgspec.json.decode(path.read_bytes(), type=LoadReport) == report
+
+
+def test_a_report_of_a_release_that_knew_no_changed_tensors_reads_back() -> None:
+    older = msgspec.to_builtins(PEER_TO_PEER)
+    del older["changed"]
+    assert msgspec.json.decode(msgspec.json.encode(older), type=LoadReport) == PEER_TO_PEER
+
+
+def test_the_changed_tensors_are_not_in_the_line() -> None:
+    report = msgspec.structs.replace(PEER_TO_PEER, changed=[f"layers.{n}.weight" for n in range(1000)])
+    assert report.line() == PEER_TO_PEER.line()
 
 
 def test_a_report_replaces_an_older_one(tmp_path: Path) -> None:

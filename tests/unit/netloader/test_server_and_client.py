@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -9,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import msgspec
@@ -18,11 +19,23 @@ import torch
 from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
 
 from vllm_ascend.model_loader.netloader import cli
+from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.client import Client, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, TransportError
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import REQUEST_LIMIT, Hello, Join, Message, Offer, frame
+from vllm_ascend.model_loader.netloader.protocol import (
+    REQUEST_LIMIT,
+    Hello,
+    Join,
+    Message,
+    Offer,
+    Refuse,
+    Status,
+    Welcome,
+    frame,
+)
 from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Peer, Publication, WeightServer
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
@@ -140,9 +153,239 @@ def test_a_withdrawn_role_is_not_served_any_more() -> None:
             fetch(SMALL, MEMORY, source)
 
 
+ATTRIBUTES: dict[str, Plain] = {"has_own_embed_tokens": True, "layers.0.rank": -7, "ratio": 0.5, "window": None}
+
+
+def publication(role: str = "target", generation: int = 2, **attributes: Plain) -> Publication:
+    store = replace(SMALL.store(generation), attributes=attributes)
+    return Publication(msgspec.structs.replace(IDENTITY, role=role), RankCoordinates(), store)
+
+
+def test_attributes_arrive_with_the_weights() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        assert fetch(SMALL, MEMORY, source)[1].attributes == {}
+        server.publish(publication(**ATTRIBUTES))
+        _, fetched = fetch(SMALL, MEMORY, source)
+    assert fetched.attributes == ATTRIBUTES
+    SMALL.assert_in(fetched.arena)
+
+
+def test_the_fingerprint_of_the_source_arrives_even_where_the_client_has_none() -> None:
+    unknown = msgspec.structs.replace(IDENTITY, fingerprint="")
+    with serving(SMALL, MEMORY) as (server, source):
+        assert Client(SMALL.request(unknown), MEMORY, SHORT).fetch([source]).fingerprint == "f00d"
+        server.publish(Publication(unknown, RankCoordinates(), SMALL.store(2)))
+        assert fetch(SMALL, MEMORY, source)[1].fingerprint == ""
+
+
+def test_attributes_are_those_of_the_role_that_is_asked_for() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.publish(publication("draft", **ATTRIBUTES))
+        assert fetch(SMALL, MEMORY, source)[1].attributes == {}
+        draft = Client(SMALL.request(msgspec.structs.replace(IDENTITY, role="draft")), MEMORY, SHORT)
+        assert draft.fetch([source]).attributes == ATTRIBUTES
+
+
+class CountingTransport(MemoryTransport):
+    """Knows how often a client began to receive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.receptions = 0
+
+    def receive(self, reception: Reception) -> Arena:
+        self.receptions += 1
+        return super().receive(reception)
+
+
+def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() -> None:
+    checked: list[Mapping[str, Plain]] = []
+
+    def check(attributes: Mapping[str, Plain]) -> None:
+        checked.append(attributes)
+        if attributes:
+            raise ProtocolError("the source sets 'cache', which is a method in this model")
+
+    transport, moved = CountingTransport(), list[int]()
+    with serving(SMALL, MEMORY) as (server, unfit), serving(SMALL, MEMORY) as (_, source):
+        server.publish(publication(**ATTRIBUTES))
+        client = Client(SMALL.request(), (transport,), SHORT, progress=moved.append, check_attributes=check)
+        with pytest.raises(SourcesExhausted) as error:
+            client.fetch([unfit])
+        assert reasons(error) == f"{unfit} by memory: the source sets 'cache', which is a method in this model"
+        assert (transport.receptions, moved) == (0, [])
+        assert client.phases.seconds.keys() == {"connect", "join"}
+
+        fetched = client.fetch([unfit, source])
+        assert (fetched.source, fetched.attributes) == (source, {})
+        assert (transport.receptions, sum(moved)) == (1, SMALL.manifest.nbytes)
+        SMALL.assert_in(fetched.arena)
+
+        _wait_until(lambda: not server._senders)
+        _, again = fetch(SMALL, MEMORY, unfit)
+        assert again.attributes == ATTRIBUTES
+    assert checked == [ATTRIBUTES, ATTRIBUTES, {}]
+    assert [attempt.source for attempt in client.attempts] == [str(unfit)] * 2
+
+
+def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport() -> None:
+    def check(attributes: Mapping[str, Plain]) -> None:
+        raise ProtocolError("not this")
+
+    class Other(MemoryTransport):
+        name = "other"
+
+    kinds = (MemoryTransport(), Other())
+    with serving(SMALL, kinds) as (_, source), pytest.raises(SourcesExhausted) as error:
+        Client(SMALL.request(), kinds, SHORT, check_attributes=check).fetch([source])
+    assert error.value.reasons == (f"{source} by memory: not this",)
+
+
+def test_a_declined_role_is_refused_with_the_reason() -> None:
+    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+        server.decline("target", "w keeps its bytes in inner tensors")
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
+        assert reasons(error).endswith(
+            ": it refused: this instance cannot serve its target weights: w keeps its bytes in inner tensors"
+        )
+        server.decline("target", "another reason")
+        with pytest.raises(SourcesExhausted, match=r"cannot serve its target weights: another reason$"):
+            fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
+
+
+def test_a_declined_role_is_no_longer_served() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        first = publication()
+        server.publish(first)
+        server.decline("target", "loading set table")
+        with pytest.raises(SourcesExhausted, match="cannot serve its target weights: loading set table"):
+            fetch(SMALL, MEMORY, source)
+        assert inquire(source, 5).holdings == ()
+        assert not first.store.arena.servable
+
+
+def test_a_source_that_declines_is_left_for_the_next() -> None:
+    with serving(SMALL, MEMORY) as (server, declining), serving(SMALL, MEMORY) as (_, source):
+        server.decline("target", "loading set table")
+        client, fetched = fetch(SMALL, MEMORY, declining, source)
+    assert fetched.source == source
+    assert [attempt.source for attempt in client.attempts] == [str(declining)]
+
+
+def test_weights_that_are_declined_during_the_transfer_are_discarded() -> None:
+    class DecliningTransport(MemoryTransport):
+        def receive(self, reception: Reception) -> Arena:
+            arena = super().receive(reception)
+            server.decline("target", "loading set table")
+            return arena
+
+    with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted) as error:
+        fetch(SMALL, (DecliningTransport(),), source)
+    assert "its weights changed during the transfer (generation 1 -> 0)" in reasons(error)
+
+
+def test_another_role_than_the_declined_one_goes_on_being_served() -> None:
+    draft = msgspec.structs.replace(IDENTITY, role="draft")
+    with serving(SMALL, MEMORY) as (server, source):
+        server.publish(publication("draft"))
+        server.decline("draft", "loading set table")
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].arena)
+        with pytest.raises(SourcesExhausted, match="cannot serve its draft weights: loading set table"):
+            Client(SMALL.request(draft), MEMORY, SHORT).fetch([source])
+        unknown = msgspec.structs.replace(IDENTITY, role="adapter")
+        with pytest.raises(SourcesExhausted, match=r"does not hold adapter weights: it holds target$"):
+            Client(SMALL.request(unknown), MEMORY, SHORT).fetch([source])
+
+
+def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
+    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+        source = Endpoint("127.0.0.1", server.port)
+        server.decline("target", "loading set table")
+        server.decline("draft", "w is sparse")
+        server.publish(publication("target"))
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].arena)
+        assert inquire(source, 5).declined == {"draft": "w is sparse"}
+        server.withdraw("target")
+        with pytest.raises(SourcesExhausted, match="does not hold target weights: it holds no weights yet"):
+            fetch(SMALL, MEMORY, source)
+
+
+def test_the_end_of_an_earlier_model_does_not_end_the_declining_of_its_role() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.decline("target", "loading set table")
+        server.withdraw("target", generation=1)
+        assert inquire(source, 5).declined == {"target": "loading set table"}
+
+
+CONTROL = "no\x1b[2J\r\nmemory\x00\u2028for \u202eit"
+
+
+def logged(caplog: pytest.LogCaptureFixture, beginning: str) -> str:
+    (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith(beginning))
+    return line
+
+
+def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG), WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+        server.decline("target", CONTROL)
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
+        _wait_until(lambda: not server._channels)
+    expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
+    assert logged(caplog, "refused ").endswith(expected)
+    assert logged(caplog, "could not load from ").endswith(expected)
+    assert error.value.reasons[0].endswith(expected)
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def test_a_reason_to_decline_without_end_is_told_in_short() -> None:
+    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+        server.decline("target", "w" * 100_000)
+        with pytest.raises(SourcesExhausted, match="cannot serve its target weights: www") as error:
+            fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
+    assert len(reasons(error)) < 4096
+
+
+def test_control_characters_of_a_refusal_reach_no_log_of_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    with saying(Welcome(), Refuse(CONTROL)) as stranger, pytest.raises(SourcesExhausted) as error:
+        fetch(SMALL, MEMORY, stranger)
+    assert logged(caplog, "could not load from ").isprintable()
+    assert reasons(error).endswith("it refused: no?[2J??memory??for ?it")
+
+
+def test_a_server_that_is_configured_anew_serves_by_the_new_transports() -> None:
+    class Other(MemoryTransport):
+        name = "other"
+
+    with serving(SMALL, MEMORY) as (server, source):
+        server.configure((Other(),), SHORT)
+        assert inquire(source, 5).transports == ("other",)
+        with pytest.raises(SourcesExhausted, match="no common transport: this server has other"):
+            fetch(SMALL, MEMORY, source)
+        assert fetch(SMALL, (MemoryTransport(), Other()), source)[1].transport == "other"
+
+
 def test_generations_grow_by_role() -> None:
     server = WeightServer("127.0.0.1", 0, MEMORY, SHORT)
     assert [server.next_generation(role) for role in ("target", "target", "draft")] == [1, 2, 1]
+
+
+@contextlib.contextmanager
+def saying(*messages: Message) -> Iterator[Endpoint]:
+    """A source that says `messages` to the first who comes, whatever it is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply() -> None:
+            with listener.accept()[0] as connection:
+                connection.sendall(b"".join(map(frame, messages)))
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=reply, daemon=True)
+        thread.start()
+        yield Endpoint("127.0.0.1", listener.getsockname()[1])
+        thread.join()
 
 
 def test_a_source_that_accepts_and_stays_silent_is_left_after_the_deadline() -> None:
@@ -324,6 +567,52 @@ def test_status_tells_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "org/model" in output
     assert '"generation":1' in output
+    assert "holds no weights" not in output
+    assert "cannot be served" not in output
+
+
+def test_status_tells_what_is_declined_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        assert inquire(source, 5).declined == {}
+        server.decline("draft", "loading set table,\nwhich cannot be told")
+        status = inquire(source, 5)
+        assert cli.main(["status", str(source)]) == 0
+        assert cli.main(["status", "--json", str(source)]) == 0
+    assert status.declined == {"draft": "loading set table,\nwhich cannot be told"}
+    assert [holding.role for holding in status.holdings] == ["target"]
+    output = capsys.readouterr().out
+    assert "\n  draft: cannot be served: loading set table,?which cannot be told\n" in output
+    assert "\n  target\n" in output
+    assert '"declined":{"draft":"loading set table,\\nwhich cannot be told"}' in output
+
+
+def test_status_of_a_source_that_declines_all_it_has_does_not_say_that_it_has_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+        source = Endpoint("127.0.0.1", server.port)
+        assert cli.main(["status", str(source)]) == 0
+        nothing = capsys.readouterr().out
+        server.decline("target", "w is sparse")
+        assert cli.main(["status", str(source)]) == 0
+        declined = capsys.readouterr().out
+    head = f"{source}: 0 sessions now, transports memory\n"
+    assert nothing == head + "  holds no weights\n"
+    assert declined == head + "  target: cannot be served: w is sparse\n"
+
+
+def test_status_shows_no_control_characters_of_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with saying(Welcome(), Status((), 0, ("memory",), {"target": CONTROL})) as stranger:
+        assert cli.main(["status", str(stranger)]) == 0
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.xfail(strict=True, reason="cli.describe prints what a source calls its roles and transports as it is")
+@pytest.mark.parametrize("status", [Status((), 0, ("memory",), {CONTROL: "w is sparse"}), Status((), 0, (CONTROL,))])
+def test_status_shows_no_control_characters_of_names(status: Status, capsys: pytest.CaptureFixture[str]) -> None:
+    with saying(Welcome(), status) as stranger:
+        assert cli.main(["status", str(stranger)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_status_of_a_dead_source_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ import contextlib
 import gc
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,7 +16,7 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest
-from vllm_ascend.model_loader.netloader.weights import ModelWeights, WeightStore, plain_attributes
+from vllm_ascend.model_loader.netloader.weights import ModelWeights, WeightStore, changed_tensors, own_tensors
 
 
 def module(parameters: dict[str, torch.Tensor], **buffers: torch.Tensor) -> nn.Module:
@@ -617,25 +618,242 @@ def test_a_view_of_another_type_between_two_elements_is_unsupported_and_named() 
         ModelWeights(model)
 
 
-def test_plain_attributes_are_what_modules_keep_beside_their_tensors() -> None:
+def test_own_tensors_are_the_parameters_and_persistent_buffers_of_one_module() -> None:
     model = Layers()
-    model.has_own_head = False
-    model.layers[1].note = "draft"
-    model.layers[0].limit = None
-    model.layers[0].ratio = float("nan")
-    model.layers[0].table = torch.ones(2)
-    model.shapes = [1, 2]
-    attributes = plain_attributes(model)
-    assert attributes["has_own_head"] == "False"
-    assert attributes["layers.0.in_features"] == "4"
-    assert attributes["layers.1.note"] == "'draft'"
-    assert attributes["layers.0.limit"] == "None"
-    assert plain_attributes(model) == attributes
-    assert not {"shapes", "embed", "scale", "layers.0.weight"} & attributes.keys()
-    model.has_own_head = True
-    model.layers[0].table = torch.ones(2)
-    changed = {name for name, value in plain_attributes(model).items() if value != attributes[name]}
-    assert changed == {"has_own_head", "layers.0.table"}
+    model.beside = torch.ones(1)
+    assert [(name, tensor is getattr(model, name)) for name, tensor in own_tensors(model)] == [
+        ("embed", True),
+        ("scale", True),
+    ]
+    assert [name for name, _ in own_tensors(model.layers)] == []
+    assert [name for name, _ in own_tensors(model.layers[0])] == ["weight", "bias"]
+    assert [name for name, _ in own_tensors(model.layers[1])] == [
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ]
+
+
+def test_own_tensors_of_a_module_are_not_those_that_are_none() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("offset", None)
+    assert [name for name, _ in own_tensors(model)] == ["weight"]
+
+
+def changed_by(
+    process: Callable[[nn.Module], None],
+    names: Sequence[str] | None = None,
+    make: Callable[[], nn.Module] = lambda: seeded_layers(1),
+) -> list[str]:
+    """What `process` changes in a model that was loaded from disk and is served."""
+    model = make()
+    store = loaded_from_disk(model)
+    process(model)
+    return changed_tensors(model, store.manifest, store.arena, names)
+
+
+def test_nothing_is_changed_after_loading() -> None:
+    assert changed_by(lambda _: None) == []
+
+
+def test_nothing_is_changed_after_fetching() -> None:
+    store = loaded_from_disk(seeded_layers(1))
+    client = seeded_layers(2)
+    manifest = bound_to(client, store).manifest
+    assert changed_tensors(client, manifest, store.arena, None) == []
+    client.layers[0].bias.data[1] += 1
+    client.scale[0] = 0
+    assert changed_tensors(client, manifest, store.arena, None) == ["layers.0.bias", "scale"]
+
+
+def test_weights_with_other_contents_are_changed() -> None:
+    def process(model: nn.Module) -> None:
+        model.embed.data[2, 3] += 1
+        model.layers[0].bias.data.zero_()
+
+    assert changed_by(process) == ["embed", "layers.0.bias"]
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_one_changed_byte_is_a_change(position: int) -> None:
+    def process(model: nn.Module) -> None:
+        contents = model.w.data.view(torch.uint8)
+        contents[position] ^= 1
+
+    assert changed_by(process, make=lambda: module({"a": torch.ones(3), "w": torch.ones(5), "z": torch.ones(3)})) == [
+        "w"
+    ]
+
+
+def test_values_that_are_equal_in_other_bytes_are_a_change_and_nan_is_none() -> None:
+    def process(model: nn.Module) -> None:
+        model.zero.data.neg_()
+        model.nan.data.mul_(1)
+
+    make = partial(module, {"zero": torch.zeros(2), "nan": torch.full((2,), torch.nan)})
+    assert changed_by(process, make=make) == ["zero"]
+
+
+REPLACED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "another type": torch.Tensor.char,
+    "another type over the same bytes": lambda tensor: tensor.view(torch.int32),
+    "another shape over the same bytes": lambda tensor: tensor.view(3, 4),
+    "one dimension more": lambda tensor: tensor[None],
+    "another order in memory": lambda tensor: tensor.t().contiguous().t(),
+    "a row less": lambda tensor: tensor[:3],
+    "repeated rows": lambda tensor: tensor[:1].expand(4, 3),
+    "no elements": lambda tensor: tensor[:0],
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED.keys())
+@pytest.mark.parametrize("in_place", [False, True], ids=["new parameter", "same parameter"])
+def test_a_replaced_weight_is_changed(replace: Callable[[torch.Tensor], torch.Tensor], in_place: bool) -> None:
+    def process(model: nn.Module) -> None:
+        replaced = replace(model.w.data)
+        if in_place:
+            model.w.data = replaced
+        else:
+            model.w = nn.Parameter(replaced, requires_grad=False)
+
+    make = partial(module, {"w": torch.ones(4, 3), "other": torch.ones(2)})
+    assert changed_by(process, make=make) == ["w"]
+
+
+without_memory_or_strides = pytest.mark.xfail(strict=True, reason="changed_tensors raises RuntimeError")
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        pytest.param(torch.Tensor.to_sparse, id="sparse"),
+        pytest.param(lambda tensor: tensor.to("meta"), id="on meta", marks=without_memory_or_strides),
+        pytest.param(torch.Tensor.to_sparse_csr, id="compressed", marks=without_memory_or_strides),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_weight_that_has_no_plain_memory_any_more_is_changed(replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def process(model: nn.Module) -> None:
+        model.w = nn.Parameter(replace(model.w.data), requires_grad=False)
+
+    assert changed_by(process, make=partial(module, {"w": torch.ones(4, 3)})) == ["w"]
+
+
+def test_a_removed_weight_is_changed() -> None:
+    def process(model: nn.Module) -> None:
+        del model.embed
+        del model.layers[1].running_var
+        model.layers[0].bias = None
+
+    assert changed_by(process) == ["embed", "layers.0.bias", "layers.1.running_var"]
+
+
+def test_an_equal_tensor_elsewhere_is_no_change() -> None:
+    def process(model: nn.Module) -> None:
+        model.embed = nn.Parameter(model.embed.detach().clone())
+        model.layers[0].weight.data = model.layers[0].weight.data.clone()
+        model.scale = model.scale.clone()
+        storage = torch.full((7,), -1.0)
+        storage[3:5] = model.layers[0].bias.data
+        model.layers[0].bias.data = storage[3:5]
+
+    assert changed_by(process) == []
+
+
+def test_what_post_processing_adds_is_no_change() -> None:
+    def process(model: nn.Module) -> None:
+        model.embed_scale = nn.Parameter(torch.ones(1))
+        model.register_buffer("offset", torch.zeros(1))
+
+    assert changed_by(process) == []
+
+
+def test_persistent_buffers_may_be_changed_and_others_do_not_count() -> None:
+    def process(model: nn.Module) -> None:
+        model.scale.add_(1)
+        model.layers[1].num_batches_tracked.add_(1)
+        model.table.add_(1)
+
+    assert changed_by(process) == ["scale", "layers.1.num_batches_tracked"]
+
+
+def test_a_weight_that_becomes_a_buffer_of_the_same_contents_is_no_change() -> None:
+    def process(model: nn.Module) -> None:
+        contents = model.embed.data
+        del model.embed
+        model.register_buffer("embed", contents)
+
+    assert changed_by(process) == []
+
+
+ALL_CHANGED = [
+    "embed",
+    "layers.0.weight",
+    "layers.0.bias",
+    "layers.1.weight",
+    "layers.1.bias",
+    "scale",
+    "layers.1.running_mean",
+    "layers.1.running_var",
+    "layers.1.num_batches_tracked",
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, ALL_CHANGED),
+        ([""], ALL_CHANGED),
+        ([], []),
+        (["bias"], ["layers.0.bias", "layers.1.bias"]),
+        (["layers.0"], ["layers.0.weight", "layers.0.bias"]),
+        (["scale", "embed"], ["embed", "scale"]),
+        (("layers.0.weight", "weight"), ["layers.0.weight", "layers.1.weight"]),
+        (["Layers", "table", "layers.*"], []),
+    ],
+)
+def test_names_restrict_what_is_looked_at_by_any_part_of_a_name(
+    names: Sequence[str] | None, expected: list[str]
+) -> None:
+    def process(model: nn.Module) -> None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data.add_(1)
+
+    assert changed_by(process, names) == expected
+
+
+def test_weights_without_elements_are_changed_only_by_type_and_shape() -> None:
+    def process(model: nn.Module) -> None:
+        model.same.data = torch.empty(0, 8)
+        model.narrower.data = torch.empty(0, 4)
+        model.of_another_type.data = torch.empty(0, dtype=torch.int8)
+        model.filled.data = torch.empty(1)
+        model.turned.data = torch.empty(1, 0)
+
+    names = ("same", "narrower", "of_another_type", "filled", "turned")
+    shapes = ((0, 8), (0, 8), (0,), (0,), (0, 1))
+    make = partial(module, {name: torch.empty(*shape) for name, shape in zip(names, shapes, strict=True)})
+    assert changed_by(lambda _: None, make=make) == []
+    assert changed_by(process, make=make) == ["narrower", "of_another_type", "filled", "turned"]
+
+
+def test_nothing_is_changed_in_a_model_without_weights() -> None:
+    assert changed_by(lambda _: None, make=nn.Identity) == []
+
+
+def test_memory_that_is_shared_is_changed_once() -> None:
+    assert changed_by(lambda model: model.rows.data.add_(1), make=sharing) == ["whole"]
+    assert changed_by(lambda model: model.head.weight.data.add_(1), make=Tied) == ["embed.weight"]
+
+
+def test_a_store_carries_what_else_loading_has_set() -> None:
+    store = loaded_from_disk(Layers())
+    assert store.attributes == {}
+    told = WeightStore(store.manifest, store.arena, 2, {"has_own_embed_tokens": True, "layers.0.rank": None})
+    assert told.attributes == {"has_own_embed_tokens": True, "layers.0.rank": None}
+    assert WeightStore(store.manifest, store.arena, 3).attributes == {}
 
 
 def test_a_store_gives_its_bytes_in_the_address_space_of_its_manifest() -> None:

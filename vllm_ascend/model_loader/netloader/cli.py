@@ -12,7 +12,7 @@ import msgspec
 
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceError
+from vllm_ascend.model_loader.netloader.errors import SourceError, one_line
 from vllm_ascend.model_loader.netloader.protocol import Holding, Status
 
 
@@ -31,7 +31,10 @@ def describe(source: Endpoint, status: Status) -> str:
     """What a person wants to know of a source."""
     sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"
     lines = [f"{source}: {sessions} now, transports {', '.join(status.transports)}"]
-    lines += [_describe_holding(holding) for holding in status.holdings] or ["  holds no weights"]
+    lines += [_describe_holding(holding) for holding in status.holdings]
+    lines += [f"  {role}: cannot be served: {one_line(reason)}" for role, reason in status.declined.items()]
+    if not status.holdings and not status.declined:
+        lines.append("  holds no weights")
     return "\n".join(lines)
 
 

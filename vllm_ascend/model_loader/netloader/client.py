@@ -11,10 +11,11 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, connect
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -55,18 +56,24 @@ SHOWN_DIFFERENCES = 8
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where the weights came from; the caller closes `arena`."""
+    """The weights and where they came from; the caller closes `arena`.
+
+    `fingerprint` is that of the checkpoint that the source knows them by, empty if it knows none.
+    """
 
     arena: Arena
     source: Endpoint
     transport: str
+    attributes: Mapping[str, Plain] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass
 class Client:
     """Fetches `request`.
 
-    `phases` and `attempts` fill as it goes, so that they can be read after a failure too.
+    `check_attributes` raises ProtocolError for attributes that the model cannot take. `phases` and `attempts` fill as
+    it goes, so that they can be read after a failure too.
     """
 
     request: Request
@@ -74,6 +81,7 @@ class Client:
     timeouts: Timeouts
     phases: Phases = field(default_factory=Phases)
     progress: Callable[[int], None] = lambda _: None
+    check_attributes: Callable[[Mapping[str, Plain]], None] = lambda _: None
     attempts: list[Attempt] = field(default_factory=list)
     _arena: Arena | None = None
 
@@ -155,7 +163,7 @@ class _Session:
                     self._confirm(channel, accept, arena)
             except (ProtocolError, OSError) as error:
                 raise SourceFailed(str(error)) from error
-        return Fetched(arena, self._source, accept.transport)
+        return Fetched(arena, self._source, accept.transport, accept.attributes, accept.fingerprint)
 
     def _join(self, channel: Channel) -> Accept:
         request, timeout = self._client.request, self._client.timeouts.connect
@@ -166,6 +174,7 @@ class _Session:
         self.transport = next((each for each in self._transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
+        self._client.check_attributes(accept.attributes)
         return accept
 
     def _receive(self, channel: Channel, accept: Accept) -> Arena:

@@ -3,6 +3,7 @@
     NetloaderError
       ConfigError            the user's configuration is wrong: stop the start
       UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
+      ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
       ProtocolError          the peer sent bytes that are not the protocol: end this session
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
@@ -29,6 +30,10 @@ class ConfigError(NetloaderError, ValueError):
 
 class UnsupportedModel(NetloaderError):
     """The model's tensors cannot be described by a manifest, or there is no memory of the kind that is served."""
+
+
+class ReloadRefused(NetloaderError):
+    """The model in use cannot take new weights; it and what is served are unchanged."""
 
 
 class ProtocolError(NetloaderError):

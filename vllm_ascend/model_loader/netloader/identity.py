@@ -9,26 +9,31 @@ decide and paths do not matter. Where one does not (a client may have no weights
 configured MODEL, a hub repository, or, as a last resort, the same path.
 
 The fingerprint reads kilobytes of a checkpoint of any size: file names and sizes, safetensors headers (names, types,
-shapes), and small samples of tensors spread over each file. Two fine-tunes of one layout differ in it unless they
-differ only in places that no sample touches.
+shapes), and small samples. Each kind of tensor (`layers.*.self_attn.q_proj.weight`) gets as many samples as any other,
+spread over its tensors, so that a fine-tune of one kind in all layers shows, however few bytes it touches. Two
+checkpoints of one layout have the same fingerprint only if they differ in no place that a sample touches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 FINGERPRINT_PATTERNS: Final = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 HEADER_LIMIT: Final = 8 << 20
 """Bytes of a safetensors header that are read; the headers of known models are below 1 MiB."""
-SAMPLES_PER_CHECKPOINT: Final = 512
+SAMPLES_PER_CHECKPOINT: Final = 1024
+"""Shared by the kinds of tensors; a kind gets at least one, whatever the sum."""
 SAMPLE_BYTES: Final = 256
+_NUMBERS: Final = re.compile(r"[0-9]+")
 
 
 class Difference(msgspec.Struct, frozen=True, array_like=True):
@@ -115,15 +120,17 @@ def checkpoint_fingerprint(directory: str | os.PathLike[str]) -> str:
     if not files or not _complete(Path(directory), files[0].suffix):
         return ""
     digest = hashlib.sha256()
-    samples_per_file = max(1, SAMPLES_PER_CHECKPOINT // len(files))
-    for file in files:
-        with open(file, "rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
+    with contextlib.ExitStack() as opened:
+        descriptors = [opened.enter_context(open(file, "rb", buffering=0)).fileno() for file in files]
+        places: list[_Place] = []
+        for number, (file, descriptor) in enumerate(zip(files, descriptors, strict=True)):
+            size = os.fstat(descriptor).st_size
+            header = _safetensors_header(descriptor, size) if file.suffix == ".safetensors" else b""
             digest.update(f"{file.name}\0{size}\0".encode())
-            header = _safetensors_header(stream.fileno(), size) if file.suffix == ".safetensors" else b""
             digest.update(header)
-            for offset in _sample_offsets(header, size, samples_per_file):
-                digest.update(os.pread(stream.fileno(), SAMPLE_BYTES, offset))
+            places += _places(number, header, size)
+        for sample in _read_samples(descriptors, _chosen(places)):
+            digest.update(sample)
     return digest.hexdigest()
 
 
@@ -146,24 +153,56 @@ def _safetensors_header(descriptor: int, size: int) -> bytes:
     return prefix + os.pread(descriptor, length, 8)
 
 
-def _sample_offsets(header: bytes, size: int, count: int) -> Iterator[int]:
-    """Where to sample: the middle of tensors, evenly chosen among all; evenly over the file if it names none."""
-    middles = sorted(middle for middle in _tensor_middles(header) if middle < size)
-    if not middles:
-        yield from (size * position // (count + 1) for position in range(count + 1))
-        return
-    step = max(1.0, len(middles) / count)
-    yield from (middles[int(position * step)] for position in range(min(count, len(middles))))
+class _Place(NamedTuple):
+    """Where one tensor, or one part of a file that names none, may be sampled."""
+
+    kind: str
+    file: int
+    offset: int
 
 
-def _tensor_middles(header: bytes) -> Iterator[int]:
+def _places(file: int, header: bytes, size: int) -> list[_Place]:
+    """The middle of each tensor; evenly over the file if it names none."""
+    places = [
+        _Place(_NUMBERS.sub("*", name), file, middle) for name, middle in _tensor_middles(header) if middle < size
+    ]
+    if places:
+        return sorted(places, key=lambda place: place.offset)
+    count = SAMPLES_PER_CHECKPOINT // 4
+    return [_Place("file", file, size * position // (count + 1)) for position in range(count + 1)]
+
+
+def _chosen(places: list[_Place]) -> list[_Place]:
+    """Equally many of each kind, evenly over its tensors from the first to the last, in the order of the files."""
+    kinds: dict[str, list[_Place]] = {}
+    for place in places:
+        kinds.setdefault(place.kind, []).append(place)
+    chosen: list[_Place] = []
+    left = SAMPLES_PER_CHECKPOINT
+    for done, members in enumerate(sorted(kinds.values(), key=len)):  # what small kinds leave goes to the large ones
+        count = min(len(members), max(1, left // (len(kinds) - done)))
+        steps = max(count - 1, 1)
+        chosen += (members[position * (len(members) - 1) // steps] for position in range(count))
+        left -= count
+    return sorted(chosen, key=lambda place: (place.file, place.offset))
+
+
+def _read_samples(descriptors: list[int], places: list[_Place]) -> Iterator[bytes]:
+    for place in places:  # so that the storage works on all at once
+        os.posix_fadvise(descriptors[place.file], place.offset, SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
+    for place in places:
+        yield os.pread(descriptors[place.file], SAMPLE_BYTES, place.offset)
+
+
+def _tensor_middles(header: bytes) -> Iterator[tuple[str, int]]:
+    """Names of tensors and the byte of the file in the middle of each; nothing where the header is none."""
     try:
-        entries = json.loads(header[8:])
+        entries = msgspec.json.decode(header[8:])
         for name, entry in entries.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 if isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end:
-                    yield len(header) + (begin + end) // 2
+                    yield name, len(header) + (begin + end) // 2
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return
 

@@ -2,41 +2,31 @@
 
 `load_weights` asks the sources first and vLLM's own loader second, into the same, untouched model: what arrives are the
 raw weights of this rank, so vLLM's post-processing runs as after a load from disk. After it, `load_model` serves them.
+A model that is in use takes new weights by the same two steps, through a scratch model (`reload`).
 `__init__` only parses, because vLLM builds loaders more often than it loads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import weakref
+from collections.abc import Iterator
+from typing import Any, Final
 
-import msgspec
+import torch
 from torch import nn
-from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.utils.network_utils import get_ip
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from vllm_ascend.distributed.gather import gather
-from vllm_ascend.model_loader.netloader import serving
-from vllm_ascend.model_loader.netloader.arena import Arena, allocate
-from vllm_ascend.model_loader.netloader.client import Client, Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
-from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
-from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
-from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
-from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
-from vllm_ascend.model_loader.netloader.weights import ModelWeights, Request, plain_attributes
+from vllm_ascend.model_loader.netloader.load import Load
+from vllm_ascend.model_loader.netloader.reload import hand_over, require_reloadable, scratch_model
 
-logger = logging.getLogger(__name__)
+_in_use: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+"""Models whose parameters are post-processed: they can only be reloaded."""
 
 
 class NetLoader(BaseModelLoader):
@@ -46,252 +36,66 @@ class NetLoader(BaseModelLoader):
         """Raises ConfigError."""
         super().__init__(load_config)
         self._config = NetLoaderConfig.parse(load_config.model_loader_extra_config)
-        self._load: _Load | None = None
+        self._load: Load | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Downloads nothing: weight files are needed only if every source fails, and then the disk load gets them."""
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Loads, post-processes, and serves. Raises ConfigError, SourcesExhausted, or what vLLM's loader raises."""
-        load = self._load = _Load(self._config, vllm_config, model_config)
+        load = self._load = Load(self._config, vllm_config, model_config)
         try:
-            with load.reported():
+            with load.failure_reported():
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.serve(model)
                 load.share_endpoints()
         finally:
             self._load = None
+        load.report()
+        _in_use.add(model)
         return model
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Fills `model` from a source or from disk."""
-        load = self._load or _Load(self._config, get_current_vllm_config(), model_config)
-        load.fill(model, self._load_from_disk)
+        """Fills `model` from a source or from disk.
+
+        A model that this process already uses gets new weights in place; the caller drops what was computed with the
+        old ones. Called from outside `load_model`, it needs vLLM's configuration to be set.
+        """
+        if self._load is not None:
+            self._load.fill(model, self._load_from_disk)
+        elif model in _in_use:
+            weights = self.get_all_weights(model_config, model)
+            load_weights: Any = model.load_weights
+            initialize_layerwise_reload(model)
+            load_weights(weights)
+            finalize_layerwise_reload(model, model_config)
+        else:
+            load = Load(self._config, get_current_vllm_config(), model_config)
+            with load.failure_reported():
+                load.fill(model, self._load_from_disk)
+                load.serve(model)
+            load.report()
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """For vLLM's `reload_weights`: gets the new weights, and returns what `model.load_weights` takes them over by.
+
+        Until then `model` is as it was and is served as it was. Raises ReloadRefused or what `load_model` raises.
+        """
+        require_reloadable(model)
+        vllm_config = get_current_vllm_config()
+        load = Load(self._config, vllm_config, model_config)
+        with load.failure_reported():
+            scratch = scratch_model(vllm_config, model_config)
+            load.fill(scratch, self._load_from_disk)
+
+        def finish() -> None:
+            load.serve(model)
+            load.report()
+
+        return hand_over(scratch, model, model_config.dtype, finish)
 
     def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> None:
         load_config = copy.copy(self.load_config)
         load_config.load_format = "auto"
         load_config.model_loader_extra_config = {}
         DefaultModelLoader(load_config).load_weights(model, model_config)
-
-
-class _Load:
-    """One load of one model into one process, from the question where from to the report."""
-
-    def __init__(self, config: NetLoaderConfig, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
-        self._config = config
-        self._vllm_config = vllm_config
-        self._model_config = model_config
-        self._rank = global_rank(vllm_config)
-        self._phases = Phases()
-        self._request: Request | None = None
-        self._arena: Arena | None = None
-        self._server: WeightServer | None = None
-        self._report = LoadReport(
-            role_of(model_config),
-            self._rank,
-            "failed",
-            seconds=self._phases.seconds,
-            not_served=None if config.serve else "SERVE is false",
-        )
-        config.listen_port_for(self._rank)  # a port out of range must stop the start before anything is loaded
-
-    def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
-        """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
-        weights: ModelWeights | None = None
-        try:
-            weights = ModelWeights(model)
-            self._fill_from_sources(weights)
-            return
-        except UnsupportedModel as error:
-            weights, reason = None, str(error)
-            self._report.not_served = self._report.not_served or reason
-            if self._config.fallback == "error":
-                raise
-        except SourcesExhausted as error:
-            reason = str(error)
-            if self._config.fallback == "error":
-                raise
-        if self._config.source:
-            logger.warning("no source delivered the weights, loading from disk: %s", reason)
-        with self._phases("disk"):
-            self._fill_from_disk(model, weights, load_from_disk)
-        self._report.outcome = "disk"
-
-    def serve(self, model: nn.Module) -> None:
-        """Publishes what was loaded; call it after post-processing. Inference does not depend on its success."""
-        if self._request is None or self._arena is None:
-            return
-        try:
-            with self._phases("serve"):
-                self._server = serving.serve(model, self._request, self._arena, self._config, self._rank)
-        except OSError as error:
-            self._cannot_serve(str(error), self._arena)
-            return
-        self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
-        self._announce(self._report.listening)
-
-    def _announce(self, address: str) -> None:
-        if self._config.output_prefix is None:
-            return
-        try:
-            serving.announce(self._config.output_prefix, self._rank, address)
-        except OSError as error:
-            logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
-
-    def share_endpoints(self) -> None:
-        """Tells the other ranks of this instance where this one serves, so that each can refer clients to the others.
-
-        Every rank that serves comes here once, for its target model: a draft model may be on some ranks only.
-        """
-        if not self._config.serve or self._report.role != "target" or self._vllm_config.parallel_config.world_size == 1:
-            return
-        ours, host = b"", self._advertised_host()
-        if self._server is not None and self._request is not None:
-            ours = msgspec.msgpack.encode(Peer(self._request.coordinates, host, self._server.port))
-        peers = [msgspec.msgpack.decode(payload, type=Peer) for payload in gather(ours) if payload]
-        if self._server is not None:
-            self._server.refer_to(
-                msgspec.structs.replace(peer, host="") if peer.host == host else peer for peer in peers
-            )
-
-    def _advertised_host(self) -> str:
-        if self._config.listen_host in (None, "0.0.0.0", "::"):
-            return _own_address()
-        return str(self._config.listen_host)
-
-    @contextlib.contextmanager
-    def reported(self) -> Iterator[None]:
-        """Reports at the end, also of a load that fails."""
-        try:
-            yield
-        except BaseException:
-            self._report.outcome = "failed"
-            raise
-        finally:
-            logger.info("%s", self._report.line())
-            self._write_report()
-
-    def _write_report(self) -> None:
-        if self._config.report_prefix is None:
-            return
-        suffix = "" if self._report.role == "target" else f"-{self._report.role}"
-        path = Path(f"{self._config.report_prefix}{self._rank}{suffix}.json")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._report.write(path)
-        except OSError as error:
-            logger.error("the load report %s cannot be written: %s", path, error)
-
-    def _fill_from_sources(self, weights: ModelWeights) -> None:
-        with self._phases("join"):
-            request = self._describe(weights)
-        show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
-        with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
-            client = Client(
-                request,
-                transports(self._config.transport),
-                Timeouts(self._config.connect_timeout, self._config.stall_timeout),
-                phases=self._phases,
-                progress=progress,
-                attempts=self._report.attempts,
-            )
-            fetched = client.fetch(self._config.sources_for(self._rank))
-        with self._phases("transfer"):
-            weights.bind(fetched.arena)
-            self._keep(fetched.arena)
-        self._note_fetched(fetched, weights.manifest.nbytes)
-
-    def _note_fetched(self, fetched: Fetched, nbytes: int) -> None:
-        self._report.outcome = "p2p"
-        self._report.source = str(fetched.source)
-        self._report.transport = fetched.transport
-        self._report.bytes = nbytes
-
-    def _fill_from_disk(
-        self,
-        model: nn.Module,
-        weights: ModelWeights | None,
-        load_from_disk: Callable[[nn.Module, ModelConfig], None],
-    ) -> None:
-        if weights is None or not self._config.serve:
-            load_from_disk(model, self._model_config)
-            return
-        self._report.bytes = weights.manifest.nbytes
-        try:
-            arena = allocate(weights.manifest, mapped=True)
-        except UnsupportedModel as error:
-            self._cannot_serve(str(error))
-            load_from_disk(model, self._model_config)
-            return
-        weights.move_into(arena)
-        before = plain_attributes(model)
-        load_from_disk(model, self._model_config)
-        try:
-            weights.collect_into(model, arena)
-            _require_unchanged(before, plain_attributes(model))
-        except UnsupportedModel as error:
-            self._cannot_serve(str(error), arena)
-            return
-        self._describe(weights)
-        self._keep(arena)
-
-    def _describe(self, weights: ModelWeights) -> Request:
-        if self._request is None:
-            identity = model_identity(self._vllm_config, self._model_config, self._config.model)
-            self._request = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
-        return self._request
-
-    def _keep(self, arena: Arena) -> None:
-        """Keeps the raw bytes for serving, or only as long as the model needs them."""
-        if not self._config.serve:
-            arena.free_with_tensors()
-            arena.close()
-            return
-        try:
-            if not arena.servable:
-                arena.seal()
-        except OSError as error:
-            self._cannot_serve(f"the arena cannot be sealed: {error}", arena)
-            return
-        self._arena = arena
-
-    def _cannot_serve(self, reason: str, arena: Arena | None = None) -> None:
-        if arena is not None:
-            arena.free_with_tensors()
-            arena.close()
-        self._report.not_served = reason
-        logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
-
-
-def _require_unchanged(before: dict[str, str], after: dict[str, str]) -> None:
-    """Raises UnsupportedModel where loading did more to the model than fill its tensors."""
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
-        raise UnsupportedModel(f"loading set {', '.join(changed[:8])}, which a copy of the weights does not carry")
-
-
-@contextlib.contextmanager
-def _progress_bar(nbytes: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar that appears when bytes move for more than a second; may be advanced from any thread."""
-    lock = threading.Lock()
-    with tqdm(
-        total=nbytes,
-        desc="Loading weights from a running instance",
-        unit="B",
-        unit_scale=True,
-        disable=not enabled,
-        delay=1,
-        bar_format="{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n",
-    ) as bar:
-
-        def advance(moved: int) -> None:
-            with lock:
-                bar.update(moved)
-
-        yield advance
-
-
-def _own_address() -> str:
-    address: str = get_ip()
-    return "127.0.0.1" if address == "0.0.0.0" else address

@@ -116,11 +116,13 @@ class Manifest:
         """Differences by tensor name, in both directions; `self` is "here"."""
         ours, theirs = self._descriptions(), other._descriptions()
         names = [*ours, *(name for name in theirs if name not in ours)]
-        return tuple(
+        differing = tuple(
             Difference(f"tensor {name}", ours.get(name, ""), theirs.get(name, ""))
             for name in names
             if ours.get(name) != theirs.get(name)
         )
+        pairs = zip(ours, theirs, strict=False)
+        return differing or tuple(Difference("order of tensors", *pair) for pair in pairs if pair[0] != pair[1])
 
     def _descriptions(self) -> dict[str, str]:
         described = {spec.name: _describe(spec) + f" at byte {spec.offset}" for spec in self.tensors}
@@ -182,17 +184,18 @@ def _extent(alias: Alias) -> int:
 
 
 def _describe(spec: TensorSpec | Alias) -> str:
-    strides = "" if _is_contiguous(spec) else f" strides {list(spec.strides)}"
+    strides = "" if spec.strides == contiguous_strides(spec.shape) else f" strides {list(spec.strides)}"
     return f"{spec.dtype} {list(spec.shape)}{strides}"
 
 
-def _is_contiguous(spec: TensorSpec | Alias) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(spec.shape), reversed(spec.strides), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= max(size, 1)
-    return True
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides that torch gives a new tensor of `shape`."""
+    strides: list[int] = []
+    following = 1
+    for size in reversed(shape):
+        strides.append(following)
+        following *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _validate_description(spec: TensorSpec | Alias, names: set[str]) -> None:

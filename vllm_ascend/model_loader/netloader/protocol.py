@@ -76,12 +76,18 @@ class Join(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    """Opens the session: `parameters` are the chosen transport's own."""
+    """Opens the session: `parameters` are the chosen transport's own.
+
+    `attributes` belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that
+    of the server's checkpoint, for a client that has none and will serve these weights in turn.
+    """
 
     session: SessionId
     generation: Count
     transport: ShortText
     parameters: Parameters
+    attributes: Mapping[ShortText, bool | int | float | ShortText | None] = {}
+    fingerprint: ShortText = ""
 
 
 class Refuse(Message, frozen=True):
@@ -143,9 +149,12 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Status(Message, frozen=True):
+    """`declined` says of a role why this process cannot serve it."""
+
     holdings: tuple[Holding, ...]
     sessions: int
     transports: tuple[str, ...]
+    declined: Mapping[str, str] = {}
 
 
 class Role(enum.Enum):

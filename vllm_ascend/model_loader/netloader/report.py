@@ -30,7 +30,8 @@ class LoadReport(msgspec.Struct):
     """One load of one role by one rank. Sizes in bytes, times in seconds; what does not apply is None or 0.
 
     `seconds` maps phases to their time, nested phases not counted twice: connect, join, allocate, transfer, verify,
-    disk, serve. `listening` is where the weights are served now.
+    disk, serve. `listening` is where the weights are served now. `changed` names the tensors that post-processing has
+    changed, where INT8_CACHE asks for it.
     """
 
     role: str
@@ -43,6 +44,7 @@ class LoadReport(msgspec.Struct):
     attempts: list[Attempt] = msgspec.field(default_factory=list)
     listening: str | None = None
     not_served: str | None = None
+    changed: list[str] | None = None
 
     def line(self) -> str:
         """One line for the log."""

@@ -83,6 +83,7 @@ class WeightServer:
         self._timeouts = timeouts
         self._lock = threading.RLock()  # a finalizer may withdraw within any of its blocks
         self._publications: dict[str, Publication] = {}
+        self._declined: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._peers: tuple[Peer, ...] = ()
         self._senders: dict[bytes, Sender] = {}
@@ -130,6 +131,11 @@ class WeightServer:
         port: int = self._listener.getsockname()[1]
         return port
 
+    def configure(self, transports: Sequence[Transport], timeouts: Timeouts) -> None:
+        """For sessions from now on: a load may come with another configuration than the one that opened the port."""
+        self._transports = tuple(transports)
+        self._timeouts = timeouts
+
     def next_generation(self, role: str) -> int:
         """A generation above all earlier ones of `role`, for the store about to be published."""
         with self._lock:
@@ -141,8 +147,15 @@ class WeightServer:
         with self._lock:
             previous = self._publications.get(publication.identity.role)
             self._publications[publication.identity.role] = publication
+            self._declined.pop(publication.identity.role, None)
         if previous is not None:
             previous.store.close()
+
+    def decline(self, role: str, reason: str) -> None:
+        """From now on, clients that want `role` are refused with `reason`; what was served of it no longer is."""
+        with self._lock:
+            self._declined[role] = reason
+            self.withdraw(role)
 
     def refer_to(self, peers: Iterable[Peer]) -> None:
         """From now on, a client that wants the part of one of `peers` is told where it is."""
@@ -244,7 +257,14 @@ class WeightServer:
             with self._lock:
                 self._senders[session] = sender
             try:
-                accept = Accept(session, store.generation, transport.name, sender.parameters)
+                accept = Accept(
+                    session=session,
+                    generation=store.generation,
+                    transport=transport.name,
+                    parameters=sender.parameters,
+                    attributes=store.attributes,
+                    fingerprint=publication.identity.fingerprint,
+                )
                 channel.send(accept, self._timeouts.connect)
                 sender.run()
                 self._finish(channel, peer, publication, transport.name, sender)
@@ -280,10 +300,8 @@ class WeightServer:
     def _answer(self, join: Join) -> Refuse | tuple[Publication, Transport]:
         with self._lock:
             publication = self._publications.get(join.identity.role)
-            roles = sorted(self._publications)
-        if publication is None:
-            held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
-            return Refuse(f"this server does not hold {one_line(join.identity.role)} weights: {held}")
+            if publication is None:
+                return self._without(join.identity.role)
         differences = publication.identity.mismatch(join.identity)
         displaced = publication.coordinates.mismatch(join.coordinates)
         if displaced and not differences and (referrals := self._referrals(join.coordinates)):
@@ -299,6 +317,13 @@ class WeightServer:
             names = ", ".join(transport.name for transport in self._transports)
             return Refuse(f"no common transport: this server has {names}")
         return publication, transport
+
+    def _without(self, role: str) -> Refuse:
+        roles, declined = sorted(self._publications), self._declined.get(role)
+        if declined is not None:
+            return Refuse(f"this instance cannot serve its {role} weights: {one_line(declined)}")
+        held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
+        return Refuse(f"this server does not hold {one_line(role)} weights: {held}")
 
     def _referrals(self, coordinates: RankCoordinates) -> tuple[str, ...]:
         return tuple(str(Endpoint(peer.host, peer.port)) for peer in self._peers if peer.coordinates == coordinates)
@@ -323,6 +348,7 @@ class WeightServer:
     def _status(self) -> Status:
         with self._lock:
             publications, sessions = list(self._publications.values()), len(self._senders)
+            declined = dict(self._declined)
         holdings = tuple(
             Holding(
                 role=publication.identity.role,
@@ -334,7 +360,7 @@ class WeightServer:
             )
             for publication in publications
         )
-        return Status(holdings, sessions, tuple(transport.name for transport in self._transports))
+        return Status(holdings, sessions, tuple(transport.name for transport in self._transports), declined)
 
 
 def _bind(host: str | None, port: int) -> socket.socket:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
@@ -20,15 +23,32 @@ _servers: Final[dict[tuple[str | None, int], WeightServer]] = {}
 _lock: Final = threading.Lock()
 
 
-def serve(model: nn.Module, request: Request, arena: Arena, config: NetLoaderConfig, rank: int) -> WeightServer:
-    """Publishes the sealed `arena` for as long as `model` lives. Raises OSError where no listener can be had."""
+@dataclass(frozen=True)
+class Weights:
+    """What a load has brought: the bytes asked for in a sealed arena, and what else it set on the model."""
+
+    request: Request
+    arena: Arena
+    attributes: Mapping[str, Plain]
+
+
+def serve(model: nn.Module, weights: Weights, config: NetLoaderConfig, rank: int) -> WeightServer:
+    """Publishes `weights` for as long as `model` lives, in place of what was served of their role.
+
+    Raises OSError where no listener can be had.
+    """
     server = _server(config, rank)
-    role = request.identity.role
+    request, role = weights.request, weights.request.identity.role
     generation = server.next_generation(role)
-    store = WeightStore(request.manifest, arena, generation)
+    store = WeightStore(request.manifest, weights.arena, generation, weights.attributes)
     server.publish(Publication(request.identity, request.coordinates, store))
     weakref.finalize(model, server.withdraw, role, generation).atexit = False
     return server
+
+
+def decline(role: str, reason: str, config: NetLoaderConfig, rank: int) -> None:
+    """Answers whoever asks for `role` with `reason`. Raises OSError where no listener can be had."""
+    _server(config, rank).decline(role, reason)
 
 
 def announce(prefix: str, rank: int, address: str) -> None:
@@ -40,11 +60,13 @@ def announce(prefix: str, rank: int, address: str) -> None:
 
 def _server(config: NetLoaderConfig, rank: int) -> WeightServer:
     address = (config.listen_host, config.listen_port_for(rank))
+    usable = transports(config.transport)
+    timeouts = Timeouts(config.connect_timeout, config.stall_timeout)
     with _lock:
         server = _servers.get(address)
         if server is None:
-            timeouts = Timeouts(config.connect_timeout, config.stall_timeout)
-            server = WeightServer(*address, transports(config.transport), timeouts)
+            server = WeightServer(*address, usable, timeouts)
             server.start()
             _servers[address] = server
+        server.configure(usable, timeouts)
         return server

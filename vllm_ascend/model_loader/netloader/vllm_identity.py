@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import vllm_ascend
 from vllm_ascend.model_loader.netloader.identity import (
     ModelIdentity,
     RankCoordinates,
@@ -31,12 +32,13 @@ def role_of(model_config: ModelConfig) -> str:
 
 
 def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configured_name: str | None) -> ModelIdentity:
-    """`configured_name` is MODEL."""
+    """`configured_name` is MODEL, which names the target model."""
     import torch
     import vllm
 
     hub_name, revision = _hub_name(model_config)
-    name = configured_name or hub_name
+    role = role_of(model_config)
+    name = (configured_name if role == "target" else None) or hub_name
     return ModelIdentity(
         name=name or os.path.realpath(model_config.model),
         name_is_path=not name,
@@ -46,9 +48,9 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
         fingerprint=_fingerprint(model_config, vllm_config.load_config.download_dir),
-        role=role_of(model_config),
+        role=role,
         load_options=_load_options(vllm_config),
-        versions={"vllm": vllm.__version__.partition("+")[0], "torch": torch.__version__.partition("+")[0]},
+        versions={package.__name__: package.__version__.partition("+")[0] for package in (vllm, torch, vllm_ascend)},
     )
 
 
@@ -127,9 +129,10 @@ def _load_options(vllm_config: VllmConfig) -> str:
 
 
 def _essential(config: Any) -> Any:
+    """`config` without what differs between copies of one model; of a quantization's configuration all counts."""
     if isinstance(config, dict):
         kept = {str(key): value for key, value in config.items() if key not in _INCIDENTAL_CONFIG_KEYS}
-        return {key: _essential(value) for key, value in kept.items()}
+        return {key: value if key == "quantization_config" else _essential(value) for key, value in kept.items()}
     if isinstance(config, list | tuple):
         return [_essential(item) for item in config]
     return config

@@ -15,20 +15,22 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy
+import numpy.typing
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
+from vllm_ascend.model_loader.netloader.attributes import Plain, qualified
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, is_dense
+from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,15 @@ class Request:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """Complete weights that may be served. `arena` must be sealed; whoever publishes the store closes it."""
+    """Complete weights that may be served. `arena` must be sealed; whoever publishes the store closes it.
+
+    `attributes` is what else loading has set on the model.
+    """
 
     manifest: Manifest
     arena: Arena
     generation: int
+    attributes: Mapping[str, Plain] = field(default_factory=dict)
 
     @cached_property
     def bytes(self) -> memoryview:
@@ -136,28 +142,40 @@ class ModelWeights:
                 follower.data = bind_alias(self._parameters[base].data, alias)
 
 
-def plain_attributes(model: nn.Module) -> dict[str, str]:
-    """What modules keep beside their weights, by name: flags, numbers and texts, and which tensors as plain attributes.
+def changed_tensors(model: nn.Module, manifest: Manifest, arena: Arena, names: Sequence[str] | None) -> list[str]:
+    """Weights whose contents, type or shape in `model` are no longer those of the sealed `arena`, by name.
 
-    Some models set flags while they load a checkpoint (an EAGLE draft notes that it brought its own head). A copy of
-    the weights does not carry them, so whoever loads from disk compares before and after.
+    `names` restricts it to tensors whose name contains one of them.
     """
-    attributes: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                attributes[f"{prefix}.{name}".lstrip(".")] = f"tensor {id(value)}"
-            elif value is None or isinstance(value, bool | int | float | str):
-                attributes[f"{prefix}.{name}".lstrip(".")] = repr(value)
-    return attributes
+    current = dict(model.named_parameters()) | dict(_persistent_buffers(model))
+    wanted = (spec for spec in manifest.tensors if names is None or any(name in spec.name for name in names))
+    original = numpy.frombuffer(arena.reader(), numpy.uint8)
+    return [spec.name for spec in wanted if not _holds(current.get(spec.name), spec, original[spec.offset : spec.end])]
+
+
+def _holds(tensor: torch.Tensor | None, spec: TensorSpec, contents: numpy.typing.NDArray[numpy.uint8]) -> bool:
+    if tensor is None or (str(tensor.dtype), tuple(tensor.shape), tensor.stride()) != (
+        f"torch.{spec.dtype}",
+        spec.shape,
+        spec.strides,
+    ):
+        return False
+    return numpy.array_equal(_memory(tensor.data).numpy(), contents)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of `module` itself; vLLM keeps derived tables in non-persistent buffers."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that belong to the state of the model; vLLM keeps derived tables in non-persistent ones."""
     for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+        for name, tensor in own_tensors(module):
+            if name in module._buffers:
+                yield qualified(prefix, name), tensor
 
 
 def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -166,7 +184,7 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in (*module._buffers.items(), *vars(module).items()):
             for tensor in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(tensor, torch.Tensor):
-                    yield f"{prefix}.{name}" if prefix else name, tensor
+                    yield qualified(prefix, name), tensor
 
 
 def _views_of(

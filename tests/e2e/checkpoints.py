@@ -1,0 +1,284 @@
+"""Small checkpoints with random weights, one for each kind of model, made on the spot.
+
+Each function makes its checkpoint in a directory of that name under `root` unless it is there, and returns the path.
+Formats that transformers does not write are written here, tensor by tensor; the names and layouts are those that vLLM's
+loaders for them read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_model import SMALL, make_random_model
+from safetensors.torch import load_file, save_file
+
+Tensors = Mapping[str, torch.Tensor]
+
+DENSE = {**SMALL, "num_hidden_layers": 2, "tie_word_embeddings": False}
+MOE = {**DENSE, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+MLA = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,  # this and the 64 are what the CPU backend's attention kernel takes
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 512,
+}
+GROUP = 64
+"""Weights that share a scale in the 4-bit formats."""
+
+
+def dense(root: Path) -> str:
+    return str(make_random_model(root / "dense", DENSE))
+
+
+def dense_retrained(root: Path) -> str:
+    """The layout of `dense`, other weights."""
+    return str(make_random_model(root / "dense_retrained", DENSE, seed=1))
+
+
+def tied(root: Path) -> str:
+    return str(make_random_model(root / "tied", {**DENSE, "tie_word_embeddings": True}, architecture="qwen3"))
+
+
+def tied_retrained(root: Path) -> str:
+    configuration = {**DENSE, "tie_word_embeddings": True}
+    return str(make_random_model(root / "tied_retrained", configuration, architecture="qwen3", seed=1))
+
+
+def biased(root: Path) -> str:
+    """Layer norms and linear layers with biases; learnt positions."""
+    configuration = {"vocab_size": 2048, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    return str(make_random_model(root / "biased", configuration, architecture="gpt2"))
+
+
+def state_space(root: Path) -> str:
+    """Computes with a view of its convolution's weight."""
+    configuration = {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "time_step_rank": 16,
+    }
+    return str(make_random_model(root / "state_space", configuration, architecture="mamba"))
+
+
+def mixture_of_experts(root: Path) -> str:
+    return str(make_random_model(root / "mixture_of_experts", MOE, architecture="qwen3_moe"))
+
+
+def mixture_of_experts_retrained(root: Path) -> str:
+    return str(make_random_model(root / "mixture_of_experts_retrained", MOE, architecture="qwen3_moe", seed=1))
+
+
+def latent_attention(root: Path) -> str:
+    configuration = {**MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    return str(make_random_model(root / "latent_attention", configuration, architecture="deepseek_v2"))
+
+
+def latent_attention_with_mtp(root: Path) -> str:
+    """DeepSeek-V3 with one layer for multi-token prediction, whose weights vLLM loads as a draft model."""
+    directory = root / "latent_attention_with_mtp"
+    if directory.exists():
+        return str(directory)
+    configuration = {**MLA, "q_lora_rank": 128, "n_group": 2, "topk_group": 1}
+    make_random_model(directory, configuration, architecture="deepseek_v3")
+    tensors = load_file(directory / "model.safetensors")
+    last, extra = "model.layers.1.", "model.layers.2."
+    tensors |= {name.replace(last, extra): tensor.clone() for name, tensor in tensors.items() if name.startswith(last)}
+    hidden = MLA["hidden_size"]
+    ones = {name: torch.ones(hidden) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
+    added = {
+        **ones,
+        "eh_proj.weight": _random(hidden, 2 * hidden),
+        "shared_head.head.weight": tensors["lm_head.weight"].clone(),
+        "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+    }
+    tensors |= {extra + name: tensor.bfloat16() for name, tensor in added.items()}
+    _save(directory, tensors)
+    routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 1.0}
+    _change_config(directory, {**routing, "norm_topk_prob": True, "num_nextn_predict_layers": 1})
+    return str(directory)
+
+
+def encoder_only(root: Path) -> str:
+    from transformers import BertConfig, BertModel
+
+    directory = root / "encoder_only"
+    if not directory.exists():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=2048, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
+        )
+        BertModel(config).bfloat16().save_pretrained(directory)
+        _save_tokenizer(directory)
+    return str(directory)
+
+
+def pooling(root: Path) -> str:
+    """A decoder that gives embeddings."""
+    directory = make_random_model(root / "pooling", DENSE, architecture="qwen3")
+    _save_tokenizer(directory)
+    return str(directory)
+
+
+def encoder_decoder(root: Path) -> str:
+    """Speech to text: an audio encoder, a decoder with cross attention."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    directory = root / "encoder_decoder"
+    if directory.exists():
+        return str(directory)
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=2048,
+        d_model=256,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        decoder_start_token_id=5,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    WhisperForConditionalGeneration(config).bfloat16().save_pretrained(directory)
+    WhisperFeatureExtractor().save_pretrained(directory)
+    _save_tokenizer(directory)
+    return str(directory)
+
+
+def w8a8(root: Path) -> str:
+    """`dense` in compressed-tensors' int8: a scale per output channel, activations quantised per token."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+    }
+
+    def quantise(weight: torch.Tensor) -> Tensors:
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
+
+    return _quantised(root, "w8a8", quantization, quantise)
+
+
+def gptq(root: Path) -> str:
+    """The layout of GPTQ's 4-bit checkpoints over random values."""
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+
+    def quantise(weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        return {
+            "qweight": _random_int32(columns // 8, rows),
+            "qzeros": torch.full((columns // GROUP, rows // 8), 0x77777777, dtype=torch.int32),
+            "scales": _random(columns // GROUP, rows).abs(),
+            "g_idx": torch.arange(columns, dtype=torch.int32) // GROUP,
+        }
+
+    return _quantised(root, "gptq", quantization, quantise)
+
+
+def awq(root: Path) -> str:
+    """The layout of AWQ's 4-bit checkpoints over random values."""
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+
+    def quantise(weight: torch.Tensor) -> Tensors:
+        rows, columns = weight.shape
+        return {
+            "qweight": _random_int32(columns, rows // 8),
+            "qzeros": _random_int32(columns // GROUP, rows // 8),
+            "scales": _random(columns // GROUP, rows).abs(),
+        }
+
+    return _quantised(root, "awq", quantization, quantise)
+
+
+def eagle_draft(root: Path) -> str:
+    """An EAGLE head for `dense` with an embedding of its own, which vLLM notes while it loads."""
+    directory = root / "eagle_draft"
+    if directory.exists():
+        return str(directory)
+    target = Path(dense(root))
+    hidden, vocabulary = DENSE["hidden_size"], DENSE["vocab_size"]
+    first = "model.layers.0."
+    tensors = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(target / "model.safetensors").items()
+        if name.startswith(first) and "input_layernorm" not in name
+    }
+    tensors |= {"fc.weight": _random(hidden, 2 * hidden), "embed_tokens.weight": _random(vocabulary, hidden)}
+    directory.mkdir()
+    _save(directory, tensors)
+    (directory / "config.json").write_bytes((target / "config.json").read_bytes())
+    _change_config(directory, {"num_hidden_layers": 1})
+    return str(directory)
+
+
+def _quantised(root: Path, name: str, quantization: dict[str, Any], quantise: Callable[[torch.Tensor], Tensors]) -> str:
+    directory, plain = root / name, Path(dense(root))
+    if directory.exists():
+        return str(directory)
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor_name, tensor in load_file(plain / "model.safetensors").items():
+        if tensor_name.endswith("proj.weight"):
+            layer = tensor_name.removesuffix("weight")
+            tensors |= {layer + part: value for part, value in quantise(tensor).items()}
+        else:
+            tensors[tensor_name] = tensor
+    directory.mkdir()
+    _save(directory, tensors)
+    (directory / "config.json").write_bytes((plain / "config.json").read_bytes())
+    _change_config(directory, {"quantization_config": quantization})
+    return str(directory)
+
+
+def _save(directory: Path, tensors: Tensors) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _change_config(directory: Path, changes: dict[str, Any]) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """Some engines need one, though the tests ask with token ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({f"t{number}": number for number in range(2048)}, unk_token="t3")
+    special = {"pad_token": "t0", "eos_token": "t1", "bos_token": "t2", "unk_token": "t3"}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(directory)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).mul(0.02).bfloat16()
+
+
+def _random_int32(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)

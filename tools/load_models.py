@@ -1,0 +1,219 @@
+"""Loads models with a vLLM model loader, one after another in one process, as its standard input asks.
+
+This is vLLM's own worker, or a whole engine where answers are wanted: real configuration, parallel groups, model code,
+loader and post-processing. A process that has imported vLLM once loads a small model in a few seconds, a fraction of
+what an instance takes to start. The tests and benchmarks use it.
+
+    echo '{"model": "DIR", "extra": {"LISTEN_PORT": 19000}}' | python tools/load_models.py
+
+Each line is one request, a JSON object; each is answered by a line ``{"result": ...}`` or ``{"error": "..."}``. What
+was loaded is held, and serves its weights, until the next load or the end of the input.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")  # no warm-up
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine runs in this process
+
+ANSWER_TOKENS = 16
+
+
+class Loads:
+    """What this process holds, and how it comes to hold something else."""
+
+    def __init__(self) -> None:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        _register_kernels_once()
+        self._engine: Any = None
+        self._worker: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Does what `request` asks.
+
+        {"model": directory or hub name, ...} loads. Further keys: load_format, extra (the loader's configuration),
+        engine (further engine arguments), digests (whether to hash the weights as they are before post-processing),
+        rank and init_method (for one process of several that make up an instance), prompts (makes a whole engine in
+        this process, which answers them: lists of token ids, or prompts of vLLM's as JSON).
+        The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
+        digests, flags (attributes that loading may set), draft (the same of a draft model), and answers.
+
+        {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
+        held; the result has the answers after it.
+        """
+        if "reload" in request:
+            self._engine.collective_rpc("reload_weights", kwargs=request["reload"])
+            self._engine.reset_prefix_cache()
+            return {"answers": answers(self._engine, request["prompts"])}
+        self.drop()
+        return self._load(request)
+
+    def drop(self) -> None:
+        """Gives up the model, and with it what vLLM holds once for a process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        if self._engine is not None:
+            self._engine.llm_engine.engine_core.shutdown()
+        if self._worker is not None:
+            self._worker.shutdown()
+        self._engine = self._worker = None
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _load(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.model_loader import get_model_loader
+
+        arguments = {
+            "model": request["model"],
+            "load_format": request.get("load_format", "netloader"),
+            "model_loader_extra_config": request.get("extra", {}),
+            "enforce_eager": True,
+            "max_model_len": 256,
+            **request.get("engine", {}),
+        }
+        vllm_config = EngineArgs(**arguments).create_engine_config()
+        loader_class = type(get_model_loader(vllm_config.load_config))
+        with _Observer(loader_class, with_digests=request.get("digests", False)) as observer:
+            if "prompts" in request:
+                from vllm import LLM
+
+                self._engine = LLM(**arguments)
+                observer.result["answers"] = answers(self._engine, request["prompts"])
+            else:
+                self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
+        return observer.result
+
+
+def _register_kernels_once() -> None:
+    """vLLM replaces Triton kernels for every worker, and trips over its own replacements the second time."""
+    from vllm.platforms import current_platform
+
+    once = functools.cache(current_platform.register_triton_kernel_overrides)
+    type(current_platform).register_triton_kernel_overrides = staticmethod(once)
+
+
+def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.utils.network_utils import get_open_port
+
+    worker_class = resolve_obj_by_qualname(vllm_config.parallel_config.worker_cls)
+    with set_current_vllm_config(vllm_config):
+        init_method = init_method or f"tcp://127.0.0.1:{get_open_port()}"
+        worker = worker_class(vllm_config, rank, rank, init_method, is_driver_worker=rank == 0)
+        worker.init_device()
+        worker.load_model()
+    return worker
+
+
+def answers(engine: Any, prompts: list[Any]) -> list[Any]:
+    """Greedy token ids with their log probabilities, or embeddings where `engine` pools."""
+    from vllm import SamplingParams
+
+    inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else _with_audio(prompt) for prompt in prompts]
+    if engine.model_config.runner_type == "pooling":
+        return [output.outputs.embedding for output in engine.embed(inputs, use_tqdm=False)]
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+    outputs = [output.outputs[0] for output in engine.generate(inputs, sampling, use_tqdm=False)]
+    return [
+        [[token, logprobs[token].logprob] for token, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
+        for output in outputs
+    ]
+
+
+def _with_audio(prompt: dict[str, Any]) -> dict[str, Any]:
+    """{"decoder": token ids, "tone": hertz} is a second of that tone for the encoder of a speech model."""
+    import numpy
+
+    audio = numpy.sin(numpy.arange(16000, dtype=numpy.float32) * (2 * numpy.pi * prompt["tone"] / 16000))
+    encoder = {"prompt": "", "multi_modal_data": {"audio": (audio, 16000)}}
+    return {"encoder_prompt": encoder, "decoder_prompt": {"prompt_token_ids": prompt["decoder"]}}
+
+
+class _Observer:
+    """Measures a loader's `load_weights` from outside, for as long as it is entered."""
+
+    def __init__(self, loader_class: Any, *, with_digests: bool) -> None:
+        self.result: dict[str, Any] = {}
+        self._loader_class = loader_class
+        self._original = loader_class.load_weights
+        self._with_digests = with_digests
+
+    def __enter__(self) -> _Observer:
+        original = self._original
+
+        def load_weights(loader: Any, model: Any, model_config: Any) -> None:
+            result = self.result.setdefault("draft", {}) if model_config.runner_type == "draft" else self.result
+            self._observe(lambda: original(loader, model, model_config), model, result)
+
+        self._loader_class.load_weights = load_weights
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loader_class.load_weights = self._original
+
+    def _observe(self, load_weights: Callable[[], None], model: Any, result: dict[str, Any]) -> None:
+        private_before, begun = private_bytes(), time.perf_counter()
+        load_weights()
+        result["weight_seconds"] = time.perf_counter() - begun
+        result["private_bytes"] = private_bytes() - private_before
+        result["parameter_bytes"] = sum(each.numel() * each.element_size() for each in model.parameters())
+        result["flags"] = {name: value for name, value in vars(model).items() if name.startswith("has_own_")}
+        if self._with_digests:
+            result["digests"] = digests(model)
+
+
+def digests(model: Any) -> dict[str, str]:
+    """vLLM's digests of all parameters that have memory, and the same of persistent buffers."""
+    import torch
+    from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    found: dict[str, str] = compute_tensor_digests(model)
+    for name, tensor in model.state_dict().items():
+        if name not in found:
+            contents = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            found[name] = hashlib.sha256(contents).hexdigest()
+    return found
+
+
+def private_bytes() -> int:
+    """Memory that only this process uses; pages shared with a peer do not count."""
+    kibibytes = 0
+    with open("/proc/self/smaps_rollup", encoding="ascii") as rollup:
+        for line in rollup:
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                kibibytes += int(line.split()[1])
+    return kibibytes * 1024
+
+
+def main() -> None:
+    loads = Loads()
+    for line in sys.stdin:
+        reply: dict[str, Any]
+        try:
+            reply = {"result": loads.answer(json.loads(line))}
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
+    loads.drop()
+
+
+if __name__ == "__main__":
+    main()

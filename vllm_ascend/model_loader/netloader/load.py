@@ -1,0 +1,288 @@
+"""One load of one model into one process, from the question where from to the report.
+
+Sources come first, then the disk; both fill the same untouched model, in an arena that can be served afterwards.
+Serving is a by-product: whatever stands in its way is logged, reported and told to clients, and the load goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+from torch import nn
+from tqdm import tqdm
+from vllm.config import ModelConfig, VllmConfig
+from vllm.utils.network_utils import get_ip
+
+from vllm_ascend.distributed.gather import gather
+from vllm_ascend.model_loader.netloader import attributes, serving
+from vllm_ascend.model_loader.netloader.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.client import Client, Fetched
+from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
+from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
+from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
+from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
+from vllm_ascend.model_loader.netloader.weights import ModelWeights, Request, changed_tensors
+
+logger = logging.getLogger(__name__)
+
+
+class Load:
+    """Call `fill`, post-process the model, then `serve` and `report`."""
+
+    def __init__(self, config: NetLoaderConfig, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+        self._config = config
+        self._vllm_config = vllm_config
+        self._model_config = model_config
+        self._rank = global_rank(vllm_config)
+        self._phases = Phases()
+        self._request: Request | None = None
+        self._arena: Arena | None = None
+        self._attributes: Mapping[str, attributes.Plain] = {}
+        self._server: WeightServer | None = None
+        self._report = LoadReport(
+            role_of(model_config),
+            self._rank,
+            "failed",
+            seconds=self._phases.seconds,
+            not_served=None if config.serve else "SERVE is false",
+        )
+        config.listen_port_for(self._rank)  # a port out of range must stop the start before anything is loaded
+
+    def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
+        """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
+        weights: ModelWeights | None = None
+        try:
+            weights = ModelWeights(model)
+            self._fill_from_sources(model, weights)
+            return
+        except UnsupportedModel as error:
+            weights, reason = None, str(error)
+            self._report.not_served = self._report.not_served or reason
+            if self._config.fallback == "error":
+                raise
+        except SourcesExhausted as error:
+            reason = str(error)
+            if self._config.fallback == "error":
+                raise
+        if self._config.source:
+            logger.warning("no source delivered the weights, loading from disk: %s", reason)
+        with self._phases("disk"):
+            self._fill_from_disk(model, weights, load_from_disk)
+        self._report.outcome = "disk"
+
+    def serve(self, model: nn.Module) -> None:
+        """Publishes for as long as `model` lives what was loaded. Inference does not depend on its success.
+
+        `model` may be another one than was filled; it gets what loading has set on that.
+        """
+        attributes.apply(model, self._attributes)
+        try:
+            with self._phases("serve"):
+                self._publish(model)
+        except OSError as error:
+            self._cannot_serve(str(error), self._arena)
+
+    def _publish(self, model: nn.Module) -> None:
+        if self._request is None or self._arena is None:
+            if self._config.serve:
+                serving.decline(self._report.role, str(self._report.not_served), self._config, self._rank)
+            return
+        self._note_changes(model, self._request, self._arena)
+        weights = serving.Weights(self._request, self._arena, self._attributes)
+        self._server = serving.serve(model, weights, self._config, self._rank)
+        self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
+        self._announce(self._report.listening)
+
+    def _note_changes(self, model: nn.Module, request: Request, arena: Arena) -> None:
+        """Tells whoever sets INT8_CACHE which weights post-processing has changed, and that they are kept anyway."""
+        if self._config.int8_cache == "no":
+            return
+        changed = changed_tensors(model, request.manifest, arena, self._config.int8_cache_name)
+        self._report.changed = changed
+        logger.info(
+            "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, so "
+            "INT8_CACHE %r keeps nothing beside them",
+            len(changed),
+            self._report.role,
+            self._config.int8_cache,
+        )
+
+    def _announce(self, address: str) -> None:
+        if self._config.output_prefix is None:
+            return
+        try:
+            serving.announce(self._config.output_prefix, self._rank, address)
+        except OSError as error:
+            logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
+
+    def share_endpoints(self) -> None:
+        """Tells the other ranks of this instance where this one serves, so that each can refer clients to the others.
+
+        Every rank that serves comes here once, for its target model: a draft model may be on some ranks only.
+        """
+        if not self._config.serve or self._report.role != "target" or self._vllm_config.parallel_config.world_size == 1:
+            return
+        ours, host = b"", self._advertised_host()
+        if self._server is not None and self._request is not None:
+            ours = msgspec.msgpack.encode(Peer(self._request.coordinates, host, self._server.port))
+        peers = [msgspec.msgpack.decode(payload, type=Peer) for payload in gather(ours) if payload]
+        if self._server is not None:
+            self._server.refer_to(
+                msgspec.structs.replace(peer, host="") if peer.host == host else peer for peer in peers
+            )
+
+    def _advertised_host(self) -> str:
+        if self._config.listen_host in (None, "0.0.0.0", "::"):
+            return _own_address()
+        return str(self._config.listen_host)
+
+    @contextlib.contextmanager
+    def failure_reported(self) -> Iterator[None]:
+        """Reports a load that ends within by an exception."""
+        try:
+            yield
+        except BaseException:
+            self._report.outcome = "failed"
+            self.report()
+            raise
+
+    def report(self) -> None:
+        """Writes the line in the log, and the file where one is wanted."""
+        logger.info("%s", self._report.line())
+        if self._config.report_prefix is not None:
+            self._write_report(self._config.report_prefix)
+
+    def _write_report(self, prefix: str) -> None:
+        suffix = "" if self._report.role == "target" else f"-{self._report.role}"
+        path = Path(f"{prefix}{self._rank}{suffix}.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._report.write(path)
+        except OSError as error:
+            logger.error("the load report %s cannot be written: %s", path, error)
+
+    def _fill_from_sources(self, model: nn.Module, weights: ModelWeights) -> None:
+        with self._phases("join"):
+            request = self._describe(weights)
+        show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
+        with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
+            client = Client(
+                request,
+                transports(self._config.transport),
+                Timeouts(self._config.connect_timeout, self._config.stall_timeout),
+                phases=self._phases,
+                progress=progress,
+                check_attributes=lambda received: attributes.require_settable(model, received),
+                attempts=self._report.attempts,
+            )
+            fetched = client.fetch(self._config.sources_for(self._rank))
+        with self._phases("transfer"):
+            weights.bind(fetched.arena)
+            attributes.apply(model, fetched.attributes)
+            self._attributes = fetched.attributes
+            self._request = _as_known_to_the_source(request, fetched.fingerprint)
+            self._keep(fetched.arena)
+        self._note_fetched(fetched, weights.manifest.nbytes)
+
+    def _note_fetched(self, fetched: Fetched, nbytes: int) -> None:
+        self._report.outcome = "p2p"
+        self._report.source = str(fetched.source)
+        self._report.transport = fetched.transport
+        self._report.bytes = nbytes
+
+    def _fill_from_disk(
+        self,
+        model: nn.Module,
+        weights: ModelWeights | None,
+        load_from_disk: Callable[[nn.Module, ModelConfig], None],
+    ) -> None:
+        if weights is None or not self._config.serve:
+            load_from_disk(model, self._model_config)
+            return
+        self._report.bytes = weights.manifest.nbytes
+        try:
+            arena = allocate(weights.manifest, mapped=True)
+        except UnsupportedModel as error:
+            self._cannot_serve(str(error))
+            load_from_disk(model, self._model_config)
+            return
+        weights.move_into(arena)
+        before = attributes.snapshot(model)
+        load_from_disk(model, self._model_config)
+        try:
+            weights.collect_into(model, arena)
+            self._attributes = attributes.changes(before, model)
+        except UnsupportedModel as error:
+            self._cannot_serve(str(error), arena)
+            return
+        self._describe(weights)
+        self._keep(arena)
+
+    def _describe(self, weights: ModelWeights) -> Request:
+        if self._request is None:
+            identity = model_identity(self._vllm_config, self._model_config, self._config.model)
+            self._request = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
+        return self._request
+
+    def _keep(self, arena: Arena) -> None:
+        """Keeps the raw bytes for serving, or only as long as the model needs them."""
+        if not self._config.serve:
+            arena.free_with_tensors()
+            arena.close()
+            return
+        try:
+            if not arena.servable:
+                arena.seal()
+        except OSError as error:
+            self._cannot_serve(f"the arena cannot be sealed: {error}", arena)
+            return
+        self._arena = arena
+
+    def _cannot_serve(self, reason: str, arena: Arena | None = None) -> None:
+        if arena is not None:
+            arena.free_with_tensors()
+            arena.close()
+        self._report.not_served = reason
+        logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
+
+
+def _as_known_to_the_source(request: Request, fingerprint: str) -> Request:
+    """Weights that came by name keep the fingerprint of their checkpoint, for those who ask for it here."""
+    if request.identity.fingerprint:
+        return request
+    return dataclasses.replace(request, identity=msgspec.structs.replace(request.identity, fingerprint=fingerprint))
+
+
+@contextlib.contextmanager
+def _progress_bar(nbytes: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """A bar that appears when bytes move for more than a second; may be advanced from any thread."""
+    lock = threading.Lock()
+    with tqdm(
+        total=nbytes,
+        desc="Loading weights from a running instance",
+        unit="B",
+        unit_scale=True,
+        disable=not enabled,
+        delay=1,
+        bar_format="{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n",
+    ) as bar:
+
+        def advance(moved: int) -> None:
+            with lock:
+                bar.update(moved)
+
+        yield advance
+
+
+def _own_address() -> str:
+    address: str = get_ip()
+    return "127.0.0.1" if address == "0.0.0.0" else address
