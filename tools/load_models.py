@@ -46,8 +46,9 @@ class Loads:
 
         {"model": directory or hub name, ...} loads. Further keys: load_format, extra (the loader's configuration),
         engine (further engine arguments), digests (whether to hash the weights as they are before post-processing),
-        rank and init_method (for one process of several that make up an instance), prompts (makes a whole engine in
-        this process, which answers them: lists of token ids, or prompts of vLLM's as JSON).
+        rank and init_method (for one process of several that make up an instance), parallel (attributes to set on
+        vLLM's parallel configuration, where no engine argument does), prompts (makes a whole engine in this process,
+        which answers them: lists of token ids, or tones for a speech model).
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
         digests, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
@@ -94,6 +95,8 @@ class Loads:
                 self._engine = LLM(**arguments)
                 observer.result["answers"] = answers(self._engine, request["prompts"])
             else:
+                for name, value in request.get("parallel", {}).items():
+                    setattr(vllm_config.parallel_config, name, value)
                 self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
         return observer.result
 

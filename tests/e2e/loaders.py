@@ -5,9 +5,11 @@ Importing vLLM takes longer than loading a small model, so processes are kept an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +123,9 @@ class Loader:
         self._pool = pool
         self._prefix = str(prefix)
         self._process: VllmProcess | None = pool.take()
-        self._rank = request.get("rank", 0)
+        engine = request.get("engine", {})
+        ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
+        self._rank = engine.get("data_parallel_rank", 0) * ranks + request.get("rank", 0)
         self._log_begins = self.log.stat().st_size
         self.result: dict[str, Any] = {}
         files = {"REPORT_PREFIX": f"{self._prefix}-report-", "OUTPUT_PREFIX": f"{self._prefix}-address-"}
@@ -132,7 +136,7 @@ class Loader:
                 "digests": True,
                 **request,
                 "extra": {"LISTEN_HOST": "127.0.0.1", **files, **extra} if netloader else extra,
-                "engine": {"skip_tokenizer_init": True, **request.get("engine", {})},
+                "engine": {"skip_tokenizer_init": True, **engine},
             }
         )
 
@@ -209,3 +213,12 @@ class Loader:
 
 
 Load = Callable[..., Loader]
+
+
+def two_free_ports() -> int:
+    """The first of two neighbouring ports that were free a moment ago."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first, contextlib.suppress(OSError, OverflowError):
+            port: int = first.getsockname()[1]
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from loaders import Load, Loader
+from loaders import Load, Loader, two_free_ports
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,12 @@ PARTITIONS = {
     "pipeline parallel": Partition(checkpoints.dense, {"pipeline_parallel_size": 2}, {}, "pp_size (here 1, there 2)"),
     "expert parallel": Partition(
         checkpoints.mixture_of_experts, EXPERTS, TWO_TENSOR_RANKS, "ep_size (here 1, there 2)"
+    ),
+    "experts over data-parallel replicas": Partition(
+        checkpoints.mixture_of_experts,
+        {"data_parallel_size": 2, "enable_expert_parallel": True},
+        EXPERTS,
+        "tp_size (here 2, there 1)",
     ),
     "experts dealt in turn": Partition(
         checkpoints.mixture_of_experts,
@@ -81,16 +85,19 @@ def start_ranks(
     load: Load, model: str, directory: Path, extra: dict[str, object], engine: dict[str, Any]
 ) -> list[Loader]:
     """The processes of an instance with these engine arguments, not waited for."""
+    if "data_parallel_size" in engine:
+        return start_replicas(load, model, extra, engine)
     # vLLM names shared memory after this file, so its name must not recur.
     init_method = f"file://{directory}/{uuid.uuid4().hex}"
     ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
     return [load(model, extra, rank=rank, init_method=init_method, engine=engine) for rank in range(ranks)]
 
 
-def two_free_ports() -> int:
-    """The first of two neighbouring ports that were free a moment ago."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first, contextlib.suppress(OSError, OverflowError):
-            port: int = first.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
-                return port
+def start_replicas(load: Load, model: str, extra: dict[str, object], engine: dict[str, Any]) -> list[Loader]:
+    """Data-parallel replicas of one rank each, as vLLM's engines start them."""
+    address = {"data_parallel_address": "127.0.0.1"}
+    meeting = {"data_parallel_master_port": two_free_ports(), "_data_parallel_master_port_list": []}
+    return [
+        load(model, extra, engine={**engine, **address, "data_parallel_rank": replica}, parallel=meeting)
+        for replica in range(engine["data_parallel_size"])
+    ]

@@ -86,8 +86,9 @@ def imported_packages(module: str) -> set[str]:
 
 
 def imported_siblings(module: str) -> set[str]:
-    """Modules of this package, those of Netloader without their prefix."""
-    return {name.removeprefix(f"{NETLOADER}.") for name in imports(module) if name.partition(".")[0] == "vllm_ascend"}
+    """Modules of this package, those of Netloader without their prefix; the package itself has no more than a version."""
+    names = {name for name in imports(module) if name.startswith("vllm_ascend.")}
+    return {name.removeprefix(f"{NETLOADER}.") for name in names}
 
 
 LAYERS: list[set[str]] = [

@@ -19,6 +19,8 @@ def gather(payload: bytes) -> list[bytes]:
 
     assert len(payload) <= PAYLOAD_LIMIT, f"a payload of {len(payload)} bytes is above {PAYLOAD_LIMIT}"
     group = get_world_group()
+    if group.world_size == 1:
+        return [payload]
     framed = (len(payload).to_bytes(_LENGTH_BYTES, "big") + payload).ljust(PAYLOAD_LIMIT + _LENGTH_BYTES, b"\0")
     ours = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
     all_ranks = [torch.empty_like(ours) for _ in range(group.world_size)]

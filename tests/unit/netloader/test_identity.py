@@ -194,7 +194,7 @@ def write_checkpoint(directory: Path, header: str = FIRST_HEADER, data: bytes = 
     return directory
 
 
-GOLDEN = "5e69d4549c2813afba68e165720ef46c143d19cf48600e414bf8fd5ce8058858"
+GOLDEN = "9207f9a0a86d78af431ee3fff9772005bbc5b2807c56e284359b2ed092dc47bb"
 
 
 def test_the_fingerprint_of_a_checkpoint_stays_the_same_across_releases(tmp_path: Path) -> None:

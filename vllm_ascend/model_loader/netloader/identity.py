@@ -168,8 +168,8 @@ def _places(file: int, header: bytes, size: int) -> list[_Place]:
     ]
     if places:
         return sorted(places, key=lambda place: place.offset)
-    count = SAMPLES_PER_CHECKPOINT // 4
-    return [_Place("file", file, size * position // (count + 1)) for position in range(count + 1)]
+    parts = SAMPLES_PER_CHECKPOINT
+    return [_Place("file", file, size * position // parts) for position in range(parts)]
 
 
 def _chosen(places: list[_Place]) -> list[_Place]:

@@ -129,7 +129,7 @@ class Load:
 
         Every rank that serves comes here once, for its target model: a draft model may be on some ranks only.
         """
-        if not self._config.serve or self._report.role != "target" or self._vllm_config.parallel_config.world_size == 1:
+        if not self._config.serve or self._report.role != "target":
             return
         ours, host = b"", self._advertised_host()
         if self._server is not None and self._request is not None:
