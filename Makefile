@@ -1,5 +1,6 @@
 # make demo    a server from disk, a client from the server, the same answers      MODEL=directory-or-hub-name
 # make test    everything that CI checks, in an environment of its own             TESTS="tests/unit -k manifest"
+# make test-all  the same, with the slow tests
 # make bench   the weight phase by every way, as ratios
 
 PYTHON ?= python3
@@ -7,10 +8,11 @@ VENV ?= .venv
 MODEL ?=
 TRANSPORT ?=
 TESTS ?= tests/unit tests/e2e
+CHOICE ?= not slow
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo bench test lint types docs wheel check-tests format clean
+.PHONY: setup demo bench test test-all lint types docs wheel check-tests format clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +28,9 @@ bench: $(INSTALLED)
 
 test: lint types docs wheel check-tests
 
+test-all: CHOICE =
+test-all: test
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +45,7 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 check-tests: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -m "$(CHOICE)" $(TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -98,6 +98,30 @@ def test_a_client_equals_a_load_from_disk(row: Row, load: Load, models: Path) ->
         client.end()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_every_transport_brings_every_model(row: Row, load: Load, models: Path) -> None:
+    request = row.request(models)
+    server = load(**request).finish_loading()
+    for transport in set(ALL_TRANSPORTS) - set(row.transports):
+        client = load(**request, extra=source(server, transport)).finish_loading()
+        assert_equal(client, server, row)
+        client.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.prompts], ids=[n for n in ROWS if ROWS[n].prompts])
+def test_every_model_takes_its_own_weights_in_place(row: Row, load: Load, models: Path) -> None:
+    request = row.request(models)
+    if row.make is checkpoints.w8a8:
+        pytest.skip("refused by name: see test_reload.py")
+    instance = load(**request).finish_loading()
+    expected = instance.answers
+    for _ in range(2):
+        instance.reload(row.prompts, weights_path=request["model"])
+        assert instance.finish_loading().answers == expected
+
+
 def source(server: Loader, transport: str) -> dict[str, Any]:
     return {"SOURCE": [server.address], "TRANSPORT": [transport], "FALLBACK": "error"}
 

@@ -86,7 +86,7 @@ def imported_packages(module: str) -> set[str]:
 
 
 def imported_siblings(module: str) -> set[str]:
-    """Modules of this package, those of Netloader without their prefix; the package itself has no more than a version."""
+    """Modules of this package, those of Netloader without their prefix; the package itself has only its version."""
     names = {name for name in imports(module) if name.startswith("vllm_ascend.")}
     return {name.removeprefix(f"{NETLOADER}.") for name in names}
 

@@ -607,7 +607,6 @@ def test_status_shows_no_control_characters_of_a_reason(capsys: pytest.CaptureFi
     assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.xfail(strict=True, reason="cli.describe prints what a source calls its roles and transports as it is")
 @pytest.mark.parametrize("status", [Status((), 0, ("memory",), {CONTROL: "w is sparse"}), Status((), 0, (CONTROL,))])
 def test_status_shows_no_control_characters_of_names(status: Status, capsys: pytest.CaptureFixture[str]) -> None:
     with saying(Welcome(), status) as stranger:

@@ -8,7 +8,11 @@ else may change (a tensor held as a plain attribute, an attribute deleted) canno
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -18,30 +22,62 @@ from vllm_ascend.model_loader.netloader.errors import ProtocolError, Unsupported
 Plain = bool | int | float | str | None
 """An attribute's value that travels."""
 
-_INT64 = range(-(1 << 63), 1 << 63)
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+"""Exactly these: an enumeration's members are numbers or texts to `isinstance`, and no more than that to a peer."""
+_INTEGERS = range(-(1 << 63), 1 << 63)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+"""Of which there is no UTF-8."""
+_TEXT_LIMIT = 4096
+"""Characters of a text in a message."""
 
 
-def snapshot(model: nn.Module) -> dict[str, Plain | torch.Tensor]:
-    """The plain values and the tensors that modules hold as their own attributes, by qualified name."""
-    found: dict[str, Plain | torch.Tensor] = {}
-    for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor | bool | int | float | str) or value is None:
-                found[qualified(prefix, name)] = value
-    return found
+@dataclass(frozen=True)
+class Snapshot:
+    """Which modules a model has, by name, and what they hold as attributes of their own, by qualified name."""
 
+    modules: frozenset[str]
+    attributes: dict[str, object]
 
-def changes(before: Mapping[str, Plain | torch.Tensor], model: nn.Module) -> dict[str, Plain]:
-    """The plain values that `model` has gained or changed since the `snapshot` `before`.
+    @classmethod
+    def of(cls, model: nn.Module) -> Snapshot:
+        modules = dict(model.named_modules())
+        held = {
+            qualified(prefix, name): value for prefix, each in modules.items() for name, value in vars(each).items()
+        }
+        return cls(frozenset(modules), held)
 
-    Raises UnsupportedModel, naming the attributes, where something else happened.
-    """
-    after = snapshot(model)
-    changed = [name for name in after if name not in before or not _same(before[name], after[name])]
-    gone = [name for name in before if name not in after]
-    if impossible := sorted([*gone, *(name for name in changed if not _travels(after[name]))]):
-        raise UnsupportedModel(f"loading set {', '.join(impossible[:8])}, which cannot be told to another process")
-    return {name: value for name in changed if not isinstance(value := after[name], torch.Tensor)}
+    def changes(self, model: nn.Module) -> dict[str, Plain]:
+        """The plain values that `model` has gained or changed since.
+
+        Raises UnsupportedModel, naming the attributes, where something else happened that another process cannot be
+        told. What happens within other objects, such as lists, is not seen.
+        """
+        after = Snapshot.of(model)
+        names = [*after.attributes, *(name for name in self.attributes if name not in after.attributes)]
+        changed = {name: after.attributes.get(name) for name in names if self._is_changed(name, after)}
+        if impossible := sorted(name for name in changed if not self._travels(name, after)):
+            raise UnsupportedModel(f"loading set {', '.join(impossible[:8])}, which cannot be told to another process")
+        return {name: value for name, value in changed.items() if _is_plain(value)}
+
+    def _is_changed(self, name: str, after: Snapshot) -> bool:
+        if name not in after.attributes or name not in self.attributes:
+            known = self.attributes.get(name, after.attributes.get(name))
+            return _is_plain(known) or isinstance(known, torch.Tensor)
+        ours, theirs = self.attributes[name], after.attributes[name]
+        if _is_plain(ours) and _is_plain(theirs):
+            return not _same(ours, theirs)
+        return ours is not theirs and any(_is_plain(each) or isinstance(each, torch.Tensor) for each in (ours, theirs))
+
+    def _travels(self, name: str, after: Snapshot) -> bool:
+        prefix, _, attribute = name.rpartition(".")
+        value = after.attributes.get(name)
+        return (
+            name in after.attributes
+            and prefix in self.modules
+            and attribute.isidentifier()
+            and _is_plain(self.attributes.get(name))
+            and _fits_into_a_message(value)
+        )
 
 
 def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
@@ -52,8 +88,9 @@ def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
         module = modules.get(prefix)
         if module is None or not attribute.isidentifier() or attribute.startswith("__"):
             raise ProtocolError(f"the source sets {name!r}, and this model has no such module")
-        current = getattr(module, attribute, None)
-        if not isinstance(current, bool | int | float | str | None):
+        held = {**module._parameters, **module._buffers, **module._modules}
+        current = held.get(attribute, inspect.getattr_static(module, attribute, None))
+        if attribute in held or not _is_plain(current):
             raise ProtocolError(f"the source sets {name!r}, which is a {type(current).__name__} in this model")
 
 
@@ -69,13 +106,18 @@ def qualified(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _same(before: Plain | torch.Tensor, after: Plain | torch.Tensor) -> bool:
-    if isinstance(before, torch.Tensor) or isinstance(after, torch.Tensor):
-        return before is after
-    return repr(before) == repr(after)  # tells 1 from True and 1.0, and NaN is itself
+def _is_plain(value: object) -> TypeGuard[Plain]:
+    return type(value) in _PLAIN_TYPES
 
 
-def _travels(value: Plain | torch.Tensor) -> bool:
-    if isinstance(value, torch.Tensor):
+def _fits_into_a_message(value: object) -> bool:
+    if isinstance(value, str):
+        return type(value) is str and len(value) <= _TEXT_LIMIT and not _SURROGATES.search(value)
+    return _is_plain(value) and (type(value) is not int or value in _INTEGERS)
+
+
+def _same(before: Plain, after: Plain) -> bool:
+    """Tells 1 from True and 1.0, and 0.0 from -0.0; NaN is itself."""
+    if type(before) is not type(after):
         return False
-    return isinstance(value, bool) or not isinstance(value, int) or value in _INT64
+    return repr(before) == repr(after) if isinstance(before, float) else before == after

@@ -31,14 +31,14 @@ def describe(source: Endpoint, status: Status) -> str:
     """What a person wants to know of a source."""
     sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"
     lines = [f"{source}: {sessions} now, transports {', '.join(status.transports)}"]
-    lines += [_describe_holding(holding) for holding in status.holdings]
-    lines += [f"  {role}: cannot be served: {one_line(reason)}" for role, reason in status.declined.items()]
+    lines += [line for holding in status.holdings for line in _describe_holding(holding)]
+    lines += [f"  {role}: cannot be served: {reason}" for role, reason in status.declined.items()]
     if not status.holdings and not status.declined:
         lines.append("  holds no weights")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
-def _describe_holding(holding: Holding) -> str:
+def _describe_holding(holding: Holding) -> list[str]:
     identity, place = holding.identity, holding.coordinates
     fields = {
         "model": identity.name,
@@ -52,7 +52,7 @@ def _describe_holding(holding: Holding) -> str:
         "checkpoint": identity.fingerprint[:16] or "not seen",
         "software": ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items())),
     }
-    return "\n".join([f"  {holding.role}", *(f"    {name:<14}{value}" for name, value in fields.items())])
+    return [f"  {holding.role}", *(f"    {name:<14}{value}" for name, value in fields.items())]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -216,11 +216,11 @@ class Load:
             load_from_disk(model, self._model_config)
             return
         weights.move_into(arena)
-        before = attributes.snapshot(model)
+        before = attributes.Snapshot.of(model)
         load_from_disk(model, self._model_config)
         try:
             weights.collect_into(model, arena)
-            self._attributes = attributes.changes(before, model)
+            self._attributes = before.changes(model)
         except UnsupportedModel as error:
             self._cannot_serve(str(error), arena)
             return

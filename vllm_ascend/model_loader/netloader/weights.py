@@ -154,7 +154,9 @@ def changed_tensors(model: nn.Module, manifest: Manifest, arena: Arena, names: S
 
 
 def _holds(tensor: torch.Tensor | None, spec: TensorSpec, contents: numpy.typing.NDArray[numpy.uint8]) -> bool:
-    if tensor is None or (str(tensor.dtype), tuple(tensor.shape), tensor.stride()) != (
+    if tensor is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        return False
+    if (str(tensor.dtype), tuple(tensor.shape), tensor.stride()) != (
         f"torch.{spec.dtype}",
         spec.shape,
         spec.strides,
