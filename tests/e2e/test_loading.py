@@ -96,6 +96,11 @@ def test_whatever_fails_the_instance_starts_from_disk(untied: str, fine_tune: st
     without_weights = load(str(bare), {"SOURCE": [named.address], "FALLBACK": "error", "MODEL": "org/m"})
     assert without_weights.finish_loading().digests == server.digests
 
+    # Weights that came by name are still known by their checkpoint.
+    mistaken = load(fine_tune, {"SOURCE": [without_weights.address], "MODEL": "org/m"}).finish_loading()
+    assert mistaken.report["outcome"] == "disk"
+    assert "fingerprint" in mistaken.report["attempts"][0]["reason"]
+
 
 def test_serve_false_opens_no_listener_and_frees_the_raw_bytes(untied: str, load: Load) -> None:
     server = load(untied).finish_loading()

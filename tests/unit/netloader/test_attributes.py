@@ -20,6 +20,15 @@ from vllm_ascend.model_loader.netloader.protocol import Accept
 Load = Callable[[nn.Module], None]
 
 
+class Speed(enum.StrEnum):
+    FAST = "fast"
+
+
+class Order(enum.IntEnum):
+    FIRST = 1
+    SECOND = 2
+
+
 class Draft(nn.Module):
     """Keeps beside its weights what models keep beside theirs; its class says what is so until loading knows better."""
 
@@ -30,6 +39,7 @@ class Draft(nn.Module):
         self.embed_tokens = nn.Embedding(4, 2)
         self.layers = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Identity()])
         self.register_buffer("scale", torch.ones(2))
+        self.register_buffer("positions", torch.arange(2.0), persistent=False)
         self.register_parameter("bias", None)
         self.register_buffer("offset", None)
         self.register_module("head", None)
@@ -40,6 +50,8 @@ class Draft(nn.Module):
         self.note = "draft"
         self.window: int | None = None
         self.shapes = [1, 2]
+        self.order = Order.FIRST
+        self.scaling = numpy.float64(1.0)
         self.options = {"rope": 1}
         self.kind = torch.float32
         self.activation = torch.relu
@@ -111,7 +123,7 @@ def test_a_snapshot_holds_flags_numbers_texts_and_tensors_of_every_module() -> N
 
 def test_a_snapshot_holds_no_weights_modules_or_class_attributes() -> None:
     found = snapshot(Draft())
-    assert found.keys().isdisjoint({"scale", "bias", "offset", "head", "embed_tokens", "layers", "layers.0.weight"})
+    assert found.keys().isdisjoint({"scale", "positions", "bias", "offset", "head", "embed_tokens", "layers.0.weight"})
     assert found.keys().isdisjoint({"has_own_embed_tokens", "is_draft", "cache", "compute_logits"})
 
 
@@ -465,14 +477,6 @@ def differ(one: object, other: object) -> bool:
 # it then declines with the reason, instead of failing every client that comes.
 
 
-class Speed(enum.StrEnum):
-    FAST = "fast"
-
-
-class Order(enum.IntEnum):
-    FIRST = 1
-
-
 def assert_told_or_unsupported(load: Load) -> None:
     source, client = Draft(), Draft()
     client.table = source.table
@@ -502,10 +506,7 @@ def test_what_is_told_can_be_taken() -> None:
         pytest.param(setting("ratio", numpy.float64(1.5)), id="numpy.float64"),
         pytest.param(setting("note", numpy.str_("x")), id="numpy.str_"),
         pytest.param(setting("note", Speed.FAST), id="StrEnum"),
-        pytest.param(
-            setting("limit", Order.FIRST),
-            id="IntEnum",
-        ),
+        pytest.param(setting("limit", Order.FIRST), id="IntEnum"),
         pytest.param(setting("two words", 1), id="no identifier"),
         pytest.param(setting("shapes", None), id="list dropped"),
         pytest.param(setting("table", None), id="tensor dropped"),
@@ -514,6 +515,45 @@ def test_what_is_told_can_be_taken() -> None:
 )
 def test_what_no_client_can_take_makes_a_model_that_is_not_served(load: Load) -> None:
     assert_told_or_unsupported(load)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(setting("__flag", True), id="reserved name"),
+        pytest.param(setting("compute_logits", None), id="method dropped"),
+    ],
+)
+def test_what_the_class_keeps_from_being_set_makes_a_model_that_is_not_served(load: Load) -> None:
+    assert_told_or_unsupported(load)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(setting("order", Order.SECOND), id="IntEnum replaced"),
+        pytest.param(setting("scaling", numpy.float64(2.0)), id="numpy.float64 replaced"),
+        pytest.param(setting("seen", Order.SECOND), id="IntEnum added"),
+        pytest.param(setting("speed", Speed.FAST), id="StrEnum added"),
+        pytest.param(setting("seen", numpy.float64(2.0)), id="numpy.float64 added"),
+        pytest.param(lambda model: delattr(model, "order"), id="IntEnum removed"),
+    ],
+)
+def test_numbers_and_texts_of_other_types_do_not_change_unseen(load: Load) -> None:
+    assert_told_or_unsupported(load)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(setting("positions", torch.ones(2)), id="buffer replaced"),
+        pytest.param(lambda model: model.positions.fill_(1.0), id="buffer filled"),
+        pytest.param(lambda model: model.table.fill_(1.0), id="plain tensor filled"),
+    ],
+)
+def test_tensors_that_are_no_weights_do_not_change_unseen(load: Load) -> None:
+    with pytest.raises(UnsupportedModel):
+        loaded(load)
 
 
 def test_an_integer_without_end_is_no_obstacle() -> None:

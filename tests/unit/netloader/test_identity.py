@@ -528,3 +528,40 @@ def test_any_changed_byte_of_a_header_or_a_sample_changes_the_fingerprint(
     content[position] ^= flipped_bits
     (directory / name).write_bytes(content)
     assert checkpoint_fingerprint(directory) != original
+
+
+KINDS = (
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+    "mlp.gate",
+    "mlp.experts.{expert}.up_proj",
+    "mlp.experts.{expert}.down_proj",
+)
+LAYERS, EXPERTS, TENSOR_BYTES = 24, 128, 4 * SAMPLE_BYTES
+
+
+def checkpoint_of_many_experts(directory: Path, *, retrained: str = "", layers: range = range(LAYERS)) -> Path:
+    """A file for each layer, most of its tensors experts'; `retrained` is a kind whose weights differ in `layers`."""
+    directory.mkdir()
+    for layer in range(LAYERS):
+        entries: dict[str, object] = {}
+        data = bytearray()
+        for kind in KINDS:
+            for expert in range(EXPERTS if "{expert}" in kind else 1):
+                value = b"\x01" if kind == retrained and layer in layers else b"\x00"
+                begin = len(data)
+                data += value * TENSOR_BYTES
+                name = f"model.layers.{layer}.{kind.format(expert=expert)}.weight"
+                entries[name] = {"dtype": "U8", "shape": [TENSOR_BYTES], "data_offsets": [begin, len(data)]}
+        (directory / f"model-{layer:05}.safetensors").write_bytes(safetensors(json.dumps(entries), bytes(data)))
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fine_tune_of_one_kind_of_tensor_shows_however_few_there_are(kind: str, tmp_path: Path) -> None:
+    """There are far more tensors than samples, and a step through them all would miss whole kinds."""
+    assert LAYERS * EXPERTS * 2 > SAMPLES_PER_CHECKPOINT
+    base = checkpoint_fingerprint(checkpoint_of_many_experts(tmp_path / "base"))
+    in_all_layers = checkpoint_of_many_experts(tmp_path / "all", retrained=kind)
+    in_one_layer = checkpoint_of_many_experts(tmp_path / "one", retrained=kind, layers=range(7, 8))
+    assert len({base, checkpoint_fingerprint(in_all_layers), checkpoint_fingerprint(in_one_layer)}) == 3

@@ -280,6 +280,22 @@ def test_a_tensor_without_elements_is_dense_whatever_its_strides() -> None:
     assert is_dense(tuple(view.shape), view.stride())
 
 
+def test_an_order_of_tensors_that_moves_no_byte_is_named() -> None:
+    """Empty tensors take no place, so only their order tells."""
+    tensors = {name: torch.empty(0) for name in ("a", "b", "c")}
+    ours, theirs = Manifest.layout(tensors.items()), Manifest.layout(reversed(tensors.items()))
+    assert [str(each) for each in ours.mismatch(theirs)] == [
+        "order of tensors (here a, there c)",
+        "order of tensors (here c, there a)",
+    ]
+
+
+def test_the_stride_of_a_dimension_of_one_element_is_named() -> None:
+    plain, odd = torch.empty(1, 4), torch.empty(4).as_strided((1, 4), (9, 1))
+    (difference,) = Manifest.layout([("w", plain)]).mismatch(Manifest.layout([("w", odd)]))
+    assert str(difference) == "tensor w (here float32 [1, 4] at byte 0, there float32 [1, 4] strides [9, 1] at byte 0)"
+
+
 def test_manifests_of_the_same_tensors_do_not_differ() -> None:
     assert Manifest([BASE, NEXT], [TIED]).mismatch(Manifest([BASE, NEXT], [TIED])) == ()
 

@@ -1,15 +1,17 @@
-"""What loading sets on a model beside the contents of its tensors.
+"""What loading sets on a model beside its weights.
 
 Some models note facts while they read a checkpoint: an EAGLE draft, for example, that it brought its own embedding. A
-copy of the weights alone does not carry that. So whoever loads from disk compares the modules before and after, and
-serves the flags, numbers and texts that changed together with the weights; a client sets them on its model. What
-else may change (a tensor held as a plain attribute, an attribute deleted) cannot be told to another process.
+copy of the weights alone does not carry that. So whoever loads from disk compares the model before and after, and
+serves the flags, numbers and texts that changed together with the weights; a client sets them on its model. What else
+may change (a table computed from the checkpoint, an attribute deleted) cannot be told to another process, and such a
+model is not served.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -29,55 +31,68 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 """Of which there is no UTF-8."""
 _TEXT_LIMIT = 4096
 """Characters of a text in a message."""
+_MISSING = object()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Which modules a model has, by name, and what they hold as attributes of their own, by qualified name."""
+    """What modules hold beside weights and modules, by qualified name.
+
+    `tensors` are plain attributes and buffers that are not saved, with a checksum of their contents; views of weights
+    have none, since they change with them.
+    """
 
     modules: frozenset[str]
     attributes: dict[str, object]
+    tensors: dict[str, tuple[torch.Tensor, int | None]]
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
+        weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+        attributes: dict[str, object] = {}
+        tensors: dict[str, tuple[torch.Tensor, int | None]] = {}
         modules = dict(model.named_modules())
-        held = {
-            qualified(prefix, name): value for prefix, each in modules.items() for name, value in vars(each).items()
-        }
-        return cls(frozenset(modules), held)
+        for prefix, module in modules.items():
+            attributes |= {qualified(prefix, name): value for name, value in vars(module).items()}
+            derived = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            for name, value in (vars(module) | derived).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[qualified(prefix, name)] = value, _checksum(value, weights)
+        return cls(frozenset(modules), attributes, tensors)
 
     def changes(self, model: nn.Module) -> dict[str, Plain]:
         """The plain values that `model` has gained or changed since.
 
-        Raises UnsupportedModel, naming the attributes, where something else happened that another process cannot be
-        told. What happens within other objects, such as lists, is not seen.
+        Raises UnsupportedModel, naming the attributes, where something else happened. What happens within other
+        objects, such as lists, is not seen.
         """
         after = Snapshot.of(model)
-        names = [*after.attributes, *(name for name in self.attributes if name not in after.attributes)]
-        changed = {name: after.attributes.get(name) for name in names if self._is_changed(name, after)}
-        if impossible := sorted(name for name in changed if not self._travels(name, after)):
-            raise UnsupportedModel(f"loading set {', '.join(impossible[:8])}, which cannot be told to another process")
-        return {name: value for name, value in changed.items() if _is_plain(value)}
+        changed = [name for name in self.attributes | after.attributes if self._has_changed(name, after)]
+        impossible = {name for name in changed if not self._travels(name, after, model)}
+        impossible |= {name for name in self.tensors | after.tensors if not self._same_tensor(name, after)}
+        if impossible:
+            names = ", ".join(sorted(impossible)[:8])
+            raise UnsupportedModel(f"loading set {names}, which cannot be told to another process")
+        return {name: value for name in changed if _is_plain(value := after.attributes[name])}
 
-    def _is_changed(self, name: str, after: Snapshot) -> bool:
-        if name not in after.attributes or name not in self.attributes:
-            known = self.attributes.get(name, after.attributes.get(name))
-            return _is_plain(known) or isinstance(known, torch.Tensor)
-        ours, theirs = self.attributes[name], after.attributes[name]
-        if _is_plain(ours) and _is_plain(theirs):
-            return not _same(ours, theirs)
-        return ours is not theirs and any(_is_plain(each) or isinstance(each, torch.Tensor) for each in (ours, theirs))
+    def _has_changed(self, name: str, after: Snapshot) -> bool:
+        ours, theirs = self.attributes.get(name, _MISSING), after.attributes.get(name, _MISSING)
+        if not (_is_scalar(ours) or _is_scalar(theirs)):
+            return False
+        if type(ours) is not type(theirs):
+            return True
+        return repr(ours) != repr(theirs) if isinstance(ours, float) else ours != theirs  # of NaN and of -0.0
 
-    def _travels(self, name: str, after: Snapshot) -> bool:
+    def _same_tensor(self, name: str, after: Snapshot) -> bool:
+        (ours, before), (theirs, now) = self.tensors.get(name, (None, None)), after.tensors.get(name, (None, None))
+        return ours is theirs and before == now
+
+    def _travels(self, name: str, after: Snapshot, model: nn.Module) -> bool:
         prefix, _, attribute = name.rpartition(".")
-        value = after.attributes.get(name)
-        return (
-            name in after.attributes
-            and prefix in self.modules
-            and attribute.isidentifier()
-            and _is_plain(self.attributes.get(name))
-            and _fits_into_a_message(value)
-        )
+        if prefix not in self.modules or not _is_plain(self.attributes.get(name)):
+            return False
+        fits = _fits_into_a_message(after.attributes.get(name, _MISSING))
+        return fits and _is_settable(type(model.get_submodule(prefix)), attribute)
 
 
 def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
@@ -86,7 +101,7 @@ def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
     for name in attributes:
         prefix, _, attribute = name.rpartition(".")
         module = modules.get(prefix)
-        if module is None or not attribute.isidentifier() or attribute.startswith("__"):
+        if module is None or not _is_name(attribute):
             raise ProtocolError(f"the source sets {name!r}, and this model has no such module")
         held = {**module._parameters, **module._buffers, **module._modules}
         current = held.get(attribute, inspect.getattr_static(module, attribute, None))
@@ -106,6 +121,27 @@ def qualified(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    if tensor.untyped_storage().data_ptr() in weights:
+        return None
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _is_name(attribute: str) -> bool:
+    return attribute.isidentifier() and not attribute.startswith("__")
+
+
+def _is_settable(module_type: type[nn.Module], attribute: str) -> bool:
+    return _is_name(attribute) and _is_plain(inspect.getattr_static(module_type, attribute, None))
+
+
+def _is_scalar(value: object) -> bool:
+    """Plain values, and their like of other types, such as numpy's numbers and members of enumerations."""
+    return value is None or isinstance(value, int | float | str)
+
+
 def _is_plain(value: object) -> TypeGuard[Plain]:
     return type(value) in _PLAIN_TYPES
 
@@ -114,10 +150,3 @@ def _fits_into_a_message(value: object) -> bool:
     if isinstance(value, str):
         return type(value) is str and len(value) <= _TEXT_LIMIT and not _SURROGATES.search(value)
     return _is_plain(value) and (type(value) is not int or value in _INTEGERS)
-
-
-def _same(before: Plain, after: Plain) -> bool:
-    """Tells 1 from True and 1.0, and 0.0 from -0.0; NaN is itself."""
-    if type(before) is not type(after):
-        return False
-    return repr(before) == repr(after) if isinstance(before, float) else before == after
