@@ -53,9 +53,12 @@ class Loads:
         digests, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
-        held; the result has the answers after it.
+        held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`.
         """
         if "reload" in request:
+            if "prompts" not in request:
+                self._worker.reload_weights(**request["reload"])
+                return {}
             self._engine.collective_rpc("reload_weights", kwargs=request["reload"])
             self._engine.reset_prefix_cache()
             return {"answers": answers(self._engine, request["prompts"])}

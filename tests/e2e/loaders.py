@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOAD_TIMEOUT = 180.0
 _REPLIES = (b'{"result":', b'{"error":')
@@ -168,9 +171,10 @@ class Loader:
         error: str = reply["error"]
         return error
 
-    def reload(self, prompts: list[Any], **arguments: Any) -> None:
+    def reload(self, prompts: list[Any] | None = None, **arguments: Any) -> None:
         """Begins vLLM's `reload_weights`; `finish_loading` or `fails_with` waits for it."""
-        self.process.ask({"reload": arguments, "prompts": prompts})
+        asking = {} if prompts is None else {"prompts": prompts}
+        self.process.ask({"reload": arguments, **asking})
 
     @property
     def digests(self) -> dict[str, str]:
@@ -213,6 +217,11 @@ class Loader:
 
 
 Load = Callable[..., Loader]
+
+
+def generation(loader: Loader) -> int:
+    holding = next(each for each in inquire(Endpoint.parse(loader.address), 10).holdings if each.role == "target")
+    return holding.generation
 
 
 def two_free_ports() -> int:

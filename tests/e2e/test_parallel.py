@@ -10,7 +10,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from loaders import Load, Loader, two_free_ports
+from loaders import Load, Loader, generation, two_free_ports
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,37 @@ def test_each_rank_may_have_sources_of_its_own(load: Load, models: Path, tmp_pat
     clients = start_ranks(load, model, tmp_path, {"SOURCE": by_device}, TWO_TENSOR_RANKS)
     assert [client.finish_loading().report["outcome"] for client in clients] == ["disk", "p2p"]
     assert [client.digests for client in clients] == [server.digests for server in servers]
+
+
+def test_all_ranks_reload_or_none(load: Load, models: Path, tmp_path: Path) -> None:
+    old, new = checkpoints.dense(models), checkpoints.dense_retrained(models)
+    settings = [tmp_path / f"{rank}.json" for rank in range(2)]
+    init_method = f"file://{tmp_path}/{uuid.uuid4().hex}"
+    ranks = []
+    for rank, path in enumerate(settings):
+        path.write_text("{}")
+        extra = {"CONFIG_FILE": str(path)}
+        ranks.append(load(old, extra, rank=rank, init_method=init_method, engine=TWO_TENSOR_RANKS))
+    before = [generation(each.finish_loading()) for each in ranks]
+
+    settings[1].write_text('{"FALLBACK": "error"}')
+    for each in ranks:
+        each.reload(weights_path=new)
+    assert "another rank of this instance could not get its weights" in ranks[0].fails_with()
+    assert "no SOURCE is configured for this rank" in ranks[1].fails_with()
+    assert [generation(each) for each in ranks] == before
+
+    settings[1].write_text("{}")
+    for each in ranks:
+        each.reload(weights_path=new)
+    for each in ranks:
+        each.finish_loading()
+    assert [generation(each) for each in ranks] == [number + 1 for number in before]
+    extra = {"SOURCE": [ranks[0].address], "FALLBACK": "error"}
+    clients = start_ranks(load, new, tmp_path, extra, TWO_TENSOR_RANKS)
+    expected = start_ranks(load, new, tmp_path, {"SERVE": False}, TWO_TENSOR_RANKS)
+    digests = [each.finish_loading().digests for each in clients]
+    assert digests == [each.finish_loading().digests for each in expected]
 
 
 def start_ranks(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
-from loaders import Load, Loader
+from loaders import Load, generation
 
 from vllm_ascend.model_loader.netloader.channel import Deadline
 from vllm_ascend.model_loader.netloader.client import greet, inquire
@@ -121,6 +121,16 @@ def test_a_transfer_that_straddles_a_reload_is_discarded(load: Load, models: Pat
     assert confirm.generation == accept.generation + 1
 
 
+def test_a_reload_in_kernel_format_is_refused(load: Load, models: Path) -> None:
+    model = checkpoints.dense(models)
+    instance = load(model, prompts=PROMPTS).finish_loading()
+    answers = instance.answers
+    instance.reload(PROMPTS, weights_path=model, is_checkpoint_format=False)
+    assert "set is_checkpoint_format to true" in instance.fails_with()
+    instance.reload(PROMPTS, weights_path=model)
+    assert instance.finish_loading().answers == answers
+
+
 def test_sources_may_be_obligatory_for_a_reload_too(load: Load, models: Path) -> None:
     old, new = checkpoints.dense(models), checkpoints.dense_retrained(models)
     server = load(old).finish_loading()
@@ -130,8 +140,3 @@ def test_sources_may_be_obligatory_for_a_reload_too(load: Load, models: Path) ->
     assert "fingerprint" in instance.fails_with()
     instance.reload(PROMPTS, weights_path=old)
     assert instance.finish_loading().answers == load(old, prompts=PROMPTS).finish_loading().answers
-
-
-def generation(loader: Loader) -> int:
-    holding = next(each for each in inquire(Endpoint.parse(loader.address), 10).holdings if each.role == "target")
-    return holding.generation

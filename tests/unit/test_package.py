@@ -173,7 +173,7 @@ VLLM = {
     "vllm_ascend.distributed.gather",
     "vllm_ascend.distributed.process_group",
 }
-DISTRIBUTED = {"load", "transport.process_group"}
+DISTRIBUTED = {"load", "reload", "transport.process_group"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,4 +1,4 @@
-"""Exchange of small values between all ranks of an instance, over vLLM's own CPU group."""
+"""Exchange of small values between the ranks of an instance, over vLLM's own CPU groups."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def gather(payload: bytes) -> list[bytes]:
     all_ranks = [torch.empty_like(ours) for _ in range(group.world_size)]
     torch.distributed.all_gather(all_ranks, ours, group=group.cpu_group)
     return [_unframe(bytes(tensor.tolist())) for tensor in all_ranks]
+
+
+def agreed(consent: bool) -> bool:
+    """Whether all ranks of this replica consent. All of them must call it; other data-parallel replicas need not."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    votes = torch.tensor(consent, dtype=torch.int32)
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(votes)
 
 
 def _unframe(framed: bytes) -> bytes:

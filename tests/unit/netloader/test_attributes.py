@@ -556,6 +556,95 @@ def test_tensors_that_are_no_weights_do_not_change_unseen(load: Load) -> None:
         loaded(load)
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(lambda model: model.register_buffer("seen", torch.ones(1), persistent=False), id="added"),
+        pytest.param(lambda model: delattr(model, "positions"), id="removed"),
+        pytest.param(lambda model: model.positions.data.copy_(torch.ones(2)), id="filled behind autograd's back"),
+        pytest.param(lambda model: setattr(model.positions, "data", torch.arange(3.0)), id="lengthened"),
+        pytest.param(
+            lambda model: model.layers[1].register_buffer("seen", torch.ones(1), persistent=False), id="layer"
+        ),
+    ],
+)
+def test_a_buffer_that_is_not_saved_does_not_change_unseen(load: Load) -> None:
+    with pytest.raises(UnsupportedModel, match=r"loading set (positions|seen|layers\.1\.seen), which cannot be told"):
+        loaded(load)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain attribute", "buffer"])
+def test_a_view_of_a_weight_changes_with_it_and_needs_no_telling(plain: bool) -> None:
+    model = Draft()
+    view = model.embed_tokens.weight.data.view(2, 4)
+    if plain:
+        model.rows = view
+    else:
+        model.register_buffer("rows", view, persistent=False)
+    before = Snapshot.of(model)
+    model.embed_tokens.weight.data.fill_(7.0)
+    assert model.rows.eq(7.0).all()
+    assert before.changes(model) == {}
+
+
+PECULIAR: dict[str, Callable[[], torch.Tensor]] = {
+    "without elements": lambda: torch.empty(0, 3),
+    "without dimensions": lambda: torch.tensor(3.0),
+    "with gradients": lambda: torch.ones(2, requires_grad=True),
+    "with holes": lambda: torch.ones(6)[::2],
+    "expanded": lambda: torch.ones(1).expand(5),
+    "of flags": lambda: torch.ones(3, dtype=torch.bool),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "of bytes' parts": lambda: torch.empty(4, dtype=torch.uint4),
+    "of eight bits": lambda: torch.ones(4).to(torch.float8_e4m3fn),
+    "on meta": lambda: torch.empty(3, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "NaN": lambda: torch.full((3,), torch.nan),
+}
+PECULIAR_VIEWS: dict[str, Callable[[], torch.Tensor]] = {
+    "conjugate": lambda: torch.full((3,), 1 + 2j).conj(),
+    "negative": lambda: torch._neg_view(torch.ones(3)),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+def assert_no_obstacle(tensor: torch.Tensor) -> None:
+    model = Draft()
+    model.peculiar = tensor
+    model.register_buffer("peculiar_too", tensor, persistent=False)
+    assert Snapshot.of(model).changes(model) == {}
+
+
+@pytest.mark.parametrize("make", PECULIAR.values(), ids=PECULIAR.keys())
+def test_a_peculiar_tensor_that_does_not_change_is_no_obstacle(make: Callable[[], torch.Tensor]) -> None:
+    assert_no_obstacle(make())
+
+
+@pytest.mark.parametrize("make", PECULIAR_VIEWS.values(), ids=PECULIAR_VIEWS.keys())
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_tensor_whose_bytes_cannot_be_seen_is_no_obstacle(make: Callable[[], torch.Tensor]) -> None:
+    assert_no_obstacle(make())
+
+
+class WithState(nn.Module):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def test_a_module_that_saves_more_than_tensors_is_no_obstacle() -> None:
+    model = Draft()
+    model.state = WithState()
+    assert Snapshot.of(model).changes(model) == {}
+
+
+def test_a_buffer_that_was_taken_out_before_loading_is_no_obstacle() -> None:
+    model = Draft()
+    model._buffers.pop("positions")
+    assert Snapshot.of(model).changes(model) == {}
+
+
 def test_an_integer_without_end_is_no_obstacle() -> None:
     model = Draft()
     model.mask = 1 << 20_000

@@ -48,13 +48,13 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         attributes: dict[str, object] = {}
         tensors: dict[str, tuple[torch.Tensor, int | None]] = {}
         modules = dict(model.named_modules())
         for prefix, module in modules.items():
             attributes |= {qualified(prefix, name): value for name, value in vars(module).items()}
-            derived = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            derived = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
             for name, value in (vars(module) | derived).items():
                 if isinstance(value, torch.Tensor):
                     tensors[qualified(prefix, name)] = value, _checksum(value, weights)
@@ -122,11 +122,12 @@ def qualified(prefix: str, name: str) -> str:
 
 
 def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return None
     if tensor.untyped_storage().data_ptr() in weights:
         return None
-    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    values = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    return zlib.crc32(values.view(torch.uint8).numpy().data)
 
 
 def _is_name(attribute: str) -> bool:

@@ -92,21 +92,23 @@ class Load:
             self._cannot_serve(str(error), self._arena)
 
     def _publish(self, model: nn.Module) -> None:
-        if self._request is None or self._arena is None:
-            if self._config.serve:
-                serving.decline(self._report.role, str(self._report.not_served), self._config, self._rank)
+        if not self._config.serve:
+            serving.withdraw(self._report.role)
             return
-        self._note_changes(model, self._request, self._arena)
+        if self._request is None or self._arena is None:
+            reason = str(self._report.not_served)
+            self._server = serving.decline(self._report.role, reason, self._config, self._rank)
+            return
         weights = serving.Weights(self._request, self._arena, self._attributes)
         self._server = serving.serve(model, weights, self._config, self._rank)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
         self._announce(self._report.listening)
 
-    def _note_changes(self, model: nn.Module, request: Request, arena: Arena) -> None:
+    def note_changes(self, model: nn.Module) -> None:
         """Tells whoever sets INT8_CACHE which weights post-processing has changed, and that they are kept anyway."""
-        if self._config.int8_cache == "no":
+        if self._config.int8_cache == "no" or self._request is None or self._arena is None:
             return
-        changed = changed_tensors(model, request.manifest, arena, self._config.int8_cache_name)
+        changed = changed_tensors(model, self._request.manifest, self._arena, self._config.int8_cache_name)
         self._report.changed = changed
         logger.info(
             "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, so "
@@ -125,15 +127,15 @@ class Load:
             logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
 
     def share_endpoints(self) -> None:
-        """Tells the other ranks of this instance where this one serves, so that each can refer clients to the others.
+        """Tells the other ranks of this instance where this one listens, so that each can refer clients to the others.
 
-        Every rank that serves comes here once, for its target model: a draft model may be on some ranks only.
+        Every rank comes here once, for its target model: a draft model may be on some ranks only.
         """
-        if not self._config.serve or self._report.role != "target":
+        if self._report.role != "target":
             return
         ours, host = b"", self._advertised_host()
-        if self._server is not None and self._request is not None:
-            ours = msgspec.msgpack.encode(Peer(self._request.coordinates, host, self._server.port))
+        if self._server is not None:
+            ours = msgspec.msgpack.encode(Peer(rank_coordinates(self._vllm_config), host, self._server.port))
         peers = [msgspec.msgpack.decode(payload, type=Peer) for payload in gather(ours) if payload]
         if self._server is not None:
             self._server.refer_to(

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.load import Load
-from vllm_ascend.model_loader.netloader.reload import hand_over, require_reloadable, scratch_model
+from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, require_reloadable, scratch_model
 
 _in_use: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 """Models whose parameters are post-processed: they can only be reloaded."""
@@ -48,6 +48,7 @@ class NetLoader(BaseModelLoader):
             with load.failure_reported():
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.serve(model)
+                load.note_changes(model)
                 load.share_endpoints()
         finally:
             self._load = None
@@ -79,12 +80,13 @@ class NetLoader(BaseModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """For vLLM's `reload_weights`: gets the new weights, and returns what `model.load_weights` takes them over by.
 
-        Until then `model` is as it was and is served as it was. Raises ReloadRefused or what `load_model` raises.
+        Until then `model` is as it was and is served as it was, also if another rank fails. Raises ReloadRefused or
+        what `load_model` raises.
         """
-        require_reloadable(model)
         vllm_config = get_current_vllm_config()
         load = Load(self._config, vllm_config, model_config)
-        with load.failure_reported():
+        with load.failure_reported(), all_or_none():
+            require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
             load.fill(scratch, self._load_from_disk)
 

@@ -12,6 +12,7 @@ to the model's `load_weights`. `hand_over` lends the model a `load_weights` for 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_ascend.distributed.gather import agreed
 from vllm_ascend.model_loader.netloader.attributes import qualified
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 from vllm_ascend.model_loader.netloader.weights import own_tensors
@@ -40,6 +42,21 @@ def require_reloadable(model: nn.Module) -> None:
                 f"{name} has vLLM's CPU kernel for int8, which goes on reading the scales of a reload after they are "
                 f"freed: start the instance anew to change its weights"
             )
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What every rank does within, all have done afterwards; where one fails, it fails on all.
+
+    Raises ReloadRefused where another rank failed.
+    """
+    try:
+        yield
+    except BaseException:
+        agreed(False)
+        raise
+    if not agreed(True):
+        raise ReloadRefused("another rank of this instance could not get its weights, see its log: nothing was changed")
 
 
 def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module:
@@ -60,7 +77,7 @@ def hand_over(
 
     Given any other, it does what it always does. `dtype` is the model's.
     """
-    nothing_to_read: Iterator[tuple[str, torch.Tensor]] = iter(())
+    nothing_to_read = _nothing_to_read()
     load_checkpoint: Any = model.load_weights
 
     def load_weights(weights: Any) -> Any:
@@ -74,6 +91,12 @@ def hand_over(
 
     vars(model)["load_weights"] = load_weights  # found before the class's own
     return nothing_to_read
+
+
+def _nothing_to_read() -> Iterator[tuple[str, torch.Tensor]]:
+    """Stands for weights that `model.load_weights` knows how to get; for others there are none."""
+    raise ReloadRefused("Netloader brings weights as they are before post-processing: set is_checkpoint_format to true")
+    yield
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,13 +42,28 @@ def serve(model: nn.Module, weights: Weights, config: NetLoaderConfig, rank: int
     generation = server.next_generation(role)
     store = WeightStore(request.manifest, weights.arena, generation, weights.attributes)
     server.publish(Publication(request.identity, request.coordinates, store))
+    _withdraw(role, [other for other in _servers.values() if other is not server])
     weakref.finalize(model, server.withdraw, role, generation).atexit = False
     return server
 
 
-def decline(role: str, reason: str, config: NetLoaderConfig, rank: int) -> None:
+def decline(role: str, reason: str, config: NetLoaderConfig, rank: int) -> WeightServer:
     """Answers whoever asks for `role` with `reason`. Raises OSError where no listener can be had."""
-    _server(config, rank).decline(role, reason)
+    server = _server(config, rank)
+    server.decline(role, reason)
+    _withdraw(role, [other for other in _servers.values() if other is not server])
+    return server
+
+
+def withdraw(role: str) -> None:
+    """Stops serving `role`: the process has other weights now, which are not to be served."""
+    _withdraw(role, list(_servers.values()))
+
+
+def _withdraw(role: str, servers: Iterable[WeightServer]) -> None:
+    """From addresses, of which there is one unless a configuration file has changed between two loads."""
+    for server in servers:
+        server.withdraw(role)
 
 
 def announce(prefix: str, rank: int, address: str) -> None:
