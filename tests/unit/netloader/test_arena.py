@@ -241,7 +241,8 @@ def test_an_adopted_arena_lives_on_when_its_origin_is_gone() -> None:
     here, there = socket.socketpair()
 
     def origin() -> None:
-        socket.send_fds(there, [b"\0"], [sealed(b"original").descriptor])
+        arena = sealed(b"original")
+        socket.send_fds(there, [b"\0"], [arena.descriptor])
 
     with child(origin):
         _, (descriptor,), _, _ = socket.recv_fds(here, 1, 1)
@@ -298,6 +299,14 @@ def test_memory_of_another_size_is_not_adopted(nbytes: int) -> None:
         Arena.adopt(descriptor, nbytes)
     assert not is_open(descriptor)
     origin.close()
+
+
+def test_an_arena_that_nobody_holds_gives_up_its_descriptor() -> None:
+    arena = Arena.create(8)
+    descriptor = arena.descriptor
+    del arena
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_closed_arena_has_no_descriptor_and_is_not_servable() -> None:

@@ -587,6 +587,14 @@ def test_a_view_of_a_weight_changes_with_it_and_needs_no_telling(plain: bool) ->
     assert before.changes(model) == {}
 
 
+def test_a_view_of_a_buffer_that_is_saved_changes_with_it_and_needs_no_telling() -> None:
+    model = Draft()
+    model.first_scale = model.scale[:1]
+    before = Snapshot.of(model)
+    model.scale.fill_(7.0)
+    assert before.changes(model) == {}
+
+
 PECULIAR: dict[str, Callable[[], torch.Tensor]] = {
     "without elements": lambda: torch.empty(0, 3),
     "without dimensions": lambda: torch.tensor(3.0),
@@ -600,6 +608,7 @@ PECULIAR: dict[str, Callable[[], torch.Tensor]] = {
     "on meta": lambda: torch.empty(3, device="meta"),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "NaN": lambda: torch.full((3,), torch.nan),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
 }
 PECULIAR_VIEWS: dict[str, Callable[[], torch.Tensor]] = {
     "conjugate": lambda: torch.full((3,), 1 + 2j).conj(),
@@ -616,6 +625,7 @@ def assert_no_obstacle(tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("make", PECULIAR.values(), ids=PECULIAR.keys())
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_peculiar_tensor_that_does_not_change_is_no_obstacle(make: Callable[[], torch.Tensor]) -> None:
     assert_no_obstacle(make())
 

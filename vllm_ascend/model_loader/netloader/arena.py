@@ -57,7 +57,8 @@ class Arena:
     def __init__(self, nbytes: int, descriptor: int, mapping: mmap.mmap) -> None:
         """Takes ownership of `descriptor`. Use `create` or `adopt`."""
         self.nbytes = nbytes
-        self._descriptor: int | None = descriptor
+        self._descriptor = descriptor
+        self._give_up_descriptor = weakref.finalize(self, os.close, descriptor)
         self._mapping = mapping
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._blocks: weakref.WeakValueDictionary[tuple[int, int], ctypes.Array[ctypes.c_char]]
@@ -96,11 +97,11 @@ class Arena:
     @property
     def servable(self) -> bool:
         """Whether the bytes are immutable and can be handed to others."""
-        return self._descriptor is not None and _seals(self._descriptor) & _REQUIRED_SEALS == _REQUIRED_SEALS
+        return self._give_up_descriptor.alive and _seals(self._descriptor) & _REQUIRED_SEALS == _REQUIRED_SEALS
 
     @property
     def descriptor(self) -> int:
-        if self._descriptor is None:
+        if not self._give_up_descriptor.alive:
             raise OSError(errno.EBADF, "the arena is closed")
         return self._descriptor
 
@@ -157,11 +158,9 @@ class Arena:
             self._not_needed_without_tensors.set()
 
     def close(self) -> None:
-        """Gives up the descriptor. Idempotent."""
+        """Gives up the descriptor, as does the end of the arena's life. Idempotent."""
         self.stop_making_pages()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._give_up_descriptor()
 
     def _block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
         """The memory of one tensor. All tensors over it share the block, so that only the last one gives pages back."""

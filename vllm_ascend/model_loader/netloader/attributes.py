@@ -12,14 +12,14 @@ from __future__ import annotations
 import inspect
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel, one_line
 
 Plain = bool | int | float | str | None
 """An attribute's value that travels."""
@@ -49,6 +49,7 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        weights |= {buffer.untyped_storage().data_ptr() for buffer in _saved_buffers(model)}
         attributes: dict[str, object] = {}
         tensors: dict[str, tuple[torch.Tensor, int | None]] = {}
         modules = dict(model.named_modules())
@@ -102,11 +103,13 @@ def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
         prefix, _, attribute = name.rpartition(".")
         module = modules.get(prefix)
         if module is None or not _is_name(attribute):
-            raise ProtocolError(f"the source sets {name!r}, and this model has no such module")
+            raise ProtocolError(f"the source sets {one_line(repr(name))}, and this model has no such module")
         held = {**module._parameters, **module._buffers, **module._modules}
         current = held.get(attribute, inspect.getattr_static(module, attribute, None))
         if attribute in held or not _is_plain(current):
-            raise ProtocolError(f"the source sets {name!r}, which is a {type(current).__name__} in this model")
+            raise ProtocolError(
+                f"the source sets {one_line(repr(name))}, which is a {type(current).__name__} in this model"
+            )
 
 
 def apply(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
@@ -119,6 +122,13 @@ def apply(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
 def qualified(prefix: str, name: str) -> str:
     """How torch names what a module holds; `prefix` is the module's own name, empty for the model itself."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:

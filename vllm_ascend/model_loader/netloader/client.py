@@ -174,7 +174,11 @@ class _Session:
         self.transport = next((each for each in self._transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
-        self._client.check_attributes(accept.attributes)
+        try:
+            self._client.check_attributes(accept.attributes)
+        except ProtocolError as error:
+            self._leave(channel, error)
+            raise
         return accept
 
     def _receive(self, channel: Channel, accept: Accept) -> Arena:
@@ -192,9 +196,12 @@ class _Session:
         try:
             return self.transport.receive(reception)
         except TransportError as error:
-            with contextlib.suppress(ProtocolError):  # whether it hears of it or not, the next transport is tried
-                channel.send(Leave(one_line(str(error))), client.timeouts.connect)
+            self._leave(channel, error)
             raise
+
+    def _leave(self, channel: Channel, reason: Exception) -> None:
+        with contextlib.suppress(ProtocolError):  # whether the source hears of it or not, the next way is tried
+            channel.send(Leave(one_line(str(reason))), self._client.timeouts.connect)
 
     def _confirm(self, channel: Channel, accept: Accept, arena: Arena) -> None:
         timeouts = self._client.timeouts

@@ -82,9 +82,8 @@ class Load:
     def serve(self, model: nn.Module) -> None:
         """Publishes for as long as `model` lives what was loaded. Inference does not depend on its success.
 
-        `model` may be another one than was filled; it gets what loading has set on that.
+        `model` may be another one than was filled.
         """
-        attributes.apply(model, self._attributes)
         try:
             with self._phases("serve"):
                 self._publish(model)
@@ -153,6 +152,8 @@ class Load:
         try:
             yield
         except BaseException:
+            if self._server is None:
+                self._arena = None  # not published, so nobody needs the memory any more
             self._report.outcome = "failed"
             self.report()
             raise
@@ -253,6 +254,7 @@ class Load:
         if arena is not None:
             arena.free_with_tensors()
             arena.close()
+        self._arena = None
         self._report.not_served = reason
         logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
 

@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from vllm_ascend.model_loader.netloader import attributes
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.load import Load
 from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, require_reloadable, scratch_model
@@ -80,17 +81,20 @@ class NetLoader(BaseModelLoader):
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """For vLLM's `reload_weights`: gets the new weights, and returns what `model.load_weights` takes them over by.
 
-        Until then `model` is as it was and is served as it was, also if another rank fails. Raises ReloadRefused or
-        what `load_model` raises.
+        Until then `model` is as it was and is served as it was, also if another rank fails. Raises ReloadRefused,
+        UnsupportedModel where loading does more than a model in use can be told, or what `load_model` raises.
         """
         vllm_config = get_current_vllm_config()
         load = Load(self._config, vllm_config, model_config)
         with load.failure_reported(), all_or_none():
             require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
+            before = attributes.Snapshot.of(scratch)
             load.fill(scratch, self._load_from_disk)
+            told = before.changes(scratch)
 
         def finish() -> None:
+            attributes.apply(model, told)
             load.serve(model)
             load.report()
 

@@ -75,28 +75,27 @@ def hand_over(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `complete`, and `then` runs.
 
-    Given any other, it does what it always does. `dtype` is the model's.
+    Given any other, it does what it always does, and the weights are given up. `dtype` is the model's.
     """
-    nothing_to_read = _nothing_to_read()
-    load_checkpoint: Any = model.load_weights
+
+    def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
+        vars(model).pop("load_weights", None)
+        raise ReloadRefused("Netloader brings weights as a model loads them: set is_checkpoint_format to true")
+        yield
+
+    nothing_to_read = read_elsewhere()
 
     def load_weights(weights: Any) -> Any:
+        vars(model).pop("load_weights", None)
         if weights is not nothing_to_read:
-            return load_checkpoint(weights)
-        del vars(model)["load_weights"]
+            return model.load_weights(weights)  # type: ignore[operator]  # the class's own
         with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
             loaded = take_over(complete, model)
         then()
         return loaded
 
-    vars(model)["load_weights"] = load_weights  # found before the class's own
+    vars(model)["load_weights"] = load_weights
     return nothing_to_read
-
-
-def _nothing_to_read() -> Iterator[tuple[str, torch.Tensor]]:
-    """Stands for weights that `model.load_weights` knows how to get; for others there are none."""
-    raise ReloadRefused("Netloader brings weights as they are before post-processing: set is_checkpoint_format to true")
-    yield
 
 
 @torch.no_grad()
