@@ -73,11 +73,14 @@ class VllmProcess:
                 pytest.fail(f"a load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
             self._output += data
 
-    def end(self) -> None:
-        """Lets it shut down, since vLLM's ranks share memory that has to be removed; ends it by force if it hangs."""
+    def ask_no_more(self) -> None:
+        """Lets it shut down, since vLLM's ranks share memory that has to be removed."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.close()
+
+    def end(self) -> None:
+        """Waits for that, and ends it by force if it hangs."""
+        assert self.process.stdout is not None
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -115,6 +118,8 @@ class Pool:
             self._idle.append(process)
 
     def end(self) -> None:
+        for process in self._all:
+            process.ask_no_more()
         for process in self._all:
             process.end()
 
