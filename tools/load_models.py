@@ -53,13 +53,15 @@ class Loads:
         digests, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
-        held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`.
+        held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
+        "directly" it is the loader's `load_weights` on the model in use.
         """
         if "reload" in request:
             if "prompts" not in request:
                 self._worker.reload_weights(**request["reload"])
                 return {}
-            self._engine.collective_rpc("reload_weights", kwargs=request["reload"])
+            method = _load_weights_directly if request.get("directly") else "reload_weights"
+            self._engine.collective_rpc(method, kwargs=request["reload"])
             self._engine.reset_prefix_cache()
             return {"answers": answers(self._engine, request["prompts"])}
         self.drop()
@@ -102,6 +104,16 @@ class Loads:
                     setattr(vllm_config.parallel_config, name, value)
                 self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
         return observer.result
+
+
+def _load_weights_directly(worker: Any, weights_path: str) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    vllm_config = worker.vllm_config
+    vllm_config.model_config.model = weights_path
+    with set_current_vllm_config(vllm_config):
+        get_model_loader(vllm_config.load_config).load_weights(worker.get_model(), vllm_config.model_config)
 
 
 def _register_kernels_once() -> None:

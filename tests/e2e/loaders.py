@@ -176,9 +176,9 @@ class Loader:
         error: str = reply["error"]
         return error
 
-    def reload(self, prompts: list[Any] | None = None, **arguments: Any) -> None:
-        """Begins vLLM's `reload_weights`; `finish_loading` or `fails_with` waits for it."""
-        asking = {} if prompts is None else {"prompts": prompts}
+    def reload(self, prompts: list[Any] | None = None, *, directly: bool = False, **arguments: Any) -> None:
+        """Begins vLLM's `reload_weights`, or the loader's `load_weights`; `finish_loading` or `fails_with` waits."""
+        asking = {"directly": directly} if prompts is None else {"directly": directly, "prompts": prompts}
         self.process.ask({"reload": arguments, **asking})
 
     @property

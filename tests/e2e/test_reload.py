@@ -85,6 +85,18 @@ def test_a_kernel_that_cannot_be_reloaded_is_refused_by_name(load: Load, models:
     assert generation(instance) == served
 
 
+def test_the_loader_fills_a_model_in_use(load: Load, models: Path) -> None:
+    """The loader's `load_weights`, without vLLM's RPC around it."""
+    old, new = checkpoints.dense(models), checkpoints.dense_retrained(models)
+    instance = load(old, prompts=PROMPTS).finish_loading()
+    answers, served = instance.answers, generation(instance)
+    instance.reload(PROMPTS, directly=True, weights_path=new)
+    assert instance.finish_loading().answers != answers
+    instance.reload(PROMPTS, directly=True, weights_path=old)
+    assert instance.finish_loading().answers == answers
+    assert generation(instance) == served + 2
+
+
 def test_a_reload_that_fails_changes_nothing(load: Load, models: Path) -> None:
     instance = load(checkpoints.dense(models), prompts=PROMPTS).finish_loading()
     answers, address = instance.answers, instance.address
