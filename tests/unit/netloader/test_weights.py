@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.attributes import own_tensors
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest
-from vllm_ascend.model_loader.netloader.weights import ModelWeights, WeightStore, changed_tensors, own_tensors
+from vllm_ascend.model_loader.netloader.weights import ModelWeights, WeightStore, changed_tensors
 
 
 def module(parameters: dict[str, torch.Tensor], **buffers: torch.Tensor) -> nn.Module:
@@ -86,18 +87,21 @@ def bound_to(model: nn.Module, store: WeightStore) -> ModelWeights:
     return weights
 
 
+NAMES = [
+    "embed",
+    "layers.0.weight",
+    "layers.0.bias",
+    "layers.1.weight",
+    "layers.1.bias",
+    "scale",
+    "layers.1.running_mean",
+    "layers.1.running_var",
+    "layers.1.num_batches_tracked",
+]
+
+
 def test_weights_are_described_in_the_order_in_which_the_model_names_them() -> None:
-    assert [spec.name for spec in ModelWeights(Layers()).manifest.tensors] == [
-        "embed",
-        "layers.0.weight",
-        "layers.0.bias",
-        "layers.1.weight",
-        "layers.1.bias",
-        "scale",
-        "layers.1.running_mean",
-        "layers.1.running_var",
-        "layers.1.num_batches_tracked",
-    ]
+    assert [spec.name for spec in ModelWeights(Layers()).manifest.tensors] == NAMES
 
 
 def test_weights_are_exactly_what_the_model_would_save() -> None:
@@ -785,24 +789,11 @@ def test_a_weight_that_becomes_a_buffer_of_the_same_contents_is_no_change() -> N
     assert changed_by(process) == []
 
 
-ALL_CHANGED = [
-    "embed",
-    "layers.0.weight",
-    "layers.0.bias",
-    "layers.1.weight",
-    "layers.1.bias",
-    "scale",
-    "layers.1.running_mean",
-    "layers.1.running_var",
-    "layers.1.num_batches_tracked",
-]
-
-
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (None, ALL_CHANGED),
-        ([""], ALL_CHANGED),
+        (None, NAMES),
+        ([""], NAMES),
         ([], []),
         (["bias"], ["layers.0.bias", "layers.1.bias"]),
         (["layers.0"], ["layers.0.weight", "layers.0.bias"]),

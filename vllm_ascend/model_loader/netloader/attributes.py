@@ -48,8 +48,8 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        weights |= {buffer.untyped_storage().data_ptr() for buffer in _saved_buffers(model)}
+        saved = (tensor for module in model.modules() for _, tensor in own_tensors(module))
+        weights = {tensor.untyped_storage().data_ptr() for tensor in saved}
         attributes: dict[str, object] = {}
         tensors: dict[str, tuple[torch.Tensor, int | None]] = {}
         modules = dict(model.named_modules())
@@ -124,11 +124,12 @@ def qualified(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _saved_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield buffer
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of `module` itself; vLLM keeps derived tables in non-persistent buffers."""
+    yield from module.named_parameters(recurse=False)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
 
 
 def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:

@@ -149,7 +149,8 @@ class Manifest:
                 raise ProtocolError(f"alias {alias.name!r} refers to tensor number {alias.base}, which does not exist")
             if alias.start % DTYPES[alias.dtype].itemsize:
                 raise ProtocolError(f"alias {alias.name!r} begins at byte {alias.start}, between two elements")
-            if alias.start < 0 or alias.start + _extent(alias) > self.tensors[alias.base].nbytes:
+            extent = span(alias.shape, alias.strides) * DTYPES[alias.dtype].itemsize
+            if alias.start < 0 or alias.start + extent > self.tensors[alias.base].nbytes:
                 raise ProtocolError(f"alias {alias.name!r} reaches beyond tensor {self.tensors[alias.base].name!r}")
 
 
@@ -175,12 +176,11 @@ def _align(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def _extent(alias: Alias) -> int:
-    """Bytes from the first element to behind the last, holes included."""
-    if 0 in alias.shape:
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to behind the last, holes included."""
+    if 0 in shape:
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(alias.shape, alias.strides, strict=True))
-    return (last + 1) * DTYPES[alias.dtype].itemsize
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
 
 
 def _describe(spec: TensorSpec | Alias) -> str:

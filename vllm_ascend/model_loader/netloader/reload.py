@@ -28,9 +28,8 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_ascend.distributed.gather import agreed
-from vllm_ascend.model_loader.netloader.attributes import qualified
+from vllm_ascend.model_loader.netloader.attributes import own_tensors, qualified
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
-from vllm_ascend.model_loader.netloader.weights import own_tensors
 
 
 def require_reloadable(model: nn.Module) -> None:
@@ -88,7 +87,8 @@ def hand_over(
     def load_weights(weights: Any) -> Any:
         vars(model).pop("load_weights", None)
         if weights is not nothing_to_read:
-            return model.load_weights(weights)  # type: ignore[operator]  # the class's own
+            load_checkpoint: Any = model.load_weights  # the class's own
+            return load_checkpoint(weights)
         with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
             loaded = take_over(complete, model)
         then()

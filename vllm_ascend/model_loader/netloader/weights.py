@@ -27,10 +27,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
-from vllm_ascend.model_loader.netloader.attributes import Plain, qualified
+from vllm_ascend.model_loader.netloader.attributes import Plain, own_tensors, qualified
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense
+from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense, span
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,6 @@ def _holds(tensor: torch.Tensor | None, spec: TensorSpec, contents: numpy.typing
     return numpy.array_equal(_memory(tensor.data).numpy(), contents)
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of `module` itself; vLLM keeps derived tables in non-persistent buffers."""
-    yield from module.named_parameters(recurse=False)
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, buffer
-
-
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         for name, tensor in own_tensors(module):
@@ -269,10 +261,7 @@ def _require_dense(name: str, tensor: torch.Tensor) -> None:
 
 def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first element to behind the last, holes included."""
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
+    return span(tuple(tensor.shape), tensor.stride()) * tensor.itemsize
 
 
 def _copy_touched_pages(destination: torch.Tensor, source: torch.Tensor, files: list[tuple[int, int]]) -> None:
