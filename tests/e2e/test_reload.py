@@ -10,11 +10,13 @@ import checkpoints
 import pytest
 from loaders import Load, generation
 
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.channel import Deadline
-from vllm_ascend.model_loader.netloader.client import greet, inquire
+from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import Accept, Confirm, Done, Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.protocol import Accept, Join, Offer, Refuse
 
 PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 
@@ -109,7 +111,7 @@ def test_a_reload_that_fails_changes_nothing(load: Load, models: Path) -> None:
     assert client.finish_loading().answers == answers
 
 
-def test_a_transfer_that_straddles_a_reload_is_discarded(load: Load, models: Path) -> None:
+def test_a_transfer_that_straddles_a_reload_is_ended(load: Load, models: Path) -> None:
     instance = load(checkpoints.dense(models), prompts=PROMPTS).finish_loading()
     source = Endpoint.parse(instance.address)
     holding = inquire(source, 10).holdings[0]
@@ -117,20 +119,19 @@ def test_a_transfer_that_straddles_a_reload_is_discarded(load: Load, models: Pat
     def join(manifest_digest: str) -> Join:
         return Join(holding.identity, holding.coordinates, manifest_digest, (Offer("tcp"),))
 
-    with greet(source, 10) as asking:
+    with greet(source, Access(), 10) as asking:
         asking.send(join("unknown"), 10)
         refusal = asking.receive(Deadline(10))
         assert isinstance(refusal, Refuse)
-    with greet(source, 10) as session:
+    with greet(source, Access(), 10) as session:
         session.send(join(Manifest.decode(refusal.manifest).digest), 10)
         accept = session.receive(Deadline(10))
         assert isinstance(accept, Accept)
         instance.reload(PROMPTS, weights_path=checkpoints.dense_retrained(models))
         instance.finish_loading()
-        session.send(Done(), 10)
-        confirm = session.receive(Deadline(10))
-    assert isinstance(confirm, Confirm)
-    assert confirm.generation == accept.generation + 1
+        ended = session.receive(Deadline(10))
+    assert ended == End("its weights were replaced by new ones")
+    assert generation(instance) == accept.generation + 1
 
 
 def test_a_reload_in_kernel_format_is_refused(load: Load, models: Path) -> None:

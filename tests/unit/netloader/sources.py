@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client, Fetched
+from vllm_ascend.model_loader.netloader.client import Client
+from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
+from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
@@ -44,14 +49,15 @@ class Tensors:
     def manifest(self) -> Manifest:
         return Manifest.layout(self.by_name.items())
 
-    def store(self, generation: int = 1) -> WeightStore:
+    def store(self, generation: int = 1, *, token: bytes | None = None, verify: bool = True) -> WeightStore:
         """A sealed store of these contents; the caller or a server closes it."""
         manifest = self.manifest
         arena = Arena.create(manifest.nbytes)
         for spec in manifest.tensors:
             arena.tensor(spec).copy_(self.by_name[spec.name])
         arena.seal()
-        return WeightStore(manifest, arena, generation)
+        digests = StoreDigests(arena.reader(), Algorithm.of_new_store(token)) if verify else None
+        return WeightStore(manifest, arena, generation, digests=digests)
 
     def request(self, identity: ModelIdentity = IDENTITY, coordinates: RankCoordinates | None = None) -> Request:
         return Request(identity, coordinates or RankCoordinates(), self.manifest)
@@ -73,16 +79,29 @@ def serving(
     coordinates: RankCoordinates | None = None,
     timeouts: Timeouts = SHORT,
     host: str = "127.0.0.1",
+    access: Access | None = None,
+    verify: bool = True,
+    **settings: Any,
 ) -> Iterator[tuple[WeightServer, Endpoint]]:
-    """A server on a real socket that holds `tensors`."""
-    with WeightServer(host, 0, transports, timeouts) as server:
-        server.publish(Publication(identity, coordinates or RankCoordinates(), tensors.store()))
+    """A server on a real socket that holds `tensors`; `settings` are further ones of `Settings`."""
+    access = access or Access()
+    with WeightServer(host, 0, Settings(transports, timeouts, access, **settings)) as server:
+        store = tensors.store(token=access.token, verify=verify)
+        server.publish(Publication(identity, coordinates or RankCoordinates(), store))
         yield server, Endpoint(host, server.port)
 
 
+def client_for(
+    wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **terms: Any
+) -> Client:
+    """A client that does not pause between tries; `terms` are further ones of `Terms`."""
+    request = wanted.request() if isinstance(wanted, Tensors) else wanted
+    return Client(Terms(request, timeouts, **terms), transports, pause=lambda _: None)
+
+
 def fetch(
-    tensors: Tensors, transports: Sequence[Transport], *sources: Endpoint, timeouts: Timeouts = SHORT
+    wanted: Tensors | Request, transports: Sequence[Transport], *sources: Endpoint, **terms: Any
 ) -> tuple[Client, Fetched]:
     """Raises SourcesExhausted."""
-    client = Client(tensors.request(), transports, timeouts)
+    client = client_for(wanted, transports, **terms)
     return client, client.fetch(sources)

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from netloader.sources import SHORT
+from netloader.sources import SHORT, client_for
 from safetensors.torch import save_file
 
 from vllm_ascend.model_loader.netloader import client as client_module
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client, inquire
+from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import (
@@ -37,8 +37,10 @@ from vllm_ascend.model_loader.netloader.identity import (
     checkpoint_fingerprint,
 )
 from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import PROTOCOL_VERSION, Hello, Welcome, frame
-from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
+from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
 from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
@@ -305,9 +307,9 @@ class WatchedTransport(MemoryTransport):
         self.senders = 0
         self.receptions = 0
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         self.senders += 1
-        return super().sender(store, server_host, timeouts)
+        return super().sender(store, server_host, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
         self.receptions += 1
@@ -330,7 +332,7 @@ def store(request: Request) -> WeightStore:
 
 @contextlib.contextmanager
 def holding(requests: Iterable[Request], transport: WatchedTransport) -> Iterator[Endpoint]:
-    with WeightServer("127.0.0.1", 0, (transport,), SHORT) as server:
+    with WeightServer("127.0.0.1", 0, Settings((transport,), SHORT)) as server:
         for request in requests:
             server.publish(Publication(request.identity, request.coordinates, store(request)))
         yield Endpoint("127.0.0.1", server.port)
@@ -347,7 +349,7 @@ def clients_of_protocol(version: int) -> Iterator[None]:
 def assert_refused(row: Row) -> None:
     transport, moved = WatchedTransport(), list[int]()
     with holding(row.there, transport) as source:
-        client = Client(row.here, (transport,), SHORT, progress=moved.append)
+        client = client_for(row.here, (transport,), progress=moved.append)
         with clients_of_protocol(row.protocol), pytest.raises(SourcesExhausted) as error:
             client.fetch([source])
         (reason,) = error.value.reasons
@@ -362,7 +364,7 @@ def assert_refused(row: Row) -> None:
 def assert_delivered(here: Request, there: Request, source: Endpoint, transport: WatchedTransport) -> None:
     """`here` is what the client wants, `there` what the server compares with."""
     moved = list[int]()
-    client = Client(here, (transport,), SHORT, progress=moved.append)
+    client = client_for(here, (transport,), progress=moved.append)
     with contextlib.closing(client.fetch([source]).arena) as arena:
         assert bytes(arena.writable()) == contents(there)
     assert client.attempts == []
@@ -475,7 +477,7 @@ def test_a_server_that_greets_in_another_protocol_is_not_asked_for_anything() ->
         thread = threading.Thread(target=greet)
         thread.start()
         source, transport = Endpoint("127.0.0.1", listener.getsockname()[1]), WatchedTransport()
-        client = Client(REQUEST, (transport,), SHORT)
+        client = client_for(REQUEST, (transport,))
         with pytest.raises(SourcesExhausted, match=f"it speaks protocol {PROTOCOL_VERSION + 1}: expected"):
             client.fetch([source])
         thread.join()

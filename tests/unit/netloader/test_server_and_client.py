@@ -12,16 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain, repeat
 
 import msgspec
 import pytest
 import torch
-from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
+from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
-from vllm_ascend.model_loader.netloader.client import Client, inquire
+from vllm_ascend.model_loader.netloader.channel import ConnectionLost
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.delivery import Chunk
+from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
@@ -36,7 +40,8 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Welcome,
     frame,
 )
-from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Peer, Publication, WeightServer
+from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Peer, Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
@@ -65,15 +70,19 @@ def test_the_second_source_delivers_when_the_first_is_gone() -> None:
 
 
 def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
-    tensors = Tensors.of_shapes((50_000,))
-    failing = (MemoryTransport(fail_after=100_000),)
+    tensors = Tensors.of_shapes((CHUNK_BYTES,))
+    chunks_left = chain((True, True, False), repeat(True))
+
+    def fail_once(_: Chunk, content: bytes) -> bytes:
+        if not next(chunks_left):
+            raise ConnectionLost("failing at the third chunk")
+        return content
+
     with serving(tensors, MEMORY) as (_, first), serving(tensors, MEMORY) as (_, second):
-        client = Client(tensors.request(), failing, SHORT)
-        with pytest.raises(SourcesExhausted, match="failing after"):
-            client.fetch([first])
-        client.transports = MEMORY
-        fetched = client.fetch([second])
+        client, fetched = fetch(tensors, (MemoryTransport(fail_once),), first, second)
     tensors.assert_in(fetched.arena)
+    assert fetched.source == second
+    assert sum(client.received.values()) == tensors.manifest.nbytes
 
 
 class UnusableTransport(MemoryTransport):
@@ -173,7 +182,7 @@ def test_attributes_arrive_with_the_weights() -> None:
 def test_the_fingerprint_of_the_source_arrives_even_where_the_client_has_none() -> None:
     unknown = msgspec.structs.replace(IDENTITY, fingerprint="")
     with serving(SMALL, MEMORY) as (server, source):
-        assert Client(SMALL.request(unknown), MEMORY, SHORT).fetch([source]).fingerprint == "f00d"
+        assert client_for(SMALL.request(unknown), MEMORY).fetch([source]).fingerprint == "f00d"
         server.publish(Publication(unknown, RankCoordinates(), SMALL.store(2)))
         assert fetch(SMALL, MEMORY, source)[1].fingerprint == ""
 
@@ -182,7 +191,7 @@ def test_attributes_are_those_of_the_role_that_is_asked_for() -> None:
     with serving(SMALL, MEMORY) as (server, source):
         server.publish(publication("draft", **ATTRIBUTES))
         assert fetch(SMALL, MEMORY, source)[1].attributes == {}
-        draft = Client(SMALL.request(msgspec.structs.replace(IDENTITY, role="draft")), MEMORY, SHORT)
+        draft = client_for(SMALL.request(msgspec.structs.replace(IDENTITY, role="draft")), MEMORY)
         assert draft.fetch([source]).attributes == ATTRIBUTES
 
 
@@ -209,7 +218,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
     transport, moved = CountingTransport(), list[int]()
     with serving(SMALL, MEMORY) as (server, unfit), serving(SMALL, MEMORY) as (_, source):
         server.publish(publication(**ATTRIBUTES))
-        client = Client(SMALL.request(), (transport,), SHORT, progress=moved.append, check_attributes=check)
+        client = client_for(SMALL.request(), (transport,), progress=moved.append, check_attributes=check)
         with pytest.raises(SourcesExhausted) as error:
             client.fetch([unfit])
         assert reasons(error) == f"{unfit} by memory: the source sets 'cache', which is a method in this model"
@@ -221,7 +230,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
         assert (transport.receptions, sum(moved)) == (1, SMALL.manifest.nbytes)
         SMALL.assert_in(fetched.arena)
 
-        _wait_until(lambda: not server._senders)
+        _wait_until(lambda: not server._sessions)
         _, again = fetch(SMALL, MEMORY, unfit)
         assert again.attributes == ATTRIBUTES
     assert checked == [ATTRIBUTES, ATTRIBUTES, {}]
@@ -237,12 +246,12 @@ def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport(
 
     kinds = (MemoryTransport(), Other())
     with serving(SMALL, kinds) as (_, source), pytest.raises(SourcesExhausted) as error:
-        Client(SMALL.request(), kinds, SHORT, check_attributes=check).fetch([source])
+        client_for(SMALL.request(), kinds, check_attributes=check).fetch([source])
     assert error.value.reasons == (f"{source} by memory: not this",)
 
 
 def test_a_declined_role_is_refused_with_the_reason() -> None:
-    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+    with WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT)) as server:
         server.decline("target", "w keeps its bytes in inner tensors")
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
@@ -292,14 +301,14 @@ def test_another_role_than_the_declined_one_goes_on_being_served() -> None:
         server.decline("draft", "loading set table")
         SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].arena)
         with pytest.raises(SourcesExhausted, match="cannot serve its draft weights: loading set table"):
-            Client(SMALL.request(draft), MEMORY, SHORT).fetch([source])
+            client_for(SMALL.request(draft), MEMORY).fetch([source])
         unknown = msgspec.structs.replace(IDENTITY, role="adapter")
         with pytest.raises(SourcesExhausted, match=r"does not hold adapter weights: it holds target$"):
-            Client(SMALL.request(unknown), MEMORY, SHORT).fetch([source])
+            client_for(SMALL.request(unknown), MEMORY).fetch([source])
 
 
 def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
-    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+    with WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT)) as server:
         source = Endpoint("127.0.0.1", server.port)
         server.decline("target", "loading set table")
         server.decline("draft", "w is sparse")
@@ -327,7 +336,7 @@ def logged(caplog: pytest.LogCaptureFixture, beginning: str) -> str:
 
 
 def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG), WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+    with caplog.at_level(logging.DEBUG), WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT)) as server:
         server.decline("target", CONTROL)
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
@@ -340,7 +349,7 @@ def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.L
 
 
 def test_a_reason_to_decline_without_end_is_told_in_short() -> None:
-    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+    with WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT)) as server:
         server.decline("target", "w" * 100_000)
         with pytest.raises(SourcesExhausted, match="cannot serve its target weights: www") as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
@@ -367,7 +376,7 @@ def test_a_server_that_is_configured_anew_serves_by_the_new_transports() -> None
 
 
 def test_generations_grow_by_role() -> None:
-    server = WeightServer("127.0.0.1", 0, MEMORY, SHORT)
+    server = WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT))
     assert [server.next_generation(role) for role in ("target", "target", "draft")] == [1, 2, 1]
 
 
@@ -420,7 +429,7 @@ def test_a_source_that_does_not_speak_the_protocol_is_left(answer: bytes) -> Non
 
 @pytest.mark.parametrize("host", ["host.invalid", "a..b", "x" * 70])
 def test_an_unknown_host_is_left(host: str) -> None:
-    client = Client(SMALL.request(), MEMORY, SHORT)
+    client = client_for(SMALL.request(), MEMORY)
     with pytest.raises(SourcesExhausted, match="no connection"):
         client.fetch([Endpoint(host, 19000)])
 
@@ -428,7 +437,7 @@ def test_an_unknown_host_is_left(host: str) -> None:
 def test_ipv6_and_dual_stack() -> None:
     with serving(SMALL, MEMORY, host="::1") as (_, source):
         assert fetch(SMALL, MEMORY, source)[1].source.host == "::1"
-    with WeightServer(None, 0, transports(["process_group"]), SHORT) as server:
+    with WeightServer(None, 0, Settings(transports(["process_group"]), SHORT)) as server:
         server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store()))
         for host in ("127.0.0.1", "::1", "localhost"):
             _, fetched = fetch(SMALL, transports(["process_group"]), Endpoint(host, server.port))
@@ -437,11 +446,11 @@ def test_ipv6_and_dual_stack() -> None:
 
 def test_a_port_in_use_is_an_error_at_start() -> None:
     with serving(SMALL, MEMORY) as (_, source), pytest.raises(OSError, match="Address already in use"):
-        WeightServer("127.0.0.1", source.port, MEMORY, SHORT).start()
+        WeightServer("127.0.0.1", source.port, Settings(MEMORY, SHORT)).start()
 
 
 def test_closing_twice_and_without_starting_is_harmless() -> None:
-    server = WeightServer("127.0.0.1", 0, MEMORY, SHORT)
+    server = WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT))
     server.close()
     server.start()
     server.close()
@@ -546,7 +555,7 @@ def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
-        _wait_until(lambda: not server._channels and not server._senders)
+        _wait_until(lambda: not server._channels and not server._sessions)
         for connection in connections:
             connection.close()
 
@@ -589,7 +598,7 @@ def test_status_tells_what_is_declined_and_why(capsys: pytest.CaptureFixture[str
 def test_status_of_a_source_that_declines_all_it_has_does_not_say_that_it_has_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with WeightServer("127.0.0.1", 0, MEMORY, SHORT) as server:
+    with WeightServer("127.0.0.1", 0, Settings(MEMORY, SHORT)) as server:
         source = Endpoint("127.0.0.1", server.port)
         assert cli.main(["status", str(source)]) == 0
         nothing = capsys.readouterr().out
@@ -631,7 +640,7 @@ def test_a_client_is_referred_to_the_rank_that_holds_its_part(caplog: pytest.Log
         ),
     ):
         server.refer_to([Peer(first, "", source.port), Peer(second, "", other.port)])
-        client = Client(SMALL.request(coordinates=second), MEMORY, SHORT)
+        client = client_for(SMALL.request(coordinates=second), MEMORY)
         assert client.fetch([source]).source == other
         assert client.attempts == []
 
@@ -647,7 +656,7 @@ def test_a_referral_is_followed_only_once() -> None:
     ):
         one.refer_to([Peer(second, "127.0.0.1", other.port), Peer(second, "not a host", 1)])
         two.refer_to([Peer(second, "", source.port), Peer(second, "", 9)])
-        client = Client(SMALL.request(coordinates=second), MEMORY, SHORT)
+        client = client_for(SMALL.request(coordinates=second), MEMORY)
         with pytest.raises(SourcesExhausted, match=f"{other}: it refused: another rank"):
             client.fetch([source])
     assert len(client.attempts) == 1

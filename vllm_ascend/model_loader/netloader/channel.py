@@ -11,18 +11,23 @@ import errno
 import fcntl
 import os
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.manifest import chunks
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role, State
 
 _RECEIVE_BYTES: Final = 64 << 10
 _PIPE_BYTES: Final = 1 << 20
 """The largest pipe that Linux gives an unprivileged user by default."""
+_TLS_BYTES: Final = 256 << 10
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 """Errors of this host that are not the peer's doing."""
 _TIMEVAL: Final = struct.Struct("@ll")
@@ -49,6 +54,16 @@ class Deadline:
         return max(0.0, self._end - self._clock())
 
 
+@dataclass(frozen=True)
+class FileRange:
+    """Bytes [offset, offset + length) of a file, which `mapped` shows from its beginning."""
+
+    descriptor: int
+    mapped: memoryview
+    offset: int
+    length: int
+
+
 class Channel:
     """One end of a connection. Owns `sock`; use it with `with`, or call `close`."""
 
@@ -68,6 +83,16 @@ class Channel:
     def state(self) -> State:
         return self._conversation.state
 
+    def secure(self, context: ssl.SSLContext, timeout: float) -> None:
+        """Goes on under TLS, as the server's end if this is one. Raises ConnectionLost or Stalled."""
+        with _translated_errors(timeout):
+            self.socket.settimeout(timeout)
+            self.socket = context.wrap_socket(self.socket, server_side=self._conversation.role is Role.SERVER)
+
+    def authenticate(self, key: bytes) -> None:
+        """From now on, frames carry tags made with `key`."""
+        self._conversation.authenticate(key)
+
     def send(self, message: Message, timeout: float) -> None:
         """Raises ConnectionLost or Stalled."""
         with _translated_errors(timeout):
@@ -85,41 +110,68 @@ class Channel:
             self._conversation.feed(data)
         return message
 
-    def send_file(
-        self, descriptor: int, offset: int, length: int, timeout: float, progress: Callable[[], None]
-    ) -> None:
-        """Sends a range of a file unframed, from its pages without a copy; `timeout` bounds the time without progress.
+    def send_file(self, source: FileRange, timeout: float, pacer: Pacer, progress: Callable[[int], None]) -> None:
+        """Sends a range of a file unframed, from its pages without a copy, under TLS by the mapping.
 
-        Raises ConnectionLost or Stalled.
+        `timeout` bounds the time without progress. Raises ConnectionLost or Stalled.
         """
-        end = offset + length
-        with _translated_errors(timeout), self._blocking(socket.SO_SNDTIMEO, timeout):
+        send = self._send_mapped if isinstance(self.socket, ssl.SSLSocket) else self._send_pages
+        with _translated_errors(timeout):
+            for offset, length in chunks(source.length, pacer.piece or source.length):
+                pacer.wait_for(length)
+                send(replace(source, offset=source.offset + offset, length=length), timeout, progress)
+
+    def _send_pages(self, source: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
+        offset, end = source.offset, source.offset + source.length
+        with self._blocking(socket.SO_SNDTIMEO, timeout):
             while offset < end:
-                sent = os.sendfile(self.socket.fileno(), descriptor, offset, end - offset)
+                sent = os.sendfile(self.socket.fileno(), source.descriptor, offset, end - offset)
                 if not sent:
                     raise ConnectionLost("the file ended before the range that was to be sent")
-                progress()
+                progress(sent)
                 offset += sent
 
-    def receive_into_file(
-        self, descriptor: int, offset: int, length: int, timeout: float, progress: Callable[[int], None]
-    ) -> None:
+    def _send_mapped(self, source: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
+        offset, end = source.offset, source.offset + source.length
+        self.socket.settimeout(timeout)
+        while offset < end:
+            sent = self.socket.send(source.mapped[offset : min(offset + _TLS_BYTES, end)])
+            progress(sent)
+            offset += sent
+
+    def receive_into_file(self, target: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
         """Receives unframed bytes into a range of a file; `timeout` bounds the time without progress.
 
         They go from the socket's buffers through a pipe into the file's pages and touch no mapping, which saves a page
-        fault for every 4 KiB of a file that is mapped but not yet populated. Raises ConnectionLost or Stalled.
+        fault for every 4 KiB of a file that is mapped but not yet populated. Under TLS they go into the mapping. Raises
+        ConnectionLost or Stalled.
         """
-        end = offset + length
+        if isinstance(self.socket, ssl.SSLSocket):
+            self._receive_mapped(target, timeout, progress)
+            return
+        offset, end = target.offset, target.offset + target.length
         with _pipe() as (read_end, write_end), _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
             while offset < end:
                 received = os.splice(self.socket.fileno(), write_end, min(_PIPE_BYTES, end - offset))
                 if not received:
                     raise ConnectionLost("the peer closed the connection")
-                progress(received)
-                while received:
-                    written = os.splice(read_end, descriptor, received, offset_dst=offset)
+                left = received
+                while left:
+                    written = os.splice(read_end, target.descriptor, left, offset_dst=offset)
                     offset += written
-                    received -= written
+                    left -= written
+                progress(received)
+
+    def _receive_mapped(self, target: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
+        offset, end = target.offset, target.offset + target.length
+        with _translated_errors(timeout):
+            self.socket.settimeout(timeout)
+            while offset < end:
+                received = self.socket.recv_into(target.mapped[offset:end])
+                if not received:
+                    raise ConnectionLost("the peer closed the connection")
+                offset += received
+                progress(received)
 
     @contextlib.contextmanager
     def _blocking(self, option: int, timeout: float) -> Iterator[None]:
@@ -133,8 +185,13 @@ class Channel:
 
         Closing it here could give its descriptor's number to another file while a system call is about to use it.
         """
+        with contextlib.suppress(OSError):  # an SSLSocket's own shutdown would take TLS from under that thread
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+    def interrupt(self) -> None:
+        """Ends the receiving of the thread that uses it, from any thread; that thread can still send."""
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.socket, socket.SHUT_RD)
 
     def close(self) -> None:
         """Gives up the connection. Idempotent."""
@@ -143,7 +200,7 @@ class Channel:
 
 
 def connect(endpoint: Endpoint, timeout: float) -> Channel:
-    """Connects as a client. Raises OSError, with every address of the host tried."""
+    """Connects as a client, not greeted yet. Raises OSError, with every address of the host tried."""
     return Channel(socket.create_connection(endpoint, timeout=timeout), Role.CLIENT)
 
 
@@ -166,6 +223,6 @@ def _translated_errors(timeout: float) -> Iterator[None]:
     except (TimeoutError, BlockingIOError) as error:
         raise Stalled(f"the peer was silent for {timeout:g} s") from error
     except OSError as error:
-        if error.errno in _OUR_OWN:
+        if error.errno in _OUR_OWN and not isinstance(error, ssl.SSLError):  # which has numbers of its own
             raise
         raise ConnectionLost(f"the connection broke: {error.strerror or error}") from error

@@ -10,16 +10,22 @@ import sys
 
 import msgspec
 
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, one_line
 from vllm_ascend.model_loader.netloader.protocol import Holding, Status
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        status = inquire(options.source, options.timeout)
+        access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
+    except ConfigError as error:
+        print(f"netloader: {error}", file=sys.stderr)
+        return 2
+    try:
+        status = inquire(options.source, options.timeout, access)
     except SourceError as error:
         print(f"netloader: {options.source}: {error}", file=sys.stderr)
         return 1
@@ -29,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def describe(source: Endpoint, status: Status) -> str:
     """What a person wants to know of a source."""
-    sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"
-    lines = [f"{source}: {sessions} now, transports {', '.join(status.transports)}"]
+    sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'} now"
+    if status.waiting:
+        sessions += f", {status.waiting} waiting"
+    lines = [f"{source}: {sessions}, transports {', '.join(status.transports)}"]
     lines += [line for holding in status.holdings for line in _describe_holding(holding)]
     lines += [f"  {role}: cannot be served: {reason}" for role, reason in status.declined.items()]
     if not status.holdings and not status.declined:
@@ -61,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="what a source holds and for which partition")
     status.add_argument("source", type=_endpoint, help="host:port")
     status.add_argument("--timeout", type=float, default=10.0, help="seconds")
+    status.add_argument("--token-file", help="the TOKEN_FILE of the instance")
+    for name in ("cert", "key", "ca"):
+        status.add_argument(f"--tls-{name}", help=f"a TLS_{name.upper()} that the instance accepts; all three or none")
     status.add_argument("--json", action="store_true", help="for programs")
     return parser
 

@@ -1,8 +1,10 @@
-"""Fetches the weights of one rank from the first source that delivers them.
+"""Fetches the weights of one rank from the first sources that deliver them, wherever they are by now.
 
 A source is asked with each transport that is left to try until it delivers or proves unusable; then comes the next
-source. Only `SourceError` moves on; everything else is a fault of this process and propagates. Nothing is bound to
-the model here: the caller gets an arena that holds all bytes, confirmed by the source, or an error with every reason.
+source. What has arrived and passed stays: the next source brings only what is missing. A source that failed in the
+middle or is busy is asked again, after a pause, when the others have been; one that refuses or cannot be reached is
+not. Only `SourceError` moves on; everything else is a fault of this process and propagates. Nothing is bound to the
+model here: the caller gets an arena that holds all bytes, confirmed by the last source, or an error with every reason.
 """
 
 from __future__ import annotations
@@ -10,124 +12,71 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+from vllm_ascend.model_loader.netloader import backoff
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate
-from vllm_ascend.model_loader.netloader.attributes import Plain
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, connect
+from vllm_ascend.model_loader.netloader.channel import Deadline
+from vllm_ascend.model_loader.netloader.client_session import Fetched, Session, Terms
+from vllm_ascend.model_loader.netloader.delivery import Inventory
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     ProtocolError,
+    SourceBusy,
     SourceError,
     SourceFailed,
     SourceRefused,
     SourcesExhausted,
-    SourceUnreachable,
     TransportError,
-    one_line,
 )
-from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import (
-    PROTOCOL_VERSION,
-    Accept,
-    Confirm,
-    Done,
-    Hello,
-    Inquire,
-    Join,
-    Leave,
-    Message,
-    Refuse,
-    Status,
-    Welcome,
-)
+from vllm_ascend.model_loader.netloader.greeting import greet
+from vllm_ascend.model_loader.netloader.protocol import Announce, Inquire, Status
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.weights import Request
+from vllm_ascend.model_loader.netloader.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
-REFERRALS_FOLLOWED = 8
-SHOWN_DIFFERENCES = 8
-"""Differing tensors named in a message; the rest is counted."""
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """The weights and where they came from; the caller closes `arena`.
-
-    `fingerprint` is that of the checkpoint that the source knows them by, empty if it knows none.
-    """
-
-    arena: Arena
-    source: Endpoint
-    transport: str
-    attributes: Mapping[str, Plain] = field(default_factory=dict)
-    fingerprint: str = ""
+TRIES: Final = 3
+"""How often a source may fail in the middle before it is given up."""
+REFERRALS_FOLLOWED: Final = 64
+"""Endpoints that are tried because others named them."""
 
 
 @dataclass
 class Client:
-    """Fetches `request`.
+    """Fetches what `terms` ask for.
 
-    `check_attributes` raises ProtocolError for attributes that the model cannot take. `phases` and `attempts` fill as
-    it goes, so that they can be read after a failure too.
+    `phases` and `attempts` fill as it goes, so that they can be read after a failure too; `received` counts bytes by
+    source.
     """
 
-    request: Request
+    terms: Terms
     transports: Sequence[Transport]
-    timeouts: Timeouts
     phases: Phases = field(default_factory=Phases)
-    progress: Callable[[int], None] = lambda _: None
-    check_attributes: Callable[[Mapping[str, Plain]], None] = lambda _: None
     attempts: list[Attempt] = field(default_factory=list)
+    received: Counter[str] = field(default_factory=Counter)
+    pause: Callable[[float], None] = time.sleep
     _arena: Arena | None = None
 
     def fetch(self, sources: Sequence[Endpoint]) -> Fetched:
         """Raises SourcesExhausted with every attempt's reason."""
-        waiting, known = deque(sources), set(sources)
-        while waiting:
-            source = waiting.popleft()
-            # A referral is followed once: the ranks of an instance know each other.
-            outcome = self._fetch_from(source, follow_referrals=source in sources)
-            if isinstance(outcome, Fetched):
-                self._give_up_arena(unless=outcome.arena)
-                return outcome
-            referrals = [each for each in _referred(source, outcome[:REFERRALS_FOLLOWED]) if each not in known]
-            known.update(referrals)
-            waiting.extendleft(reversed(referrals))
-        self._give_up_arena()
-        raise SourcesExhausted([str(attempt) for attempt in self.attempts])
-
-    def _fetch_from(self, source: Endpoint, *, follow_referrals: bool) -> Fetched | tuple[str, ...]:
-        """What `source` delivered, or the endpoints that it refers to."""
-        remaining = list(self.transports)
-        while remaining:
-            session = _Session(self, source, remaining)
-            begun = time.perf_counter()
-            try:
-                return session.run()
-            except (SourceError, TransportError) as error:
-                if follow_referrals and isinstance(error, SourceRefused) and error.referrals:
-                    logger.info("%s refers to %s: %s", source, ", ".join(error.referrals), error)
-                    return error.referrals
-                self._note(Attempt(str(source), session.transport_name, str(error), time.perf_counter() - begun))
-                if not isinstance(error, TransportError) or session.transport is None:
-                    return ()
-                remaining.remove(session.transport)
-        return ()
-
-    def _note(self, attempt: Attempt) -> None:
-        self.attempts.append(attempt)
-        logger.warning("could not load from %s", attempt)
+        try:
+            fetched = _Search(self, sources).run()
+        except BaseException:
+            self._give_up_arena()
+            raise
+        self._give_up_arena(unless=fetched.arena)
+        return fetched
 
     def arena_to_fill(self, *, mapped: bool) -> Arena:
         """The memory for transports that copy: made once, kept from source to source."""
         if self._arena is None:
             with self.phases("allocate"):
-                self._arena = allocate(self.request.manifest, mapped=mapped)
+                self._arena = allocate(self.terms.request.manifest, mapped=mapped)
         return self._arena
 
     def _give_up_arena(self, unless: Arena | None = None) -> None:
@@ -136,113 +85,100 @@ class Client:
         self._arena = None
 
 
-class _Session:
-    """One conversation with one source."""
+class _Search:
+    """The way through the sources, and whoever they refer to."""
 
-    def __init__(self, client: Client, source: Endpoint, transports: Sequence[Transport]) -> None:
+    def __init__(self, client: Client, sources: Sequence[Endpoint]) -> None:
         self._client = client
-        self._source = source
-        self._transports = transports
-        self.transport: Transport | None = None
-
-    @property
-    def transport_name(self) -> str | None:
-        return self.transport.name if self.transport else None
+        self._configured = frozenset(sources)
+        self._known = set(sources)
+        self._next = deque(sources)
+        self._later: list[Endpoint] = []
+        self._failures: Counter[Endpoint] = Counter()
+        self._inventory = Inventory(client.terms.request.manifest.nbytes)
 
     def run(self) -> Fetched:
-        """Raises SourceError or TransportError."""
-        with self._client.phases("connect"):
-            channel = greet(self._source, self._client.timeouts.connect)
-        with channel:
+        pauses = backoff.pauses()
+        while self._next or self._later:
+            if not self._next:
+                self._client.pause(next(pauses))
+                self._next.extend(self._later)
+                self._later.clear()
+            source = self._next.popleft()
             try:
-                with self._client.phases("join"):
-                    accept = self._join(channel)
-                with self._client.phases("transfer"):
-                    arena = self._receive(channel, accept)
-                with self._client.phases("verify"):
-                    self._confirm(channel, accept, arena)
-            except (ProtocolError, OSError) as error:
-                raise SourceFailed(str(error)) from error
-        return Fetched(arena, self._source, accept.transport, accept.attributes, accept.fingerprint)
+                return self._fetch_from(source)
+            except SourceBusy as error:
+                logger.info("%s is busy, asking others first: %s", source, error)
+                self._later.append(source)
+                self._follow(source, error.referrals)
+            except SourceRefused as error:
+                if source in self._configured:  # a referral is followed once: the ranks of an instance know each other
+                    self._follow(source, error.referrals)
+            except SourceFailed:
+                self._failures[source] += 1
+                if self._failures[source] < TRIES:
+                    self._later.append(source)
+            except (SourceError, TransportError):
+                continue
+        raise SourcesExhausted([str(attempt) for attempt in self._client.attempts])
 
-    def _join(self, channel: Channel) -> Accept:
-        request, timeout = self._client.request, self._client.timeouts.connect
-        offers = tuple(transport.offer() for transport in self._transports)
-        channel.send(Join(request.identity, request.coordinates, request.manifest.digest, offers), timeout)
-        accept = _granted(channel.receive(Deadline(timeout)), request.manifest)
-        assert isinstance(accept, Accept)
-        self.transport = next((each for each in self._transports if each.name == accept.transport), None)
-        if self.transport is None:
-            raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
-        try:
-            self._client.check_attributes(accept.attributes)
-        except ProtocolError as error:
-            self._leave(channel, error)
-            raise
-        return accept
+    def _fetch_from(self, source: Endpoint) -> Fetched:
+        """By the first transport that works. Raises what the last one ended with, after noting it."""
+        remaining = list(self._client.transports)
+        while True:
+            session = self._session(source, remaining)
+            begun = time.perf_counter()
+            try:
+                return session.run()
+            except SourceBusy:
+                raise
+            except (SourceError, TransportError) as error:
+                if isinstance(error, SourceRefused) and error.referrals and source in self._configured:
+                    logger.info("%s refers to %s: %s", source, ", ".join(error.referrals), error)
+                    raise
+                self._note(session, source, error, time.perf_counter() - begun)
+                if not isinstance(error, TransportError) or session.transport is None:
+                    raise
+                remaining.remove(session.transport)
+                if not remaining:
+                    raise
+            finally:
+                self._client.received[str(source)] += session.received
 
-    def _receive(self, channel: Channel, accept: Accept) -> Arena:
-        assert self.transport is not None
+    def _session(self, source: Endpoint, transports: Sequence[Transport]) -> Session:
         client = self._client
-        reception = Reception(
-            source=self._source,
-            session=accept.session,
-            parameters=accept.parameters,
-            nbytes=client.request.manifest.nbytes,
-            allocate=client.arena_to_fill,
-            progress=client.progress,
-            timeouts=client.timeouts,
+        return Session(
+            client.terms,
+            source,
+            transports=transports,
+            inventory=self._inventory,
+            arena_to_fill=client.arena_to_fill,
+            may_wait=lambda referrals: self._may_wait(source, referrals),
+            phases=client.phases,
         )
-        try:
-            return self.transport.receive(reception)
-        except TransportError as error:
-            self._leave(channel, error)
-            raise
 
-    def _leave(self, channel: Channel, reason: Exception) -> None:
-        with contextlib.suppress(ProtocolError):  # whether the source hears of it or not, the next way is tried
-            channel.send(Leave(one_line(str(reason))), self._client.timeouts.connect)
+    def _may_wait(self, source: Endpoint, referrals: Sequence[str]) -> bool:
+        """Waiting is for when there is nobody else to ask."""
+        return not self._next and not self._new(source, referrals)
 
-    def _confirm(self, channel: Channel, accept: Accept, arena: Arena) -> None:
-        timeouts = self._client.timeouts
-        try:
-            channel.send(Done(), timeouts.connect)
-            confirm = channel.receive(Deadline(timeouts.stall))
-            assert isinstance(confirm, Confirm)
-            if confirm.generation != accept.generation:
-                raise SourceFailed(
-                    f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
-                )
-        except BaseException:
-            if arena.servable:  # the source's own pages: no other transport can fill them
-                arena.close()
-            raise
+    def _new(self, source: Endpoint, referrals: Sequence[str]) -> list[Endpoint]:
+        room = REFERRALS_FOLLOWED - (len(self._known) - len(self._configured))
+        return [each for each in _referred(source, referrals) if each not in self._known][:room]
+
+    def _follow(self, source: Endpoint, referrals: Sequence[str]) -> None:
+        new = self._new(source, referrals)
+        self._known.update(new)
+        self._next.extendleft(reversed(new))
+
+    def _note(self, session: Session, source: Endpoint, error: Exception, seconds: float) -> None:
+        attempt = Attempt(str(source), session.transport_name, str(error), seconds, session.received)
+        self._client.attempts.append(attempt)
+        logger.warning("could not load from %s", attempt)
 
 
-def greet(source: Endpoint, timeout: float) -> Channel:
-    """A greeted connection, which the caller closes. Raises SourceUnreachable or SourceRefused."""
-    try:
-        channel = connect(source, timeout)
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host name
-        raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        channel.send(Hello(), timeout)
-        welcome = _granted(channel.receive(Deadline(timeout)), None)
-        assert isinstance(welcome, Welcome)
-        if welcome.protocol != PROTOCOL_VERSION:
-            raise SourceRefused(f"it speaks protocol {welcome.protocol}: expected {PROTOCOL_VERSION}")
-    except ProtocolError as error:
-        channel.close()
-        raise SourceUnreachable(f"it did not greet: {error}") from error
-    except BaseException:
-        channel.close()
-        raise
-    return channel
-
-
-def inquire(source: Endpoint, timeout: float) -> Status:
+def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> Status:
     """What `source` holds. Raises SourceError."""
-    with greet(source, timeout) as channel:
+    with greet(source, access or Access(), timeout) as channel:
         try:
             channel.send(Inquire(), timeout)
             status = channel.receive(Deadline(timeout))
@@ -252,18 +188,13 @@ def inquire(source: Endpoint, timeout: float) -> Status:
     return status
 
 
-def _granted(answer: Message, manifest: Manifest | None) -> Message:
-    """`answer`, unless it is a refusal. Raises SourceRefused, naming the fields or tensors that differ."""
-    if not isinstance(answer, Refuse):
-        return answer
-    differences = [difference.flipped() for difference in answer.differences]
-    if answer.manifest and manifest is not None:
-        differences = list(manifest.mismatch(Manifest.decode(answer.manifest))) or differences
-    shown = [one_line(str(difference)) for difference in differences[:SHOWN_DIFFERENCES]]
-    if len(differences) > SHOWN_DIFFERENCES:
-        shown.append(f"and {len(differences) - SHOWN_DIFFERENCES} more")
-    details = f": {'; '.join(shown)}" if shown else ""
-    raise SourceRefused(f"it refused: {one_line(answer.reason)}{details}", answer.referrals)
+def announce(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
+    """Tells `source` that what was taken from it in `session` is served on `port` now. Raises SourceError."""
+    with greet(source, access, timeout) as channel:
+        try:
+            channel.send(Announce(session, port), timeout)
+        except ProtocolError as error:
+            raise SourceFailed(str(error)) from error
 
 
 def _referred(source: Endpoint, referrals: Sequence[str]) -> Iterator[Endpoint]:

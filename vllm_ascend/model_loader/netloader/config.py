@@ -18,6 +18,9 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
+ENCRYPTED_TRANSPORTS: Final = ("shared_memory", "tcp")
+"""Those whose bytes nobody can read on the way, given TLS."""
+MIN_BANDWIDTH: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class NetLoaderConfig:
-    """Field names are the configuration keys in lower case; times are seconds."""
+    """Field names are the configuration keys in lower case; times are seconds, `max_bandwidth` bytes per second."""
 
     source: tuple[Source, ...] = ()
     model: str | None = None
@@ -40,6 +43,14 @@ class NetLoaderConfig:
     transport: tuple[str, ...] = TRANSPORTS
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
+    wait_timeout: float = 300.0
+    verify: bool = True
+    max_clients: int = 8
+    max_bandwidth: int | None = None
+    token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
     fallback: str = "disk"
     int8_cache: str = "no"
     int8_cache_name: tuple[str, ...] | None = None
@@ -54,7 +65,10 @@ class NetLoaderConfig:
         values = dict(extra_config)
         if "CONFIG_FILE" in values:
             values |= _read_config_file(values.pop("CONFIG_FILE"))
-        return cls(**{key.lower(): _parse_value(key, value) for key, value in values.items()})
+        parsed = {key.lower(): _parse_value(key, value) for key, value in values.items()}
+        if _has_tls(parsed) and "transport" not in parsed:
+            parsed["transport"] = ENCRYPTED_TRANSPORTS
+        return cls(**parsed)
 
     def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
         """The endpoints that `rank` may ask, in configured order, each once."""
@@ -71,6 +85,15 @@ class NetLoaderConfig:
                 f"LISTEN_PORT {self.listen_port} + rank {rank} = {port} is above 65535: choose a lower LISTEN_PORT"
             )
         return port
+
+
+def _has_tls(parsed: Mapping[str, Any]) -> bool:
+    """Raises ConfigError where only a part of it is configured."""
+    keys = ("TLS_CERT", "TLS_KEY", "TLS_CA")
+    absent = [key for key in keys if key.lower() not in parsed]
+    if 0 < len(absent) < len(keys):
+        raise ConfigError(f"{' and '.join(absent)} missing: TLS needs {', '.join(keys)}, all three on every instance")
+    return not absent
 
 
 def _read_config_file(path: object) -> dict[str, Any]:
@@ -122,6 +145,21 @@ def _seconds(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 86400:
         raise ValueError("expected a number of seconds above 0 and at most 86400")
     return float(value)
+
+
+def _on_or_off(value: object) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError('expected "on" or "off"')
+    return value == "on"
+
+
+def _integer(lowest: int, highest: int, unit: str) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise ValueError(f"expected a number of {unit} from {lowest} to {highest}")
+        return value
+
+    return parse
 
 
 def _one_of(*allowed: str) -> Callable[[object], str]:
@@ -176,6 +214,14 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "TRANSPORT": _transports,
     "CONNECT_TIMEOUT": _seconds,
     "STALL_TIMEOUT": _seconds,
+    "WAIT_TIMEOUT": _seconds,
+    "VERIFY": _on_or_off,
+    "MAX_CLIENTS": _integer(1, 256, "clients"),
+    "MAX_BANDWIDTH": _integer(MIN_BANDWIDTH, 1 << 50, "bytes per second"),
+    "TOKEN_FILE": _text,
+    "TLS_CERT": _text,
+    "TLS_KEY": _text,
+    "TLS_CA": _text,
     "FALLBACK": _one_of("disk", "error"),
     "INT8_CACHE": _one_of("hbm", "dram", "no"),
     "INT8_CACHE_NAME": _names,

@@ -8,6 +8,7 @@
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
         SourceRefused        it answered no, and why
+        SourceBusy           others come first: ask somebody else meanwhile
         SourceFailed         it went away, stalled, or broke the protocol
       TransportError         this transport does not work here: try the source's next transport
       SourcesExhausted       nobody is left to ask: load from disk, or stop when FALLBACK forbids the disk
@@ -53,6 +54,14 @@ class SourceRefused(SourceError):
 
     `referrals` are endpoints, as text, that the source named instead of itself.
     """
+
+    def __init__(self, reason: str, referrals: Sequence[str] = ()) -> None:
+        self.referrals = tuple(referrals)
+        super().__init__(reason)
+
+
+class SourceBusy(SourceError):
+    """The source serves as many as it wants to at a time. `referrals` as in SourceRefused."""
 
     def __init__(self, reason: str, referrals: Sequence[str] = ()) -> None:
         self.referrals = tuple(referrals)

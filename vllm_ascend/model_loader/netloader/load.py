@@ -21,8 +21,10 @@ from vllm.utils.network_utils import get_ip
 
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader import attributes, serving
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate
-from vllm_ascend.model_loader.netloader.client import Client, Fetched
+from vllm_ascend.model_loader.netloader.client import Client
+from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
@@ -48,6 +50,8 @@ class Load:
         self._arena: Arena | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
         self._server: WeightServer | None = None
+        self._fetched: Fetched | None = None
+        self._access = Access.configured(config)
         self._report = LoadReport(
             role_of(model_config),
             self._rank,
@@ -96,12 +100,16 @@ class Load:
             return
         if self._request is None or self._arena is None:
             reason = str(self._report.not_served)
-            self._server = serving.decline(self._report.role, reason, self._config, self._rank)
+            self._server = serving.decline(self._report.role, reason, self._config, self._access, self._rank)
             return
-        weights = serving.Weights(self._request, self._arena, self._attributes)
-        self._server = serving.serve(model, weights, self._config, self._rank)
+        seal = self._fetched.seal if self._fetched is not None else None
+        weights = serving.Weights(self._request, self._arena, self._attributes, seal)
+        self._server = serving.serve(model, weights, self._config, self._access, self._rank)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
-        self._announce(self._report.listening)
+        self._write_address(self._report.listening)
+        if self._fetched is not None:
+            timeout = self._config.connect_timeout
+            serving.tell_source(self._fetched.source, self._fetched.session, self._server.port, timeout, self._access)
 
     def note_changes(self, model: nn.Module) -> None:
         """Tells whoever sets INT8_CACHE which weights post-processing has changed, and that they are kept anyway."""
@@ -117,11 +125,11 @@ class Load:
             self._config.int8_cache,
         )
 
-    def _announce(self, address: str) -> None:
+    def _write_address(self, address: str) -> None:
         if self._config.output_prefix is None:
             return
         try:
-            serving.announce(self._config.output_prefix, self._rank, address)
+            serving.write_address(self._config.output_prefix, self._rank, address)
         except OSError as error:
             logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
 
@@ -178,15 +186,16 @@ class Load:
             request = self._describe(weights)
         show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
         with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
-            client = Client(
+            terms = Terms(
                 request,
-                transports(self._config.transport),
                 Timeouts(self._config.connect_timeout, self._config.stall_timeout),
-                phases=self._phases,
-                progress=progress,
+                self._access,
+                self._config.verify,
+                self._config.wait_timeout,
                 check_attributes=lambda received: attributes.require_settable(model, received),
-                attempts=self._report.attempts,
+                progress=progress,
             )
+            client = Client(terms, transports(self._config.transport), self._phases, self._report.attempts)
             fetched = client.fetch(self._config.sources_for(self._rank))
         with self._phases("transfer"):
             weights.bind(fetched.arena)
@@ -194,10 +203,13 @@ class Load:
             self._attributes = fetched.attributes
             self._request = _as_known_to_the_source(request, fetched.fingerprint)
             self._keep(fetched.arena)
-        self._note_fetched(fetched, weights.manifest.nbytes)
+        self._fetched = fetched
+        self._note_fetched(fetched, weights.manifest.nbytes, client.received)
 
-    def _note_fetched(self, fetched: Fetched, nbytes: int) -> None:
+    def _note_fetched(self, fetched: Fetched, nbytes: int, received: Mapping[str, int]) -> None:
         self._report.outcome = "p2p"
+        self._report.received = {source: count for source, count in received.items() if count}
+        self._report.verified = fetched.seal.algorithm.name if fetched.seal is not None else None
         self._report.source = str(fetched.source)
         self._report.transport = fetched.transport
         self._report.bytes = nbytes

@@ -10,10 +10,17 @@ the peer raises ProtocolError. After Attach, the server answers each Fetch with 
     Hello                  ->                              Hello                 ->
                            <-  Welcome                                           <-  Welcome
     Join                   ->                              Attach                ->
-                           <-  Accept | Refuse             Fetch                 ->
-    ... the transport moves the bytes ...                                        <-  raw bytes
-    Done | Leave           ->                              Fetch                 ->
-                           <-  Confirm                                           <-  raw bytes
+                           <-  Wait ...                    Fetch                 ->
+                           <-  Accept | Refuse                                   <-  raw bytes
+    AskDigests             ->                              Fetch                 ->
+                           <-  Digests                                           <-  raw bytes
+    ... the transport moves the bytes ...
+                           <-  End, or:
+    Done | Leave           ->
+                           <-  Confirm
+
+With a token, the greeting is Hello, Challenge, Prove, Welcome; every frame after it ends in an HMAC-SHA256, cut to 16
+bytes, over the sender's role, the number of the frame and the payload, under a key that belongs to this connection.
 
 Compatibility: peers compare PROTOCOL_VERSION in the greeting. Within a version, messages may gain fields with defaults,
 which older peers ignore; identity, coordinates and manifest do not change, since they are compared as a whole.
@@ -22,6 +29,7 @@ which older peers ignore; identity, coordinates and manifest do not change, sinc
 from __future__ import annotations
 
 import enum
+import hmac
 from collections.abc import Mapping
 from typing import Annotated, Final
 
@@ -37,11 +45,15 @@ REPLY_LIMIT: Final = 64 << 20
 """Bytes of one frame to a client: a refusal may carry the manifest of a model with 500,000 tensors."""
 FETCH_LIMIT: Final = 64 << 20
 """Bytes of one Fetch, so that a server thread looks up regularly."""
+DIGESTS_LIMIT: Final = 256
+"""Digests in one message: the server may have to read 4 GiB for them, which it does in much less than a timeout."""
 _LENGTH_BYTES: Final = 4
+_TAG_BYTES: Final = 16
 
 ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Parameters = Mapping[ShortText, ShortText | int]
 
 
@@ -50,13 +62,30 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hello(Message, frozen=True):
-    """Opens every connection."""
+    """Opens every connection. `challenge` is for a server that knows the token, which others ignore."""
 
     protocol: Count = PROTOCOL_VERSION
+    challenge: ShortBytes = b""
+
+
+class Challenge(Message, frozen=True):
+    """Wants to see that the client knows the token."""
+
+    challenge: ShortBytes
+    protocol: Count = PROTOCOL_VERSION
+
+
+class Prove(Message, frozen=True):
+    """Shows it."""
+
+    proof: ShortBytes
 
 
 class Welcome(Message, frozen=True):
+    """Ends the greeting; after a Challenge with the proof that the server knows the token too."""
+
     protocol: Count = PROTOCOL_VERSION
+    proof: ShortBytes = b""
 
 
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,8 +104,25 @@ class Join(Message, frozen=True):
     offers: tuple[Offer, ...]
 
 
+class Wait(Message, frozen=True):
+    """All turns are taken: `ahead` clients come first. Repeated until it is this one's turn.
+
+    `referrals` are endpoints that took the same weights from this server, as in `Refuse`.
+    """
+
+    ahead: Count
+    referrals: tuple[ShortText, ...] = ()
+
+
+class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the digests of the server's chunks are made: see `digests`."""
+
+    algorithm: ShortText
+    salt: ShortBytes = b""
+
+
 class Accept(Message, frozen=True):
-    """Opens the session: `parameters` are the chosen transport's own.
+    """Opens the session: `parameters` are the chosen transport's own; without digests, `verification` is None.
 
     `attributes` belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that
     of the server's checkpoint, for a client that has none and will serve these weights in turn.
@@ -88,6 +134,20 @@ class Accept(Message, frozen=True):
     parameters: Parameters
     attributes: Mapping[ShortText, bool | int | float | ShortText | None] = {}
     fingerprint: ShortText = ""
+    verification: Verification | None = None
+
+
+class AskDigests(Message, frozen=True):
+    """Asks for the digests of `count` chunks from number `first` on."""
+
+    first: Count
+    count: Annotated[int, msgspec.Meta(gt=0, le=DIGESTS_LIMIT)]
+
+
+class Digests(Message, frozen=True):
+    """Those of the chunks that exist."""
+
+    digests: tuple[ShortBytes, ...]
 
 
 class Refuse(Message, frozen=True):
@@ -109,15 +169,32 @@ class Done(Message, frozen=True):
 
 
 class Confirm(Message, frozen=True):
-    """The generation that the server holds now; another than in Accept means that the bytes may be mixed."""
+    """The generation that the server holds now; another than in Accept means that the bytes may be mixed.
+
+    `digest` is that over the digests of all chunks, empty where there are none.
+    """
 
     generation: Count
+    digest: ShortBytes = b""
+
+
+class End(Message, frozen=True):
+    """The server ends the session before the client has all bytes, and why."""
+
+    reason: ShortText
 
 
 class Leave(Message, frozen=True):
     """The client gives up, and why."""
 
     reason: ShortText
+
+
+class Announce(Message, frozen=True):
+    """The client that took the weights in `session` now serves them itself, on `port` of its address."""
+
+    session: SessionId
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class Attach(Message, frozen=True):
@@ -149,12 +226,13 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Status(Message, frozen=True):
-    """`declined` says of a role why this process cannot serve it."""
+    """`declined` says of a role why this process cannot serve it; `waiting` clients have not had their turn yet."""
 
     holdings: tuple[Holding, ...]
     sessions: int
     transports: tuple[str, ...]
     declined: Mapping[str, str] = {}
+    waiting: int = 0
 
 
 class Role(enum.Enum):
@@ -165,9 +243,12 @@ class Role(enum.Enum):
 class State(enum.Enum):
     START = enum.auto()
     GREETED = enum.auto()
+    CHALLENGED = enum.auto()
+    PROVING = enum.auto()
     READY = enum.auto()
     JOINING = enum.auto()
     TRANSFER = enum.auto()
+    DIGESTING = enum.auto()
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
     DATA = enum.auto()
@@ -177,17 +258,31 @@ class State(enum.Enum):
 _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.START, Role.CLIENT): {Hello: State.GREETED},
     (State.START, Role.SERVER): {Refuse: State.ENDED},
-    (State.GREETED, Role.SERVER): {Welcome: State.READY, Refuse: State.ENDED},
-    (State.READY, Role.CLIENT): {Join: State.JOINING, Attach: State.DATA, Inquire: State.INQUIRING},
-    (State.JOINING, Role.SERVER): {Accept: State.TRANSFER, Refuse: State.ENDED},
-    (State.TRANSFER, Role.CLIENT): {Done: State.CONFIRMING, Leave: State.ENDED},
-    (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED},
+    (State.GREETED, Role.SERVER): {Welcome: State.READY, Challenge: State.CHALLENGED, Refuse: State.ENDED},
+    (State.CHALLENGED, Role.CLIENT): {Prove: State.PROVING},
+    (State.PROVING, Role.SERVER): {Welcome: State.READY, Refuse: State.ENDED},
+    (State.READY, Role.CLIENT): {
+        Join: State.JOINING,
+        Attach: State.DATA,
+        Inquire: State.INQUIRING,
+        Announce: State.ENDED,
+    },
+    (State.JOINING, Role.SERVER): {Wait: State.JOINING, Accept: State.TRANSFER, Refuse: State.ENDED},
+    (State.TRANSFER, Role.CLIENT): {
+        AskDigests: State.DIGESTING,
+        Fetch: State.TRANSFER,
+        Done: State.CONFIRMING,
+        Leave: State.ENDED,
+    },
+    (State.TRANSFER, Role.SERVER): {End: State.ENDED},
+    (State.DIGESTING, Role.SERVER): {Digests: State.TRANSFER, End: State.ENDED},
+    (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
 
-_ClientMessage = Hello | Join | Done | Leave | Attach | Fetch | Inquire
-_ServerMessage = Welcome | Accept | Refuse | Confirm | Status
+_ClientMessage = Hello | Prove | Join | AskDigests | Done | Leave | Announce | Attach | Fetch | Inquire
+_ServerMessage = Welcome | Challenge | Wait | Accept | Digests | Refuse | Confirm | End | Status
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),
     Role.SERVER: msgspec.msgpack.Decoder(_ServerMessage),
@@ -199,18 +294,25 @@ class Conversation:
     """One end, that of `role`, of one connection."""
 
     def __init__(self, role: Role) -> None:
-        self._role = role
+        self.role = role
         self._peer = Role.SERVER if role is Role.CLIENT else Role.CLIENT
         self._limit = REPLY_LIMIT if role is Role.CLIENT else REQUEST_LIMIT
         self._received = bytearray()
+        self._key: bytes | None = None
+        self._frames = dict.fromkeys(Role, 0)
         self.state = State.START
+
+    def authenticate(self, key: bytes) -> None:
+        """From now on, every frame in either direction carries a tag made with `key`."""
+        self._key = key
 
     def send(self, message: Message) -> bytes:
         """The bytes to transmit."""
-        allowed = _TRANSITIONS.get((self.state, self._role), {})
+        allowed = _TRANSITIONS.get((self.state, self.role), {})
         assert type(message) in allowed, f"{type(message).__name__} may not be sent in state {self.state.name}"
         self.state = allowed[type(message)]
-        return frame(message)
+        payload = _encoder.encode(message)
+        return _with_length(payload + self._tag(self.role, payload))
 
     def feed(self, data: bytes | memoryview) -> None:
         """Takes bytes from the peer."""
@@ -225,10 +327,26 @@ class Conversation:
             raise ProtocolError(f"the {self._peer.value} announces a frame of {length} bytes: at most {self._limit}")
         if len(self._received) < _LENGTH_BYTES + length:
             return None
-        message = self._decode(bytes(self._received[_LENGTH_BYTES : _LENGTH_BYTES + length]))
+        message = self._decode(self._authentic(bytes(self._received[_LENGTH_BYTES : _LENGTH_BYTES + length])))
         del self._received[: _LENGTH_BYTES + length]
         self._advance(message)
         return message
+
+    def _tag(self, role: Role, payload: bytes) -> bytes:
+        """Nothing without a key. Counts the frames, so that none can be left out, repeated or moved."""
+        if self._key is None:
+            return b""
+        number = self._frames[role].to_bytes(8, "big")
+        self._frames[role] += 1
+        return hmac.digest(self._key, role.value.encode() + number + payload, "sha256")[:_TAG_BYTES]
+
+    def _authentic(self, received: bytes) -> bytes:
+        if self._key is None:
+            return received
+        payload, tag = received[:-_TAG_BYTES], received[-_TAG_BYTES:]
+        if not hmac.compare_digest(tag, self._tag(self._peer, payload)):
+            raise ProtocolError(f"a frame of the {self._peer.value} was altered on the way or is not its own")
+        return payload
 
     def _decode(self, payload: bytes) -> Message:
         try:
@@ -248,5 +366,8 @@ class Conversation:
 
 def frame(message: Message) -> bytes:
     """`message` with its length in front."""
-    payload = _encoder.encode(message)
-    return len(payload).to_bytes(_LENGTH_BYTES, "big") + payload
+    return _with_length(_encoder.encode(message))
+
+
+def _with_length(content: bytes) -> bytes:
+    return len(content).to_bytes(_LENGTH_BYTES, "big") + content

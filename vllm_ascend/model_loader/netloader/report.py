@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Literal
 
 import msgspec
 
-Outcome = Literal["p2p", "disk", "mixed", "failed"]
+Outcome = Literal["p2p", "disk", "failed"]
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One source that did not deliver."""
+    """One source that did not deliver, or not all; `received` bytes came from it."""
 
     source: str
     transport: str | None
     reason: str
     seconds: float
+    received: int = 0
 
     def __str__(self) -> str:
         by = f" by {self.transport}" if self.transport else ""
@@ -28,6 +30,9 @@ class Attempt(msgspec.Struct, frozen=True):
 
 class LoadReport(msgspec.Struct):
     """One load of one role by one rank. Sizes in bytes, times in seconds; what does not apply is None or 0.
+
+    `received` maps sources to the bytes that came from them over the network; their sum is above `bytes` by what had to
+    be fetched again. `verified` names the digest that every received byte was checked by.
 
     `seconds` maps phases to their time, nested phases not counted twice: connect, join, allocate, transfer, verify,
     disk, serve. `listening` is where the weights are served now. `changed` names the tensors that post-processing has
@@ -40,6 +45,8 @@ class LoadReport(msgspec.Struct):
     source: str | None = None
     transport: str | None = None
     bytes: int = 0
+    received: dict[str, int] = msgspec.field(default_factory=dict)
+    verified: str | None = None
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
     attempts: list[Attempt] = msgspec.field(default_factory=list)
     listening: str | None = None
@@ -99,9 +106,12 @@ class Phases:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that a reader sees either not at all or complete. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.partial")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch.unlink(missing_ok=True)
     try:
-        scratch.write_bytes(content)
+        # A new file, never one that somebody else has put there, and writable for nobody else.
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as file:
+            file.write(content)
         scratch.replace(path)
     except BaseException:
         scratch.unlink(missing_ok=True)

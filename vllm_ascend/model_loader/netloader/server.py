@@ -1,55 +1,65 @@
 """The listener of a worker process: hands the weights it holds to whoever may have them.
 
 One thread accepts and does nothing else; every connection gets a thread of its own, with a deadline on every wait,
-so a silent, slow or hostile peer ends or delays only itself. What is served is immutable (a sealed arena), so serving
-needs no lock against inference, and copies release the GIL.
+so a silent, slow or hostile peer ends or delays only itself. Threads that serve give way to inference. What is served
+is immutable (a sealed arena), so serving needs no lock against inference, and copies release the GIL.
 
-`publish` and `withdraw` change what is served by role (target, draft). A session holds on to the store it began with
-and is told at the end, through the generation, whether that store is still the current one.
+`publish` and `withdraw` change what is served by role (target, draft). Sessions that still take what was served before
+are ended and told why. At most MAX_CLIENTS sessions move bytes at once; the others wait for their turn and are told
+which earlier clients now have the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
+import math
 import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 import msgspec
 
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.access import Access
+from vllm_ascend.model_loader.netloader.admission import Guard, Turn, Turns
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
-from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
+from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
+from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
 from vllm_ascend.model_loader.netloader.protocol import (
-    PROTOCOL_VERSION,
-    Accept,
+    Announce,
     Attach,
-    Confirm,
-    Done,
-    Hello,
     Holding,
     Inquire,
     Join,
-    Leave,
     Refuse,
     Role,
     State,
     Status,
-    Welcome,
+    Wait,
 )
-from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.weights import WeightStore
+from vllm_ascend.model_loader.netloader.replicas import Copy, Replicas
+from vllm_ascend.model_loader.netloader.server_session import Publication, Session
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 256
+MAX_CONNECTIONS: Final = 1024
 """Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
+MAX_STRANGERS_PER_HOST: Final = 64
+"""Connections of one address that have not joined or attached yet, so that no single host can take all."""
+MAX_INQUIRIES: Final = 64
+"""Status messages on one connection; whoever wants more connects again."""
+MAX_CLIENTS: Final = 8
+WAIT_NOTICE: Final = 1.0
+"""Seconds between two messages to a client that waits for its turn."""
+SLOW: Final = 1 << 20
+"""Bytes per second that nobody who takes weights falls below for long, unless MAX_BANDWIDTH makes it so."""
 _REFUSAL_TIMEOUT: Final = 0.1
 """Seconds that the accepting thread may spend on telling a peer that there is no room for it."""
 _ACCEPT_PAUSE: Final = 0.05
@@ -57,12 +67,14 @@ _ACCEPT_PAUSE: Final = 0.05
 
 
 @dataclass(frozen=True)
-class Publication:
-    """One model that is served."""
+class Settings:
+    """How a server treats its peers. `max_bandwidth` in bytes per second, None without a limit."""
 
-    identity: ModelIdentity
-    coordinates: RankCoordinates
-    store: WeightStore
+    transports: Sequence[Transport]
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    access: Access = field(default_factory=Access)
+    max_clients: int = MAX_CLIENTS
+    max_bandwidth: int | None = None
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -76,20 +88,24 @@ class Peer(msgspec.Struct, frozen=True):
 class WeightServer:
     """Serves from `start` to `close`. `host` None means all addresses, `port` 0 an ephemeral one."""
 
-    def __init__(self, host: str | None, port: int, transports: Sequence[Transport], timeouts: Timeouts) -> None:
+    def __init__(self, host: str | None, port: int, settings: Settings) -> None:
         self._host = host
         self._port = port
-        self._transports = tuple(transports)
-        self._timeouts = timeouts
         self._lock = threading.RLock()  # a finalizer may withdraw within any of its blocks
         self._publications: dict[str, Publication] = {}
         self._declined: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._peers: tuple[Peer, ...] = ()
-        self._senders: dict[bytes, Sender] = {}
+        self._sessions: dict[bytes, Session] = {}
+        self._replicas = Replicas()
         self._channels: dict[Channel, threading.Thread] = {}
+        self._strangers: dict[Channel, str] = {}
+        self._guard = Guard()
+        self._turns = Turns(settings.max_clients)
+        self._pacer = Pacer(settings.max_bandwidth)
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
+        self.configure(settings)
 
     def __enter__(self) -> Self:
         self.start()
@@ -115,13 +131,13 @@ class WeightServer:
             self._acceptor.join()
         with self._lock:
             connections = dict(self._channels)
-            senders = list(self._senders.values())
-        for channel in connections:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.end("the server shuts down")
+        for channel in connections.keys() - {session.channel for session in sessions}:
             channel.shut_down()
-        for sender in senders:
-            sender.close()
         for thread in connections.values():
-            thread.join(self._timeouts.stall)
+            thread.join(self._settings.timeouts.stall)
         for role in list(self._publications):
             self.withdraw(role)
 
@@ -131,10 +147,17 @@ class WeightServer:
         port: int = self._listener.getsockname()[1]
         return port
 
-    def configure(self, transports: Sequence[Transport], timeouts: Timeouts) -> None:
+    def configure(self, settings: Settings) -> None:
         """For sessions from now on: a load may come with another configuration than the one that opened the port."""
-        self._transports = tuple(transports)
-        self._timeouts = timeouts
+        self._settings = settings
+        self._pacer.rate = settings.max_bandwidth
+        self._turns.set_limit(settings.max_clients)
+
+    @property
+    def _slow_rate(self) -> float:
+        """Bytes per second below which a session does not count as one of MAX_CLIENTS."""
+        share = (self._settings.max_bandwidth or math.inf) / self._settings.max_clients
+        return min(SLOW, share / 4)
 
     def next_generation(self, role: str) -> int:
         """A generation above all earlier ones of `role`, for the store about to be published."""
@@ -145,11 +168,11 @@ class WeightServer:
     def publish(self, publication: Publication) -> None:
         """Serves the store from now on, in place of an earlier one of its role. Takes ownership of it."""
         with self._lock:
-            previous = self._publications.get(publication.identity.role)
-            self._publications[publication.identity.role] = publication
-            self._declined.pop(publication.identity.role, None)
+            previous = self._publications.get(publication.role)
+            self._publications[publication.role] = publication
+            self._declined.pop(publication.role, None)
         if previous is not None:
-            previous.store.close()
+            self._give_up(previous, "its weights were replaced by new ones")
 
     def decline(self, role: str, reason: str) -> None:
         """From now on, clients that want `role` are refused with `reason`; what was served of it no longer is."""
@@ -168,6 +191,13 @@ class WeightServer:
             if publication is None or generation not in (None, publication.store.generation):
                 return
             del self._publications[role]
+        self._give_up(publication, "it does not serve these weights any more")
+
+    def _give_up(self, publication: Publication, reason: str) -> None:
+        with self._lock:
+            concerned = [session for session in self._sessions.values() if session.publication is publication]
+        for session in concerned:
+            session.end(reason)
         publication.store.close()
 
     def _accept_forever(self) -> None:
@@ -183,19 +213,31 @@ class WeightServer:
 
     def _handle_in_thread(self, sock: socket.socket, peer: Endpoint) -> None:
         channel = Channel(sock, Role.SERVER)
+        if not self._guard.admits(peer.host):
+            channel.close()
+            return
         thread = threading.Thread(target=self._handle, args=(channel, peer), name=f"netloader {peer}", daemon=True)
         with self._lock:
-            has_room = len(self._channels) < MAX_CONNECTIONS
-            if has_room:
+            crowd = self._crowd(peer)
+            if crowd is None:
                 self._channels[channel] = thread
-        if not has_room:
-            self._turn_away(channel, peer, f"there are {MAX_CONNECTIONS} connections")
+                self._strangers[channel] = peer.host
+        if crowd is not None:
+            self._turn_away(channel, peer, crowd)
             return
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread left
-            self._channels.pop(channel, None)
+            self._forget(channel)
             self._turn_away(channel, peer, str(error))
+
+    def _crowd(self, peer: Endpoint) -> str | None:
+        """What stands in the way of one more connection."""
+        if len(self._channels) >= MAX_CONNECTIONS:
+            return f"there are {MAX_CONNECTIONS} connections"
+        if list(self._strangers.values()).count(peer.host) >= MAX_STRANGERS_PER_HOST:
+            return f"{MAX_STRANGERS_PER_HOST} connections from there have not said yet what they want"
+        return None
 
     def _turn_away(self, channel: Channel, peer: Endpoint, reason: str) -> None:
         logger.warning("no room for a connection from %s: %s", peer, reason)
@@ -204,9 +246,13 @@ class WeightServer:
 
     def _handle(self, channel: Channel, peer: Endpoint) -> None:
         """Ends with the connection. What a peer does wrong is logged once and touches nobody else."""
+        give_way()
         try:
             with channel:
                 self._converse(channel, peer)
+        except Unauthorized as error:
+            if self._guard.failed(peer.host):
+                logger.warning("turned away %s: %s", peer, one_line(str(error)))
         except ConnectionLost as error:
             level = logging.WARNING if channel.state in (State.TRANSFER, State.CONFIRMING) else logging.DEBUG
             logger.log(level, "%s went away: %s", peer, error)
@@ -215,87 +261,90 @@ class WeightServer:
         except Exception:
             logger.exception("ended the connection with %s: an error of this server", peer)
         finally:
-            with self._lock:
-                del self._channels[channel]
+            self._forget(channel)
+
+    def _forget(self, channel: Channel) -> None:
+        with self._lock:
+            del self._channels[channel]
+            self._strangers.pop(channel, None)
 
     def _converse(self, channel: Channel, peer: Endpoint) -> None:
-        timeout = self._timeouts.connect
-        match channel.receive(Deadline(timeout)):
-            case Hello(protocol) if protocol != PROTOCOL_VERSION:
-                difference = Difference("protocol", str(PROTOCOL_VERSION), str(protocol))
-                self._refuse(channel, peer, Refuse("the protocol versions differ", (difference,)))
-                return
-        channel.send(Welcome(), timeout)
-        while True:
-            match channel.receive(Deadline(timeout)):
-                case Inquire():
-                    channel.send(self._status(), timeout)
+        timeout = self._settings.timeouts.connect
+        welcome(channel, self._settings.access, timeout)
+        self._guard.succeeded(peer.host)
+        for _ in range(MAX_INQUIRIES):
+            request = channel.receive(Deadline(timeout))
+            if isinstance(request, Inquire):
+                channel.send(self._status(), timeout)
+                continue
+            with self._lock:
+                del self._strangers[channel]
+            match request:
                 case Attach(session):
                     self._attach(session, channel)
-                    return
                 case Join() as join:
                     self._serve_join(channel, peer, join)
-                    return
+                case Announce(session, port):
+                    self._note_replica(session, Endpoint(peer.host, port))
+            return
 
-    def _attach(self, session: bytes, channel: Channel) -> None:
+    def _attach(self, session_id: bytes, channel: Channel) -> None:
         with self._lock:
-            sender = self._senders.get(session)
-        if sender is None:
+            session = self._sessions.get(session_id)
+        if session is None:
             raise ProtocolError("a data connection names a session that does not exist")
         with contextlib.suppress(ProtocolError):  # the client closes data connections when it has all, or gives up;
-            sender.attach(channel)  # which of the two, its control connection says
+            session.sender.attach(channel)  # which of the two, its control connection says
+
+    def _note_replica(self, session: bytes, endpoint: Endpoint) -> None:
+        if not self._replicas.note_serving(session, endpoint):
+            raise ProtocolError("it announces weights that it did not take from here")
+        logger.info("%s serves weights that it took from here", endpoint)
 
     def _serve_join(self, channel: Channel, peer: Endpoint, join: Join) -> None:
         answer = self._answer(join)
-        if isinstance(answer, Refuse):
-            self._refuse(channel, peer, answer)
-            return
-        publication, transport = answer
-        store, server_host = publication.store, _unmapped(channel.socket.getsockname()[0])
-        with transport.sender(store, server_host, self._timeouts) as sender:
-            session = secrets.token_bytes(16)
+        with contextlib.ExitStack() as turn_scope:
+            turn = None
+            if not isinstance(answer, Refuse) and answer[1].copies:
+                turn = turn_scope.enter_context(self._turns.queue())
+                self._await(channel, turn, answer[0])
+                answer = self._answer(join)  # which may be another one by now
+            if isinstance(answer, Refuse):
+                self._refuse(channel, peer, answer)
+            else:
+                self._serve(channel, peer, *answer, turn)
+
+    def _await(self, channel: Channel, turn: Turn, publication: Publication) -> None:
+        """Returns when the turn has come. Raises ConnectionLost when the client no longer waits for it."""
+        has_come = turn.wait(0)
+        while not has_come:
+            referrals = self._replicas.referrals(publication.role, publication.store.generation)
+            channel.send(Wait(turn.ahead, referrals), self._settings.timeouts.connect)
+            has_come = turn.wait(WAIT_NOTICE)
+
+    def _serve(
+        self, channel: Channel, peer: Endpoint, publication: Publication, transport: Transport, turn: Turn | None
+    ) -> None:
+        timeouts, server_host = self._settings.timeouts, _unmapped(channel.socket.getsockname()[0])
+        with transport.sender(publication.store, server_host, timeouts, self._pacer) as sender:
+            if turn is not None:
+                turn.is_slow = lambda: sender.is_slow(self._slow_rate)
+            session = Session(
+                channel, peer, publication=publication, transport=transport, sender=sender, timeouts=timeouts
+            )
             with self._lock:
-                self._senders[session] = sender
+                self._sessions[session.id] = session
             try:
-                accept = Accept(
-                    session=session,
-                    generation=store.generation,
-                    transport=transport.name,
-                    parameters=sender.parameters,
-                    attributes=store.attributes,
-                    fingerprint=publication.identity.fingerprint,
-                )
-                channel.send(accept, self._timeouts.connect)
-                sender.run()
-                self._finish(channel, peer, publication, transport.name, sender)
+                if self._publications.get(publication.role) is not publication:
+                    session.end("its weights were replaced by new ones")
+                if session.run():
+                    taken = Copy(peer.host, publication.role, publication.store.generation)
+                    self._replicas.note_taken(session.id, taken)
+                    current = self._publications.get(publication.role)
+                    session.confirm(current.store.generation if current is not None else 0)
             finally:
                 with self._lock:
-                    del self._senders[session]
-
-    def _finish(
-        self, channel: Channel, peer: Endpoint, publication: Publication, transport: str, sender: Sender
-    ) -> None:
-        role = publication.identity.role
-        match self._wait_while_progressing(channel, sender):
-            case Leave(reason):
-                logger.warning("%s gave up taking the %s weights by %s: %s", peer, role, transport, one_line(reason))
-            case Done():
-                with self._lock:
-                    current = self._publications.get(role)
-                    generation = current.store.generation if current else 0
-                channel.send(Confirm(generation), self._timeouts.connect)
-                nbytes = publication.store.manifest.nbytes
-                logger.info("%s took the %s weights by %s: %.1f MB", peer, role, transport, nbytes / 1e6)
-
-    def _wait_while_progressing(self, channel: Channel, sender: Sender) -> object:
-        sender.note_progress()
-        while True:
-            remaining = self._timeouts.stall - sender.idle_seconds()
-            try:
-                return channel.receive(Deadline(max(remaining, 0.001)))
-            except Stalled as error:
-                if sender.idle_seconds() >= self._timeouts.stall:
-                    raise Stalled(f"the client took nothing for {self._timeouts.stall:g} s") from error
+                    del self._sessions[session.id]
 
     def _answer(self, join: Join) -> Refuse | tuple[Publication, Transport]:
         with self._lock:
@@ -314,7 +363,7 @@ class WeightServer:
             return Refuse("the tensors differ", (difference,), manifest.encoded)
         transport = self._choose_transport(join)
         if transport is None:
-            names = ", ".join(transport.name for transport in self._transports)
+            names = ", ".join(transport.name for transport in self._settings.transports)
             return Refuse(f"no common transport: this server has {names}")
         return publication, transport
 
@@ -329,7 +378,7 @@ class WeightServer:
         return tuple(str(Endpoint(peer.host, peer.port)) for peer in self._peers if peer.coordinates == coordinates)
 
     def _choose_transport(self, join: Join) -> Transport | None:
-        by_name = {transport.name: transport for transport in self._transports}
+        by_name = {transport.name: transport for transport in self._settings.transports}
         usable = (
             by_name[offer.transport]
             for offer in join.offers
@@ -343,11 +392,11 @@ class WeightServer:
         else:
             details = one_line("; ".join(map(str, refusal.differences)))
             logger.warning("refused %s: %s%s", peer, refusal.reason, f": {details}" if details else "")
-        channel.send(refusal, self._timeouts.connect)
+        channel.send(refusal, self._settings.timeouts.connect)
 
     def _status(self) -> Status:
         with self._lock:
-            publications, sessions = list(self._publications.values()), len(self._senders)
+            publications, sessions = list(self._publications.values()), len(self._sessions)
             declined = dict(self._declined)
         holdings = tuple(
             Holding(
@@ -360,7 +409,8 @@ class WeightServer:
             )
             for publication in publications
         )
-        return Status(holdings, sessions, tuple(transport.name for transport in self._transports), declined)
+        names = tuple(transport.name for transport in self._settings.transports)
+        return Status(holdings, sessions, names, declined, self._turns.waiting)
 
 
 def _bind(host: str | None, port: int) -> socket.socket:

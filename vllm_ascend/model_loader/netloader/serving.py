@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -11,13 +12,21 @@ from typing import Final
 
 from torch import nn
 
+from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
+from vllm_ascend.model_loader.netloader.client import announce
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal, StoreDigests
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourceError
 from vllm_ascend.model_loader.netloader.report import write_whole
-from vllm_ascend.model_loader.netloader.server import Publication, WeightServer
+from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
 from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
+
+logger = logging.getLogger(__name__)
 
 _servers: Final[dict[tuple[str | None, int], WeightServer]] = {}
 _lock: Final = threading.Lock()
@@ -25,31 +34,44 @@ _lock: Final = threading.Lock()
 
 @dataclass(frozen=True)
 class Weights:
-    """What a load has brought: the bytes asked for in a sealed arena, and what else it set on the model."""
+    """What a load has brought: the bytes asked for in a sealed arena, and what else it set on the model.
+
+    `seal` is what they were verified by on their way here, if they were.
+    """
 
     request: Request
     arena: Arena
     attributes: Mapping[str, Plain]
+    seal: Seal | None = None
 
 
-def serve(model: nn.Module, weights: Weights, config: NetLoaderConfig, rank: int) -> WeightServer:
+def serve(model: nn.Module, weights: Weights, config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
     """Publishes `weights` for as long as `model` lives, in place of what was served of their role.
 
     Raises OSError where no listener can be had.
     """
-    server = _server(config, rank)
+    server = _server(config, access, rank)
     request, role = weights.request, weights.request.identity.role
     generation = server.next_generation(role)
-    store = WeightStore(request.manifest, weights.arena, generation, weights.attributes)
+    digests = _digests(weights, access.token) if config.verify else None
+    store = WeightStore(request.manifest, weights.arena, generation, weights.attributes, digests)
     server.publish(Publication(request.identity, request.coordinates, store))
     _withdraw(role, [other for other in _servers.values() if other is not server])
     weakref.finalize(model, server.withdraw, role, generation).atexit = False
     return server
 
 
-def decline(role: str, reason: str, config: NetLoaderConfig, rank: int) -> WeightServer:
+def _digests(weights: Weights, token: bytes | None) -> StoreDigests:
+    if weights.seal is not None:
+        return StoreDigests(weights.arena.reader(), weights.seal.algorithm, weights.seal.digests)
+    digests = StoreDigests(weights.arena.reader(), Algorithm.of_new_store(token))
+    digests.make_ahead()
+    return digests
+
+
+def decline(role: str, reason: str, config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
     """Answers whoever asks for `role` with `reason`. Raises OSError where no listener can be had."""
-    server = _server(config, rank)
+    server = _server(config, access, rank)
     server.decline(role, reason)
     _withdraw(role, [other for other in _servers.values() if other is not server])
     return server
@@ -66,22 +88,53 @@ def _withdraw(role: str, servers: Iterable[WeightServer]) -> None:
         server.withdraw(role)
 
 
-def announce(prefix: str, rank: int, address: str) -> None:
+def tell_source(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
+    """Lets the source refer others to this process, in a thread: whether it is still there does not matter here."""
+
+    def tell() -> None:
+        try:
+            announce(source, session, port, timeout, access)
+        except SourceError as error:
+            logger.debug("%s does not hear that its weights are served here too: %s", source, error)
+
+    threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
+
+
+def write_address(prefix: str, rank: int, address: str) -> None:
     """Writes ``{prefix}{rank}.txt`` with the address. Raises OSError."""
     path = Path(f"{prefix}{rank}.txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"{address}\n".encode())
 
 
-def _server(config: NetLoaderConfig, rank: int) -> WeightServer:
+def _server(config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
     address = (config.listen_host, config.listen_port_for(rank))
-    usable = transports(config.transport)
-    timeouts = Timeouts(config.connect_timeout, config.stall_timeout)
+    settings = Settings(
+        transports(config.transport),
+        Timeouts(config.connect_timeout, config.stall_timeout),
+        access,
+        config.max_clients,
+        config.max_bandwidth,
+    )
     with _lock:
         server = _servers.get(address)
         if server is None:
-            server = WeightServer(*address, usable, timeouts)
+            if rank == 0:
+                _warn_of_strangers(config, access)
+            server = WeightServer(*address, settings)
             server.start()
             _servers[address] = server
-        server.configure(usable, timeouts)
+        server.configure(settings)
         return server
+
+
+def _warn_of_strangers(config: NetLoaderConfig, access: Access) -> None:
+    if not access.restricted:
+        reachable = f"the listener on {config.listen_host}" if config.listen_host is not None else "this host"
+        logger.warning(
+            "whoever can reach %s can read the weights: to keep others out, set TOKEN_FILE, or TLS_CERT, TLS_KEY and "
+            "TLS_CA",
+            reachable,
+        )
+    if access.server_tls is not None and "process_group" in config.transport:
+        logger.warning("TLS does not cover the transport process_group: its bytes travel unencrypted")

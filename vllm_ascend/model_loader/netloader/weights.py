@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
 from vllm_ascend.model_loader.netloader.attributes import Plain, own_tensors, qualified
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense, span
@@ -46,13 +47,14 @@ class Request:
 class WeightStore:
     """Complete weights that may be served. `arena` must be sealed; whoever publishes the store closes it.
 
-    `attributes` is what else loading has set on the model.
+    `attributes` is what else loading has set on the model; without `digests`, clients cannot verify what they get.
     """
 
     manifest: Manifest
     arena: Arena
     generation: int
     attributes: Mapping[str, Plain] = field(default_factory=dict)
+    digests: StoreDigests | None = None
 
     @cached_property
     def bytes(self) -> memoryview:
@@ -61,6 +63,8 @@ class WeightStore:
 
     def close(self) -> None:
         """Gives up the descriptor; a session that still reads keeps its mapping. Idempotent."""
+        if self.digests is not None:
+            self.digests.stop()
         self.arena.close()
 
 

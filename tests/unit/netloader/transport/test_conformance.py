@@ -10,11 +10,12 @@ import pytest
 import torch
 from netloader.sources import SHORT, SMALL, Tensors, fetch, serving
 
-from vllm_ascend.model_loader.netloader.client import Client
+from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Fetch, Hello, frame
 from vllm_ascend.model_loader.netloader.transport import transports
-from vllm_ascend.model_loader.netloader.transport.base import CHUNK_BYTES, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
 
 KINDS = {
@@ -63,7 +64,7 @@ def test_progress_adds_up_to_all_bytes(kind: Sequence[Transport]) -> None:
     tensors = Tensors.of_shapes((CHUNK_BYTES // 4 + 5,), (3,))
     moved: list[int] = []
     with serving(tensors, kind) as (_, source):
-        Client(tensors.request(), kind, SHORT, progress=moved.append).fetch([source])
+        fetch(tensors, kind, source, progress=moved.append)
     assert sum(moved) == tensors.manifest.nbytes
 
 
@@ -108,7 +109,7 @@ def test_a_server_that_closes_fails_the_source_and_not_the_client(kind: Sequence
 
 def test_the_sender_closes_twice(kind: Sequence[Transport]) -> None:
     store = SMALL.store()
-    sender = kind[0].sender(store, "127.0.0.1", SHORT)
+    sender = kind[0].sender(store, "127.0.0.1", SHORT, Pacer(None))
     sender.close()
     sender.close()
     store.close()

@@ -7,6 +7,7 @@ session, whose `parameters` travel in Accept; the client calls `receive` with th
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,9 +16,10 @@ from typing import ClassVar, Final, Protocol, Self
 
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.delivery import Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.protocol import Offer
+from vllm_ascend.model_loader.netloader.pacing import Pacer
+from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 
@@ -29,23 +31,28 @@ class Timeouts:
     stall: float = 30.0
 
 
-class Allocate(Protocol):
-    def __call__(self, *, mapped: bool) -> Arena: ...
+RATE_SECONDS: Final = 5.0
+
+
+class Deliver(Protocol):
+    def __call__(self, *, mapped: bool) -> Delivery: ...
 
 
 @dataclass(frozen=True)
 class Reception:
     """All that a client's half needs.
 
-    `allocate` gives the arena to fill, its pages being made (`mapped` for filling through the mapping); `progress` is
-    told the bytes that arrived, from any thread.
+    `control` is the session's own connection and `connect` makes further ones to the same source. `deliver` makes the
+    arena to fill (`mapped` for filling through the mapping) and says which chunks of it are missing; `progress` is told
+    the bytes that come without it.
     """
 
-    source: Endpoint
-    session: bytes
     parameters: Mapping[str, str | int]
     nbytes: int
-    allocate: Allocate
+    control: Channel
+    connect: Callable[[], Channel]
+    session: bytes
+    deliver: Deliver
     progress: Callable[[int], None]
     timeouts: Timeouts
 
@@ -68,7 +75,7 @@ class Sender(ABC):
     """The server's half of one session. The session's thread runs and closes it."""
 
     def __init__(self) -> None:
-        self._last_progress = time.monotonic()
+        self._rate = Rate()
 
     def __enter__(self) -> Self:
         return self
@@ -85,26 +92,65 @@ class Sender(ABC):
         """Does what the server must do by itself; returns when that is done. Raises ProtocolError or OSError."""
         return
 
+    def push(self, fetch: Fetch) -> None:
+        """Sends what the client asks for on the control connection. Raises ProtocolError."""
+        raise ProtocolError("this session's transport does not push")
+
     def attach(self, channel: Channel) -> None:
         """Serves a data connection of this session in the connection's own thread. Raises ProtocolError."""
         raise ProtocolError("this session's transport has no data connections")
 
     def idle_seconds(self) -> float:
         """Time since the client last took bytes."""
-        return time.monotonic() - self._last_progress
+        return self._rate.idle_seconds()
 
-    def note_progress(self) -> None:
-        self._last_progress = time.monotonic()
+    def is_slow(self, bytes_per_second: float) -> bool:
+        """Whether the client has lately taken less than that."""
+        return self._rate.lately() < bytes_per_second
+
+    def note_progress(self, nbytes: int = 0) -> None:
+        self._rate.note(nbytes)
+
+    def abort(self) -> None:
+        """Ends all that `attach` still serves, from any thread."""
+        return
 
     @abstractmethod
     def close(self) -> None:
-        """Ends all that `attach` still serves. Idempotent."""
+        """Aborts and lets go of everything. For the session's own thread; idempotent."""
+
+
+class Rate:
+    """How fast bytes go. Threads may lose an update to one another: nothing is decided by a single one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begin = self._last = clock()
+        self._bytes = 0
+        self._before = math.inf
+
+    def note(self, nbytes: int) -> None:
+        self._last = now = self._clock()
+        self._bytes += nbytes
+        if now - self._begin >= RATE_SECONDS:
+            self._before = self._bytes / (now - self._begin)
+            self._begin, self._bytes = now, 0
+
+    def idle_seconds(self) -> float:
+        return self._clock() - self._last
+
+    def lately(self) -> float:
+        """Bytes per second over the last RATE_SECONDS or more; infinite before that."""
+        elapsed = self._clock() - self._begin
+        return self._before if elapsed < RATE_SECONDS else self._bytes / elapsed
 
 
 class Transport(ABC):
     """Stateless; one object serves all sessions of a process."""
 
     name: ClassVar[str]
+    copies: ClassVar[bool] = True
+    """Whether bytes move, so that they need a turn, time, and verification."""
 
     def offer(self) -> Offer:
         """What a client says of it in Join."""
@@ -115,7 +161,7 @@ class Transport(ABC):
         return offer == self.offer()
 
     @abstractmethod
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         """The server's half. `server_host` is the address under which the client reached this server."""
 
     @abstractmethod
@@ -125,7 +171,3 @@ class Transport(ABC):
         Raises TransportError where this way does not work between these machines, ProtocolError or OSError where the
         source failed. On failure, nothing writes into the allocated arena any more.
         """
-
-
-CHUNK_BYTES: Final = 16 << 20
-"""Bytes that are asked for and moved as one."""

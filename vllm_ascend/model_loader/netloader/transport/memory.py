@@ -1,17 +1,19 @@
 """Within one process: the server's bytes are copied by the client's half. The test double of all transports.
 
-It is not in the registry; whoever wants it hands it to server and client. `fail_after` makes the copy fail midway.
+It is not in the registry; whoever wants it hands it to server and client. `tamper` sees every chunk on its way and may
+change, cut or replace it, or raise what a failing source raises.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
-from vllm_ascend.model_loader.netloader.manifest import chunks
+from vllm_ascend.model_loader.netloader.delivery import Chunk
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -21,26 +23,26 @@ _senders: Final[dict[str, _MemorySender]] = {}
 class MemoryTransport(Transport):
     name = "memory"
 
-    def __init__(self, *, chunk_bytes: int = 4096, fail_after: int | None = None) -> None:
-        self._chunk_bytes = chunk_bytes
-        self._fail_after = fail_after
+    def __init__(self, tamper: Callable[[Chunk, bytes], bytes] = lambda _, content: content) -> None:
+        self._tamper = tamper
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _MemorySender(store)
 
     def receive(self, reception: Reception) -> Arena:
         source = _senders.get(reception.text("key"))
         if source is None:
             raise ConnectionLost("the sender is gone")
-        arena = reception.allocate(mapped=True)
-        with arena.writable() as destination:
-            for offset, length in chunks(reception.nbytes, self._chunk_bytes):
-                if self._fail_after is not None and offset >= self._fail_after:
-                    raise ConnectionLost(f"failing after {offset} bytes, as asked")
-                destination[offset : offset + length] = source.bytes[offset : offset + length]
-                reception.progress(length)
-                source.note_progress()
-        return arena
+        delivery = reception.deliver(mapped=True)
+        with delivery.arena.writable() as destination:
+            while chunk := delivery.take():
+                content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
+                destination[chunk.offset : chunk.offset + len(content)] = content
+                arrival = delivery.begin(chunk)
+                arrival.advance(len(content))
+                delivery.finish(arrival)
+                source.note_progress(len(content))
+        return delivery.arena
 
 
 class _MemorySender(Sender):

@@ -1,8 +1,9 @@
 """Between accelerators, and wherever a collective library knows the best way: send and receive in a process group.
 
-For each session the server binds a port for the group's store before it tells the client (no port race) and both make
-a group of two. The address space is sent in order in buckets: small tensors share one, large ones are cut, and several
-are in flight at once, so that neither side waits for the other after each tensor.
+For each session the server binds a port for the group's store before it tells the client (no port race). With its first
+Fetch on the control connection the client begins to make a group of two, and so does the server. Each Fetch is answered
+by one send of a chunk, which small tensors share and large ones span; several are in flight at once, so that neither
+side waits for the other after each tensor.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import torch
-from torch.distributed import Work
+from torch.distributed import ProcessGroup, Work
 
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
-from vllm_ascend.model_loader.netloader.errors import TransportError
-from vllm_ascend.model_loader.netloader.manifest import chunks
-from vllm_ascend.model_loader.netloader.transport.base import CHUNK_BYTES, Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError
+from vllm_ascend.model_loader.netloader.pacing import Pacer
+from vllm_ascend.model_loader.netloader.protocol import Fetch
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 IN_FLIGHT: Final = 4
@@ -30,54 +33,99 @@ IN_FLIGHT: Final = 4
 class ProcessGroupTransport(Transport):
     name = "process_group"
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
-        return _GroupSender(store, server_host, timeouts)
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        return _GroupSender(store, server_host, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
-        arena = reception.allocate(mapped=True)
-        host, port = reception.text("host"), reception.number("port")
+        delivery = reception.deliver(mapped=True)
+        if delivery.remaining:
+            _Receiver(reception, delivery).run()
+        return delivery.arena
+
+
+class _Receiver:
+    """The client's half of one session."""
+
+    def __init__(self, reception: Reception, delivery: Delivery) -> None:
+        self._reception = reception
+        self._delivery = delivery
+        self._timeout = reception.timeouts.stall
+        self._requested: deque[Chunk] = deque()
+        self._receiving: deque[tuple[Chunk, Work]] = deque()
+
+    def run(self) -> None:
+        host, port = self._reception.text("host"), self._reception.number("port")
+        self._request_ahead()
         with contextlib.ExitStack() as group_scope:
             try:  # torch.distributed raises RuntimeError for every failure of a group
-                group = group_scope.enter_context(process_group.receiver_group(host, port, reception.timeouts.stall))
+                group = group_scope.enter_context(process_group.receiver_group(host, port, self._timeout))
             except RuntimeError as error:
                 raise TransportError(f"no process group with {host}, port {port}: {_first_line(error)}") from error
-            destination = _as_tensor(arena.writable())
             try:
-                _in_flight(
-                    reception.nbytes,
-                    lambda offset, length: process_group.receive(group, destination[offset : offset + length]),
-                    reception.progress,
-                )
+                self._receive_chunks(group)
             except RuntimeError as error:
                 raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
-        return arena
+            finally:
+                self._receiving.clear()  # an operation that lives on in a traceback could still write into its buffer
+
+    def _request_ahead(self) -> None:
+        while len(self._requested) + len(self._receiving) < IN_FLIGHT and (chunk := self._delivery.take()):
+            self._reception.control.send(Fetch(chunk.offset, chunk.length), self._timeout)
+            self._requested.append(chunk)
+
+    def _receive_chunks(self, group: ProcessGroup) -> None:
+        destination = _as_tensor(self._delivery.arena.writable())
+        while self._requested or self._receiving:
+            while self._requested:
+                chunk = self._requested.popleft()
+                target = destination[chunk.offset : chunk.offset + chunk.length]
+                self._receiving.append((chunk, process_group.receive(group, target)))
+            chunk, work = self._receiving.popleft()
+            work.wait()
+            arrival = self._delivery.begin(chunk)
+            arrival.advance(chunk.length)
+            self._delivery.finish(arrival)
+            self._request_ahead()
 
 
 class _GroupSender(Sender):
-    def __init__(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> None:
+    def __init__(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__()
         self._host = server_host
         self._timeout = timeouts.stall
+        self._pacer = pacer
         self._listener = process_group.listen(server_host)
         self._port = self._listener.getsockname()[1]
         self._bytes = _as_tensor(store.bytes)
+        self._group_scope = contextlib.ExitStack()
+        self._group: ProcessGroup | None = None
+        self._sending: deque[tuple[int, Work]] = deque()
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
         return {"host": self._host, "port": self._port}
 
-    def run(self) -> None:
+    def push(self, fetch: Fetch) -> None:
+        if fetch.offset + fetch.length > self._bytes.nbytes:
+            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {self._bytes.nbytes}")
         try:
-            with process_group.sender_group(self._host, self._listener, self._timeout) as group:
-                _in_flight(
-                    self._bytes.nbytes,
-                    lambda offset, length: process_group.send(group, self._bytes[offset : offset + length]),
-                    lambda _: self.note_progress(),
-                )
+            if self._group is None:
+                group = process_group.sender_group(self._host, self._listener, self._timeout)
+                self._group = self._group_scope.enter_context(group)
+            self._pacer.wait_for(fetch.length)
+            content = self._bytes[fetch.offset : fetch.offset + fetch.length]
+            self._sending.append((fetch.length, process_group.send(self._group, content)))
+            if len(self._sending) >= IN_FLIGHT:
+                length, work = self._sending.popleft()
+                work.wait()
+                self.note_progress(length)
         except RuntimeError as error:
             raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
 
     def close(self) -> None:
+        self._sending.clear()
+        self._group = None
+        self._group_scope.close()
         self._listener.close()
 
 
@@ -87,26 +135,6 @@ def _as_tensor(memory: memoryview) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; what is read-only is only sent
         return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _in_flight(nbytes: int, start: Callable[[int, int], Work], progress: Callable[[int], None]) -> None:
-    """Starts one operation per bucket, at most IN_FLIGHT at a time, and waits for all."""
-    pending: deque[tuple[int, Work]] = deque()
-    try:
-        for offset, length in chunks(nbytes, CHUNK_BYTES):
-            pending.append((length, start(offset, length)))
-            if len(pending) >= IN_FLIGHT:
-                _finish(pending, progress)
-        while pending:
-            _finish(pending, progress)
-    finally:
-        pending.clear()  # an operation that lives on in a traceback could still write into its buffer
-
-
-def _finish(pending: deque[tuple[int, Work]], progress: Callable[[int], None]) -> None:
-    length, work = pending.popleft()
-    work.wait()
-    progress(length)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost, Stalled
 from vllm_ascend.model_loader.netloader.errors import TransportError
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Offer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
@@ -29,11 +30,12 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 class SharedMemoryTransport(Transport):
     name = "shared_memory"
+    copies = False
 
     def offer(self) -> Offer:
         return Offer(self.name, host_scope())
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _DescriptorSender(store, timeouts)
 
     def receive(self, reception: Reception) -> Arena:

@@ -1,7 +1,7 @@
 """Other hosts: the client pulls byte ranges over several connections, straight into the pages of its arena.
 
-All connections go to the port of the server's listener, so one open port is enough. The chunks are a queue that the
-connections share: a slow one takes fewer. Each asks for its next chunk before the current one has arrived, so that
+All connections go to the port of the server's listener, so one open port is enough. The missing chunks are a queue that
+the connections share: a slow one takes fewer. Each asks for its next chunk before the current one has arrived, so that
 no round trip stands between them.
 """
 
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, connect
+from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.manifest import chunks
-from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Hello, Welcome
-from vllm_ascend.model_loader.netloader.transport.base import CHUNK_BYTES, Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.pacing import Pacer
+from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 CONNECTIONS: Final = min(4, os.cpu_count() or 1)
@@ -30,22 +31,24 @@ _REQUESTED_AHEAD: Final = 2
 class TcpTransport(Transport):
     name = "tcp"
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts) -> Sender:
-        return _RangeSender(store, timeouts)
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        return _RangeSender(store, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
-        arena = reception.allocate(mapped=False)
-        if reception.nbytes:
-            _Pull(reception, arena).run()
-        return arena
+        delivery = reception.deliver(mapped=False)
+        if delivery.remaining:
+            _Pull(reception, delivery).run()
+        return delivery.arena
 
 
 class _RangeSender(Sender):
-    def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
+    def __init__(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__()
         self._nbytes = store.manifest.nbytes
+        self._bytes = store.bytes
         self._descriptor = os.dup(store.arena.descriptor)
         self._timeout = timeouts.stall
+        self._pacer = pacer
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
         self._closed = False
@@ -66,11 +69,15 @@ class _RangeSender(Sender):
                 self._channels.discard(channel)
                 self._close_unused_descriptor()
 
-    def close(self) -> None:
+    def abort(self) -> None:
         with self._lock:
             self._closed = True
             for channel in self._channels:
                 channel.shut_down()
+
+    def close(self) -> None:
+        self.abort()
+        with self._lock:
             self._close_unused_descriptor()
 
     def _close_unused_descriptor(self) -> None:
@@ -85,22 +92,23 @@ class _RangeSender(Sender):
                 case Fetch(offset, length):
                     if offset + length > self._nbytes:
                         raise ProtocolError(f"Fetch of {length} bytes at {offset}: there are {self._nbytes}")
-                    channel.send_file(self._descriptor, offset, length, self._timeout, self.note_progress)
+                    content = FileRange(self._descriptor, self._bytes, offset, length)
+                    channel.send_file(content, self._timeout, self._pacer, self.note_progress)
 
 
 class _Pull:
     """One transfer: a thread per connection, and one queue of chunks between them."""
 
-    def __init__(self, reception: Reception, arena: Arena) -> None:
+    def __init__(self, reception: Reception, delivery: Delivery) -> None:
         self._reception = reception
-        self._descriptor = arena.descriptor
-        self._chunks = deque(chunks(reception.nbytes, CHUNK_BYTES))
+        self._delivery = delivery
+        self._memory = delivery.arena.writable()
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        count = min(CONNECTIONS, len(self._chunks))
+        count = min(CONNECTIONS, self._delivery.remaining)
         threads = [threading.Thread(target=self._connection, name=f"netloader-tcp-{n}") for n in range(count)]
         started: list[threading.Thread] = []
         try:
@@ -111,48 +119,34 @@ class _Pull:
             self._fail(error)
         for thread in started:
             thread.join()
+        self._memory.release()
         if self._failure is not None:
             raise self._failure
 
     def _connection(self) -> None:
         try:
-            with self._open() as channel:
-                self._attach(channel)
+            with self._reception.connect() as channel:
+                with self._lock:
+                    self._channels.append(channel)
+                channel.send(Attach(self._reception.session), self._reception.timeouts.connect)
                 self._fetch_chunks(channel)
         except BaseException as error:  # whatever it is, `run` raises it: bytes are missing
             self._fail(error)
 
-    def _open(self) -> Channel:
-        timeout = self._reception.timeouts.connect
-        channel = connect(self._reception.source, timeout)
-        with self._lock:
-            self._channels.append(channel)
-        return channel
-
-    def _attach(self, channel: Channel) -> None:
-        timeout = self._reception.timeouts.connect
-        channel.send(Hello(), timeout)
-        if not isinstance(channel.receive(Deadline(timeout)), Welcome):
-            raise ProtocolError("the source refuses a data connection")
-        channel.send(Attach(self._reception.session), timeout)
-
     def _fetch_chunks(self, channel: Channel) -> None:
         timeout = self._reception.timeouts.stall
-        requested: deque[tuple[int, int]] = deque()
+        requested: deque[Chunk] = deque()
         while self._failure is None:
-            while len(requested) < _REQUESTED_AHEAD and (chunk := self._next_chunk()):
-                channel.send(Fetch(*chunk), timeout)
+            while len(requested) < _REQUESTED_AHEAD and (chunk := self._delivery.take()):
+                channel.send(Fetch(chunk.offset, chunk.length), timeout)
                 requested.append(chunk)
             if not requested:
                 return
-            offset, length = requested.popleft()
-            channel.receive_into_file(self._descriptor, offset, length, timeout, self._reception.progress)
-
-    def _next_chunk(self) -> tuple[int, int] | None:
-        try:
-            return self._chunks.popleft()
-        except IndexError:
-            return None
+            chunk = requested.popleft()
+            arrival = self._delivery.begin(chunk)
+            target = FileRange(self._delivery.arena.descriptor, self._memory, chunk.offset, chunk.length)
+            channel.receive_into_file(target, timeout, arrival.advance)
+            self._delivery.finish(arrival)
 
     def _fail(self, error: BaseException) -> None:
         """Keeps the first failure and wakes the other connections, whose own failures then follow from it."""

@@ -1,0 +1,135 @@
+"""Who may talk to whom: those with the same token, those with a certificate of the same authority, or everybody.
+
+A token is a secret that all instances of a deployment share. It is never sent: each side sends a random challenge and
+proves with an HMAC over both that it knows the token (`Proofs`). From the same secret come a key for the frames of the
+connection and a key for the digests of the bytes, so nothing can be altered on the way. It hides nothing from whoever
+listens in; that is what TLS is for, where both sides show a certificate that the given authority has signed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import secrets
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKEN_BYTES: Final = 16
+CHALLENGE_BYTES: Final = 32
+
+
+@dataclass(frozen=True)
+class Access:
+    """What this process shows to its peers and wants to see from them. Without arguments, nothing."""
+
+    token: bytes | None = None
+    server_tls: ssl.SSLContext | None = None
+    client_tls: ssl.SSLContext | None = None
+
+    @classmethod
+    def load(
+        cls,
+        token_file: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_ca: str | None = None,
+    ) -> Access:
+        """Reads the files. Raises ConfigError, naming the key whose file is at fault."""
+        token = _read_token(token_file) if token_file is not None else None
+        if tls_cert is None or tls_key is None or tls_ca is None:
+            return cls(token)
+        files = (tls_cert, tls_key, tls_ca)
+        return cls(token, _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files))
+
+    @classmethod
+    def configured(cls, config: NetLoaderConfig) -> Access:
+        """Raises ConfigError."""
+        return cls.load(config.token_file, config.tls_cert, config.tls_key, config.tls_ca)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether strangers are kept out."""
+        return self.token is not None or self.server_tls is not None
+
+
+class Proofs:
+    """What either side of one connection derives from the token and both challenges."""
+
+    def __init__(self, token: bytes, client_challenge: bytes, server_challenge: bytes) -> None:
+        self._token = token
+        self._challenges = client_challenge + server_challenge
+
+    @property
+    def client(self) -> bytes:
+        return self._derive(b"netloader client proof")
+
+    @property
+    def server(self) -> bytes:
+        return self._derive(b"netloader server proof")
+
+    @property
+    def frame_key(self) -> bytes:
+        return self._derive(b"netloader frame key")
+
+    def _derive(self, purpose: bytes) -> bytes:
+        return derive_key(self._token, purpose, self._challenges)
+
+
+def challenge() -> bytes:
+    """Random bytes that are used once."""
+    return secrets.token_bytes(CHALLENGE_BYTES)
+
+
+def derive_key(token: bytes, purpose: bytes, context: bytes) -> bytes:
+    """32 bytes that only holders of the token can compute; distinct for each purpose and context."""
+    return hmac.digest(token, len(purpose).to_bytes(4, "big") + purpose + context, "sha256")
+
+
+def _read_token(path: str) -> bytes:
+    try:
+        token = Path(path).read_bytes().strip()
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ConfigError(f"TOKEN_FILE {path!r} cannot be read: {error.strerror}") from error
+    if len(token) < MIN_TOKEN_BYTES:
+        raise ConfigError(
+            f"TOKEN_FILE {path!r} holds {len(token)} bytes: expected at least {MIN_TOKEN_BYTES}, as of "
+            "`openssl rand -hex 32`"
+        )
+    if mode & 0o007:
+        logger.warning("TOKEN_FILE %s can be read by every user of this host: chmod o= it", path)
+    return token
+
+
+def _context(protocol: int, cert: str, key: str, ca: str) -> ssl.SSLContext:
+    """Shows `cert` and wants one signed by `ca`.
+
+    Names are not compared: instances are addressed by IP and come and go; whom `ca` has signed is in the deployment.
+    """
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(ca)
+    except OSError as error:  # of which ssl.SSLError is a kind
+        raise ConfigError(f"TLS_CA {ca!r} is no readable PEM file of certificates: {error}") from error
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except OSError as error:
+        raise ConfigError(
+            f"TLS_CERT {cert!r} and TLS_KEY {key!r} are no readable PEM pair of certificate and key: {error}"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    raise PermissionError("the key is encrypted, and nobody is there to type its password")

@@ -1,0 +1,137 @@
+"""Who is let in, and when: `Turns` for those who take weights, `Guard` for those who fail to show that they may."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+_FREE_FAILURES: Final = 3
+"""Failures of an address before it has to wait: a wrong file is corrected by trying again."""
+_LONGEST_BLOCK: Final = 60.0
+_LOG_INTERVAL: Final = 60.0
+_REMEMBERED: Final = 1024
+"""Addresses; the one that failed least recently is forgotten first."""
+
+
+class Turns:
+    """Lets `limit` sessions at a time transfer, the others in the order in which they came. Thread-safe.
+
+    One that is slow does not count: whoever takes next to nothing delays nobody.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._changed = threading.Condition()
+        self._waiting: list[Turn] = []
+        self._taken: list[Turn] = []
+
+    def set_limit(self, limit: int) -> None:
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def queue(self) -> Turn:
+        """A place at the end, to be left by `with`."""
+        turn = Turn(self)
+        with self._changed:
+            self._waiting.append(turn)
+        return turn
+
+    def _has_come(self, turn: Turn) -> bool:
+        if turn in self._taken:
+            return True
+        free = self._limit - sum(not taken.is_slow() for taken in self._taken)
+        return self._waiting.index(turn) < free
+
+    def wait(self, turn: Turn, timeout: float) -> bool:
+        """Whether its turn has come, within `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._has_come(turn), timeout):
+                return False
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+                self._taken.append(turn)
+            return True
+
+    def ahead_of(self, turn: Turn) -> int:
+        """How many will have their turn before this one."""
+        with self._changed:
+            return self._waiting.index(turn) if turn in self._waiting else 0
+
+    def leave(self, turn: Turn) -> None:
+        with self._changed:
+            for turns in (self._waiting, self._taken):
+                with contextlib.suppress(ValueError):
+                    turns.remove(turn)
+            self._changed.notify_all()
+
+
+@dataclass(eq=False)
+class Turn:
+    """A place among the waiting, then among those who transfer. `is_slow` may be set once it is known."""
+
+    _turns: Turns
+    is_slow: Callable[[], bool] = field(default=lambda: False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._turns.leave(self)
+
+    def wait(self, timeout: float) -> bool:
+        return self._turns.wait(self, timeout)
+
+    @property
+    def ahead(self) -> int:
+        return self._turns.ahead_of(self)
+
+
+@dataclass
+class _Record:
+    failures: int = 0
+    blocked_until: float = 0.0
+    log_again: float = 0.0
+
+
+class Guard:
+    """Slows down addresses that fail to authenticate: each failure doubles the time that they are not listened to."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._records: OrderedDict[str, _Record] = OrderedDict()
+
+    def admits(self, host: str) -> bool:
+        with self._lock:
+            record = self._records.get(host)
+            return record is None or self._clock() >= record.blocked_until
+
+    def failed(self, host: str) -> bool:
+        """Notes a failure; whether it is to be logged, which is once a minute for an address."""
+        with self._lock:
+            record = self._records.pop(host, None) or _Record()
+            self._records[host] = record
+            if len(self._records) > _REMEMBERED:
+                self._records.popitem(last=False)
+            record.failures += 1
+            now = self._clock()
+            if record.failures > _FREE_FAILURES:
+                record.blocked_until = now + min(2.0 ** (record.failures - _FREE_FAILURES - 1), _LONGEST_BLOCK)
+            if now < record.log_again:
+                return False
+            record.log_again = now + _LOG_INTERVAL
+            return True
+
+    def succeeded(self, host: str) -> None:
+        with self._lock:
+            self._records.pop(host, None)

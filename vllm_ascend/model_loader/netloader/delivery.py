@@ -1,0 +1,170 @@
+"""What a client still needs: the chunks that are missing in its arena, handed out, verified, and kept across sources.
+
+The `Inventory` outlives a source that fails; a `Delivery` is what one session brings. A chunk whose digest is not the
+one that the source has told goes back to the queue; when that happens to a chunk too often, the source is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES, PIECE_BYTES, Seal
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.manifest import chunks
+
+logger = logging.getLogger(__name__)
+
+TRIES_PER_CHUNK: Final = 3
+"""How often a source may deliver one chunk damaged before it is given up."""
+
+
+class Damaged(ProtocolError):
+    """A source went on delivering bytes that are not those of its digests."""
+
+
+class Chunk(NamedTuple):
+    """Bytes [offset, offset + length) of the manifest's address space."""
+
+    number: int
+    offset: int
+    length: int
+
+
+class Inventory:
+    """Which chunks of an arena of `nbytes` have arrived and passed."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.chunks = tuple(Chunk(number, *place) for number, place in enumerate(chunks(nbytes, CHUNK_BYTES)))
+        self._passed_by: dict[int, Seal | None] = {}
+
+    def missing(self, data: memoryview, seal: Seal | None) -> list[Chunk]:
+        """The chunks to fetch from a source: those not held, and those that the source holds differently.
+
+        Without a seal, what another session brought cannot be compared, and everything is fetched.
+        """
+        held = self._passed_by.items() if seal is not None else ()
+        self._passed_by = {number: seal for number, by in held if _holds(data, self.chunks[number], by, seal)}
+        return [chunk for chunk in self.chunks if chunk.number not in self._passed_by]
+
+    def add(self, chunk: Chunk, seal: Seal | None) -> None:
+        """Notes that `chunk` has arrived and passed by `seal`."""
+        self._passed_by[chunk.number] = seal
+
+    def require_complete(self) -> None:
+        """Raises ProtocolError where a transport came to its end without every chunk."""
+        absent = len(self.chunks) - len(self._passed_by)
+        if absent:
+            raise ProtocolError(f"{absent} of {len(self.chunks)} chunks did not arrive")
+
+
+class Delivery:
+    """The missing chunks of one session. Thread-safe: `take` a chunk, `begin` it, `finish` it."""
+
+    def __init__(
+        self, arena: Arena, inventory: Inventory, seal: Seal | None, progress: Callable[[int], None], source: str
+    ) -> None:
+        self.arena = arena
+        self.received = 0
+        """Bytes, the damaged ones included."""
+        self._data = arena.writable()
+        self._inventory = inventory
+        self._seal = seal
+        self._progress = progress
+        self._source = source
+        self._lock = threading.Lock()
+        self._damaged: Counter[int] = Counter()
+        missing = inventory.missing(self._data, seal)
+        progress(sum(chunk.length for chunk in inventory.chunks) - sum(chunk.length for chunk in missing))
+        self._queue = deque(missing)
+
+    @property
+    def remaining(self) -> int:
+        """Chunks that nobody has taken yet."""
+        return len(self._queue)
+
+    def take(self) -> Chunk | None:
+        try:
+            return self._queue.popleft()
+        except IndexError:
+            return None
+
+    def begin(self, chunk: Chunk) -> Arrival:
+        return Arrival(chunk, self._data, self._seal, self._advance)
+
+    def finish(self, arrival: Arrival) -> None:
+        """Takes in a chunk of which all bytes have arrived. Raises Damaged when it was so once too often."""
+        chunk = arrival.chunk
+        if arrival.passes():
+            with self._lock:
+                self._inventory.add(chunk, self._seal)
+            return
+        with self._lock:
+            self._damaged[chunk.number] += 1
+            times = self._damaged[chunk.number]
+        self._progress(-chunk.length)
+        place = f"chunk {chunk.number} (bytes {chunk.offset} to {chunk.offset + chunk.length - 1})"
+        if times >= TRIES_PER_CHUNK:
+            raise Damaged(f"{place} arrived damaged {times} times")
+        logger.warning("%s from %s arrived damaged: its digest differs; fetching it again", place, self._source)
+        self._queue.append(chunk)
+
+    @property
+    def damaged(self) -> int:
+        """How many chunks arrived damaged, each time counted."""
+        return self._damaged.total()
+
+    def close(self) -> None:
+        """Lets go of the arena's memory. Nothing may arrive any more."""
+        self._data.release()
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self.received += nbytes
+        self._progress(nbytes)
+
+
+class Arrival:
+    """One chunk on its way in, digested as it comes."""
+
+    def __init__(self, chunk: Chunk, data: memoryview, seal: Seal | None, progress: Callable[[int], None]) -> None:
+        self.chunk = chunk
+        self._data = data
+        self._expected = seal.digests[chunk.number] if seal is not None else None
+        self._digest = seal.algorithm.start(chunk.number) if seal is not None else None
+        self._progress = progress
+        self._arrived = chunk.offset
+        self._digested = chunk.offset
+
+    def advance(self, nbytes: int) -> None:
+        """Notes that the next `nbytes` of the chunk lie in the arena."""
+        self._arrived += nbytes
+        self._progress(nbytes)
+        if self._arrived - self._digested >= PIECE_BYTES:
+            self._catch_up()
+
+    def passes(self) -> bool:
+        """Whether all bytes are there and are the ones that the source has told of."""
+        self._catch_up()
+        if self._arrived != self.chunk.offset + self.chunk.length:
+            return False
+        return self._digest is None or self._digest.finish() == self._expected
+
+    def _catch_up(self) -> None:
+        if self._digest is not None and self._arrived > self._digested:
+            self._digest.update(self._data[self._digested : self._arrived])
+        self._digested = self._arrived
+
+
+def _holds(data: memoryview, chunk: Chunk, passed_by: Seal | None, seal: Seal | None) -> bool:
+    """Whether what passed by one seal passes by another too."""
+    if passed_by is None or seal is None:
+        return False
+    expected = seal.digests[chunk.number]
+    if passed_by.algorithm == seal.algorithm:
+        return passed_by.digests[chunk.number] == expected
+    return seal.algorithm.of(data[chunk.offset : chunk.offset + chunk.length], chunk.number) == expected

@@ -1,0 +1,106 @@
+"""How every connection begins: TLS where there are certificates, then Hello and Welcome, with a token in between."""
+
+from __future__ import annotations
+
+import hmac
+
+from vllm_ascend.model_loader.netloader.access import Access, Proofs, challenge
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, connect
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused, SourceUnreachable, one_line
+from vllm_ascend.model_loader.netloader.identity import Difference
+from vllm_ascend.model_loader.netloader.protocol import (
+    PROTOCOL_VERSION,
+    Challenge,
+    Hello,
+    Message,
+    Prove,
+    Refuse,
+    Welcome,
+)
+
+
+class Unauthorized(ProtocolError):
+    """The peer did not show that it may talk to this server."""
+
+
+def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
+    """A greeted connection, which the caller closes. Raises SourceUnreachable or SourceRefused."""
+    try:
+        channel = connect(source, timeout)
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host name
+        raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        if access.client_tls is not None:
+            channel.secure(access.client_tls, timeout)
+        _introduce(channel, access, timeout)
+    except ProtocolError as error:
+        channel.close()
+        raise SourceUnreachable(f"it did not greet{_under(access)}: {error}") from error
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _under(access: Access) -> str:
+    return " under TLS" if access.client_tls is not None else ""
+
+
+def _introduce(channel: Channel, access: Access, timeout: float) -> None:
+    ours = challenge()
+    channel.send(Hello(challenge=ours), timeout)
+    answer = channel.receive(Deadline(timeout))
+    if isinstance(answer, Challenge):
+        if access.token is None:
+            raise SourceRefused("it wants a token: set TOKEN_FILE")
+        proofs = Proofs(access.token, ours, answer.challenge)
+        channel.send(Prove(proofs.client), timeout)
+        answer = channel.receive(Deadline(timeout))
+        if isinstance(answer, Welcome) and not hmac.compare_digest(answer.proof, proofs.server):
+            raise SourceRefused("it does not know the token: compare TOKEN_FILE on both sides")
+        channel.authenticate(proofs.frame_key)
+    elif isinstance(answer, Welcome) and access.token is not None:
+        raise SourceRefused("it has no token, and weights are not taken from just anybody: set TOKEN_FILE there too")
+    _require_welcome(answer)
+
+
+def _require_welcome(answer: Message) -> None:
+    if isinstance(answer, Refuse):
+        differences = "; ".join(str(difference.flipped()) for difference in answer.differences)
+        raise SourceRefused(one_line(f"it refused: {answer.reason}{': ' if differences else ''}{differences}"))
+    assert isinstance(answer, Welcome)
+    if answer.protocol != PROTOCOL_VERSION:
+        raise SourceRefused(f"it speaks protocol {answer.protocol}: expected {PROTOCOL_VERSION}")
+
+
+def welcome(channel: Channel, access: Access, timeout: float) -> None:
+    """The server's side. Raises Unauthorized, or another ProtocolError for a peer that breaks off or does not greet."""
+    if access.server_tls is not None:
+        try:
+            channel.secure(access.server_tls, timeout)
+        except ConnectionLost as error:
+            raise Unauthorized(f"no TLS with a certificate of our authority: {error}") from error
+    deadline = Deadline(timeout)
+    hello = channel.receive(deadline)
+    assert isinstance(hello, Hello)
+    if hello.protocol != PROTOCOL_VERSION:
+        difference = Difference("protocol", str(PROTOCOL_VERSION), str(hello.protocol))
+        channel.send(Refuse("the protocol versions differ", (difference,)), timeout)
+        raise ProtocolError(f"the protocol versions differ: {difference}")
+    if access.token is None:
+        channel.send(Welcome(), timeout)
+        return
+    ours = challenge()
+    proofs = Proofs(access.token, hello.challenge, ours)
+    channel.send(Challenge(ours), timeout)
+    try:
+        prove = channel.receive(deadline)
+    except ConnectionLost as error:
+        raise Unauthorized("it does not show that it knows the token") from error
+    assert isinstance(prove, Prove)
+    if not hmac.compare_digest(prove.proof, proofs.client):
+        channel.send(Refuse("the token is not the one of this server"), timeout)
+        raise Unauthorized("it has another token")
+    channel.send(Welcome(proof=proofs.server), timeout)
+    channel.authenticate(proofs.frame_key)

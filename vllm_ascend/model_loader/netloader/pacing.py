@@ -1,0 +1,55 @@
+"""Serving weights stays out of the way of serving requests: a limit on bytes per second, and a low priority."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+NICENESS: Final = 19
+_PIECES_PER_SECOND: Final = 20
+_LARGEST_PIECE: Final = 1 << 20
+
+
+class Pacer:
+    """Keeps all who share it below `rate` bytes per second together; None is no limit. Thread-safe.
+
+    Each reserves the time that its bytes take on a line of that rate, and waits until that time begins.
+    """
+
+    def __init__(
+        self,
+        rate: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.rate = rate
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_from = clock()
+
+    @property
+    def piece(self) -> int | None:
+        """Bytes to send at a time so that the flow is even; None without a limit."""
+        return None if self.rate is None else min(_LARGEST_PIECE, max(self.rate // _PIECES_PER_SECOND, 4096))
+
+    def wait_for(self, nbytes: int) -> None:
+        """Returns when `nbytes` may be sent."""
+        if self.rate is None:
+            return
+        with self._lock:
+            now = self._clock()
+            begin = max(self._free_from, now)
+            self._free_from = begin + nbytes / self.rate
+        if begin > now:
+            self._sleep(begin - now)
+
+
+def give_way() -> None:
+    """Lets this thread run only where nobody else wants the processor. It cannot be taken back."""
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; then it competes
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
