@@ -142,14 +142,14 @@ def test_a_server_without_the_role_says_what_it_holds() -> None:
             fetch(SMALL, MEMORY, source)
 
 
-def test_weights_that_change_during_the_transfer_are_discarded() -> None:
+def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
     class ReplacingTransport(MemoryTransport):
         def receive(self, reception: Reception):  # type: ignore[no-untyped-def]
             arena = super().receive(reception)
             server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
             return arena
 
-    with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted, match="generation 1 -> 2"):
+    with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted, match="its weights were replaced by new ones"):
         fetch(SMALL, (ReplacingTransport(),), source)
 
 
@@ -368,7 +368,7 @@ def test_a_server_that_is_configured_anew_serves_by_the_new_transports() -> None
         name = "other"
 
     with serving(SMALL, MEMORY) as (server, source):
-        server.configure((Other(),), SHORT)
+        server.configure(Settings((Other(),), SHORT))
         assert inquire(source, 5).transports == ("other",)
         with pytest.raises(SourcesExhausted, match="no common transport: this server has other"):
             fetch(SMALL, MEMORY, source)

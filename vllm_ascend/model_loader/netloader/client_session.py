@@ -155,7 +155,7 @@ class Session:
             self._terms.check_attributes(accept.attributes)
         except ProtocolError as error:
             self._leave(control, error)
-            raise
+            raise SourceRefused(str(error)) from error
         return accept
 
     def _turn(self, control: Channel) -> Message:

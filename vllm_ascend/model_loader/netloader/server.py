@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 1024
 """Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
-MAX_STRANGERS_PER_HOST: Final = 64
+MAX_STRANGERS_PER_HOST: Final = 256
 """Connections of one address that have not joined or attached yet, so that no single host can take all."""
 MAX_INQUIRIES: Final = 64
 """Status messages on one connection; whoever wants more connects again."""
