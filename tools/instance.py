@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -111,6 +112,16 @@ class Instance:
         """Ends it at once, as a crash does."""
         self._signal(signal.SIGKILL)
 
+    def terminate(self) -> None:
+        """Asks it to end, as an orchestrator does, and waits for that. Raises subprocess.TimeoutExpired."""
+        self._signal(signal.SIGTERM)
+        self.wait_until_ended(60)
+
+    def processes(self) -> dict[int, str]:
+        """Names of the processes of this instance that exist, by process id."""
+        assert self._process is not None
+        return dict(_session(self._process.pid))
+
     def stop(self) -> None:
         """Ends it in an orderly way, and by force after ten seconds. Idempotent."""
         if self._process is None:
@@ -144,6 +155,15 @@ class Instance:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+def _session(leader: int) -> Iterator[tuple[int, str]]:
+    """The processes of the session that `leader` began; proc(5)."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):  # it ends while we look
+                if os.getsid(int(entry.name)) == leader and "State:\tZ" not in (entry / "status").read_text():
+                    yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ").strip()
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import Accept, Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.protocol import Accept, End, Join, Offer, Refuse
 
 PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 

@@ -40,7 +40,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Welcome,
     frame,
 )
-from vllm_ascend.model_loader.netloader.server import MAX_CONNECTIONS, Peer, Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server import MAX_STRANGERS_PER_HOST, Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
@@ -282,7 +282,7 @@ def test_a_source_that_declines_is_left_for_the_next() -> None:
     assert [attempt.source for attempt in client.attempts] == [str(declining)]
 
 
-def test_weights_that_are_declined_during_the_transfer_are_discarded() -> None:
+def test_a_transfer_of_weights_that_are_declined_meanwhile_is_ended() -> None:
     class DecliningTransport(MemoryTransport):
         def receive(self, reception: Reception) -> Arena:
             arena = super().receive(reception)
@@ -291,7 +291,8 @@ def test_weights_that_are_declined_during_the_transfer_are_discarded() -> None:
 
     with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted) as error:
         fetch(SMALL, (DecliningTransport(),), source)
-    assert "its weights changed during the transfer (generation 1 -> 0)" in reasons(error)
+    assert "it ended the session: it does not serve these weights any more" in reasons(error)
+    assert reasons(error).endswith("cannot serve its target weights: loading set table")
 
 
 def test_another_role_than_the_declined_one_goes_on_being_served() -> None:
@@ -522,7 +523,7 @@ def joins_and_vanishes(source: Endpoint) -> Iterator[socket.socket]:
 
 
 def many_at_once(source: Endpoint) -> Iterator[socket.socket]:
-    for _ in range(MAX_CONNECTIONS - 8):
+    for _ in range(MAX_STRANGERS_PER_HOST - 8):
         yield _connected(source)
 
 

@@ -13,6 +13,8 @@ from typing import Final, Self
 _FREE_FAILURES: Final = 3
 """Failures of an address before it has to wait: a wrong file is corrected by trying again."""
 _LONGEST_BLOCK: Final = 60.0
+_MOST_DOUBLINGS: Final = 6
+"""Of one second: enough for the longest block, and no overflow however often an address fails."""
 _LOG_INTERVAL: Final = 60.0
 _REMEMBERED: Final = 1024
 """Addresses; the one that failed least recently is forgotten first."""
@@ -126,7 +128,8 @@ class Guard:
             record.failures += 1
             now = self._clock()
             if record.failures > _FREE_FAILURES:
-                record.blocked_until = now + min(2.0 ** (record.failures - _FREE_FAILURES - 1), _LONGEST_BLOCK)
+                doublings = min(record.failures - _FREE_FAILURES - 1, _MOST_DOUBLINGS)
+                record.blocked_until = now + min(2.0**doublings, _LONGEST_BLOCK)
             if now < record.log_again:
                 return False
             record.log_again = now + _LOG_INTERVAL

@@ -163,7 +163,7 @@ class _Search:
 
     def _new(self, source: Endpoint, referrals: Sequence[str]) -> list[Endpoint]:
         room = REFERRALS_FOLLOWED - (len(self._known) - len(self._configured))
-        return [each for each in _referred(source, referrals) if each not in self._known][:room]
+        return [each for each in dict.fromkeys(_referred(source, referrals)) if each not in self._known][:room]
 
     def _follow(self, source: Endpoint, referrals: Sequence[str]) -> None:
         new = self._new(source, referrals)

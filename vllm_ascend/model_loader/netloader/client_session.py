@@ -12,7 +12,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
-from vllm_ascend.model_loader.netloader.delivery import Delivery, Inventory
+from vllm_ascend.model_loader.netloader.delivery import Damaged, Delivery, Inventory
 from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -160,12 +160,12 @@ class Session:
 
     def _turn(self, control: Channel) -> Message:
         """The answer to Join, once it is this client's turn."""
-        begun = time.monotonic()
-        while isinstance(answer := control.receive(Deadline(self._terms.timeouts.connect)), Wait):
-            if time.monotonic() - begun > self._terms.wait_timeout:
-                raise SourceFailed(f"its turns were taken for {self._terms.wait_timeout:g} s: WAIT_TIMEOUT")
+        begun, timeouts = time.monotonic(), self._terms.timeouts
+        while isinstance(answer := control.receive(Deadline(max(timeouts.connect, timeouts.stall))), Wait):
             if not self._may_wait(answer.referrals):
                 raise SourceBusy(f"its turns are taken, {answer.ahead} clients come first", answer.referrals)
+            if time.monotonic() - begun > self._terms.wait_timeout:
+                raise SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._terms.wait_timeout:g} s")
         return answer
 
     def _seal(self, control: Channel, accept: Accept) -> Seal | None:
@@ -229,7 +229,7 @@ class Session:
                 raise ProtocolError(
                     f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
                 )
-            if seal is not None and confirm.digest != seal.algorithm.whole(seal.digests):
+            if seal is not None and seal.digests and confirm.digest != seal.algorithm.whole(seal.digests):
                 raise ProtocolError("the digest of the whole is not that of the chunks")
         except BaseException:
             if arena.servable:  # the source's own pages: no other transport can fill them
@@ -241,8 +241,10 @@ class Session:
             control.send(Leave(one_line(str(reason))), self._terms.timeouts.connect)
 
     def _explanation(self, control: Channel, error: Exception) -> str:
-        """Why the source ended the session, if that is what it did; it breaks the transfer first, then says so."""
-        if isinstance(error, Stalled) or self.transport is None:
+        """Why the source ended the session, if it did: it breaks the transfer off first, and then says so."""
+        if isinstance(error, Damaged):
+            self._leave(control, error)
+        if isinstance(error, Stalled | Damaged) or self.transport is None:
             return str(error)
         with contextlib.suppress(ProtocolError, OSError):
             last = control.receive(Deadline(_EXPLANATION_SECONDS))

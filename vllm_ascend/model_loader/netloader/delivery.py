@@ -40,6 +40,8 @@ class Inventory:
 
     def __init__(self, nbytes: int) -> None:
         self.chunks = tuple(Chunk(number, *place) for number, place in enumerate(chunks(nbytes, CHUNK_BYTES)))
+        self.shown = 0
+        """Bytes of which the progress bar knows."""
         self._passed_by: dict[int, Seal | None] = {}
 
     def missing(self, data: memoryview, seal: Seal | None) -> list[Chunk]:
@@ -71,15 +73,17 @@ class Delivery:
         self.arena = arena
         self.received = 0
         """Bytes, the damaged ones included."""
-        self._data = arena.writable()
+        self.data = arena.writable()
+        """The arena's memory, until `close`."""
         self._inventory = inventory
         self._seal = seal
         self._progress = progress
         self._source = source
         self._lock = threading.Lock()
         self._damaged: Counter[int] = Counter()
-        missing = inventory.missing(self._data, seal)
-        progress(sum(chunk.length for chunk in inventory.chunks) - sum(chunk.length for chunk in missing))
+        missing = inventory.missing(self.data, seal)
+        held = sum(chunk.length for chunk in inventory.chunks) - sum(chunk.length for chunk in missing)
+        self._show(held - inventory.shown)
         self._queue = deque(missing)
 
     @property
@@ -94,7 +98,7 @@ class Delivery:
             return None
 
     def begin(self, chunk: Chunk) -> Arrival:
-        return Arrival(chunk, self._data, self._seal, self._advance)
+        return Arrival(chunk, self.data, self._seal, self._advance)
 
     def finish(self, arrival: Arrival) -> None:
         """Takes in a chunk of which all bytes have arrived. Raises Damaged when it was so once too often."""
@@ -104,9 +108,9 @@ class Delivery:
                 self._inventory.add(chunk, self._seal)
             return
         with self._lock:
+            self._show(-arrival.nbytes)
             self._damaged[chunk.number] += 1
             times = self._damaged[chunk.number]
-        self._progress(-chunk.length)
         place = f"chunk {chunk.number} (bytes {chunk.offset} to {chunk.offset + chunk.length - 1})"
         if times >= TRIES_PER_CHUNK:
             raise Damaged(f"{place} arrived damaged {times} times")
@@ -120,11 +124,15 @@ class Delivery:
 
     def close(self) -> None:
         """Lets go of the arena's memory. Nothing may arrive any more."""
-        self._data.release()
+        self.data.release()
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self.received += nbytes
+            self._show(nbytes)
+
+    def _show(self, nbytes: int) -> None:
+        self._inventory.shown += nbytes
         self._progress(nbytes)
 
 
@@ -147,10 +155,15 @@ class Arrival:
         if self._arrived - self._digested >= PIECE_BYTES:
             self._catch_up()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have arrived."""
+        return self._arrived - self.chunk.offset
+
     def passes(self) -> bool:
         """Whether all bytes are there and are the ones that the source has told of."""
         self._catch_up()
-        if self._arrived != self.chunk.offset + self.chunk.length:
+        if self.nbytes != self.chunk.length:
             return False
         return self._digest is None or self._digest.finish() == self._expected
 

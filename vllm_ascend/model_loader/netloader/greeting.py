@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ssl
 
 from vllm_ascend.model_loader.netloader.access import Access, Proofs, challenge
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, connect
@@ -36,7 +37,7 @@ def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
         _introduce(channel, access, timeout)
     except ProtocolError as error:
         channel.close()
-        raise SourceUnreachable(f"it did not greet{_under(access)}: {error}") from error
+        raise SourceUnreachable(f"it did not greet{_under(access)}: {error}{_hint(error, access)}") from error
     except BaseException:
         channel.close()
         raise
@@ -47,9 +48,16 @@ def _under(access: Access) -> str:
     return " under TLS" if access.client_tls is not None else ""
 
 
+def _hint(error: ProtocolError, access: Access) -> str:
+    """A server under TLS can say nothing that is understood without it: it just closes the connection."""
+    wants_tls = isinstance(error, ConnectionLost) and access.client_tls is None
+    return "; it may want TLS: TLS_CERT, TLS_KEY and TLS_CA" if wants_tls else ""
+
+
 def _introduce(channel: Channel, access: Access, timeout: float) -> None:
     ours = challenge()
-    channel.send(Hello(challenge=ours), timeout)
+    with contextlib.suppress(ConnectionLost):  # a server that has closed it already may have said why
+        channel.send(Hello(challenge=ours), timeout)
     answer = channel.receive(Deadline(timeout))
     if isinstance(answer, Challenge):
         if access.token is None:
@@ -80,6 +88,8 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
         try:
             channel.secure(access.server_tls, timeout)
         except ConnectionLost as error:
+            if not isinstance(error.__cause__, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLEOFError):
+                raise  # it went away, as health checks do
             raise Unauthorized(f"no TLS with a certificate of our authority: {error}") from error
     deadline = Deadline(timeout)
     hello = channel.receive(deadline)

@@ -12,12 +12,14 @@ from typing import Final
 NICENESS: Final = 19
 _PIECES_PER_SECOND: Final = 20
 _LARGEST_PIECE: Final = 1 << 20
+_CREDIT_SECONDS: Final = 0.05
 
 
 class Pacer:
     """Keeps all who share it below `rate` bytes per second together; None is no limit. Thread-safe.
 
-    Each reserves the time that its bytes take on a line of that rate, and waits until that time begins.
+    Each reserves the time that its bytes take on a line of that rate, and waits until that time begins. A little time
+    that was not used may be made up for, since sleeping always takes somewhat longer than asked.
     """
 
     def __init__(
@@ -35,16 +37,18 @@ class Pacer:
     @property
     def piece(self) -> int | None:
         """Bytes to send at a time so that the flow is even; None without a limit."""
-        return None if self.rate is None else min(_LARGEST_PIECE, max(self.rate // _PIECES_PER_SECOND, 4096))
+        rate = self.rate
+        return None if rate is None else min(_LARGEST_PIECE, max(rate // _PIECES_PER_SECOND, 4096))
 
     def wait_for(self, nbytes: int) -> None:
         """Returns when `nbytes` may be sent."""
-        if self.rate is None:
+        rate = self.rate  # which another thread may change
+        if rate is None:
             return
         with self._lock:
             now = self._clock()
-            begin = max(self._free_from, now)
-            self._free_from = begin + nbytes / self.rate
+            begin = max(self._free_from, now - _CREDIT_SECONDS)
+            self._free_from = begin + nbytes / rate
         if begin > now:
             self._sleep(begin - now)
 

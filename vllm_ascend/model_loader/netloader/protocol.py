@@ -45,8 +45,8 @@ REPLY_LIMIT: Final = 64 << 20
 """Bytes of one frame to a client: a refusal may carry the manifest of a model with 500,000 tensors."""
 FETCH_LIMIT: Final = 64 << 20
 """Bytes of one Fetch, so that a server thread looks up regularly."""
-DIGESTS_LIMIT: Final = 256
-"""Digests in one message: the server may have to read 4 GiB for them, which it does in much less than a timeout."""
+DIGESTS_LIMIT: Final = 64
+"""Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
 _LENGTH_BYTES: Final = 4
 _TAG_BYTES: Final = 16
 

@@ -61,6 +61,7 @@ class Session:
         self.channel = channel
         self._transport = transport
         self._timeouts = timeouts
+        self._told_digests = False
         self._ended_because: str | None = None
 
     def end(self, reason: str) -> None:
@@ -71,13 +72,16 @@ class Session:
 
     def run(self) -> bool:
         """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
+        complete = False
         try:
             self.channel.send(self._accept(), self._timeouts.connect)
             self.sender.run()
-            return self._serve()
+            complete = self._serve()
         except (ProtocolError, OSError):
             if self._ended_because is None:
                 raise
+        if self._ended_because is None:
+            return complete
         logger.warning("ended the session of %s: %s", self.peer, self._ended_because)
         self.channel.send(End(self._ended_because), self._timeouts.connect)
         return False
@@ -85,7 +89,7 @@ class Session:
     def confirm(self, current_generation: int) -> None:
         """Lets the client compare what it has with what is held now. Raises ProtocolError."""
         store = self.publication.store
-        whole = store.digests.whole if store.digests is not None and self._transport.copies else b""
+        whole = store.digests.whole if store.digests is not None and self._told_digests else b""
         self.channel.send(Confirm(current_generation, whole), self._timeouts.connect)
         logger.info(
             "%s took the %s weights by %s: %.1f MB",
@@ -132,6 +136,7 @@ class Session:
         digests = self.publication.store.digests
         if digests is None:
             raise ProtocolError("the client asks for digests, of which it was told that there are none")
+        self._told_digests = True
         self.channel.send(Digests(digests.part(first, count)), self._timeouts.connect)
         self.sender.note_progress()
 

@@ -34,14 +34,13 @@ class MemoryTransport(Transport):
         if source is None:
             raise ConnectionLost("the sender is gone")
         delivery = reception.deliver(mapped=True)
-        with delivery.arena.writable() as destination:
-            while chunk := delivery.take():
-                content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
-                destination[chunk.offset : chunk.offset + len(content)] = content
-                arrival = delivery.begin(chunk)
-                arrival.advance(len(content))
-                delivery.finish(arrival)
-                source.note_progress(len(content))
+        while chunk := delivery.take():
+            content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
+            delivery.data[chunk.offset : chunk.offset + len(content)] = content
+            arrival = delivery.begin(chunk)
+            arrival.advance(len(content))
+            delivery.finish(arrival)
+            source.note_progress(len(content))
         return delivery.arena
 
 

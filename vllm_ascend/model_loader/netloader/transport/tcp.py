@@ -102,7 +102,6 @@ class _Pull:
     def __init__(self, reception: Reception, delivery: Delivery) -> None:
         self._reception = reception
         self._delivery = delivery
-        self._memory = delivery.arena.writable()
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
         self._failure: BaseException | None = None
@@ -119,7 +118,6 @@ class _Pull:
             self._fail(error)
         for thread in started:
             thread.join()
-        self._memory.release()
         if self._failure is not None:
             raise self._failure
 
@@ -144,7 +142,7 @@ class _Pull:
                 return
             chunk = requested.popleft()
             arrival = self._delivery.begin(chunk)
-            target = FileRange(self._delivery.arena.descriptor, self._memory, chunk.offset, chunk.length)
+            target = FileRange(self._delivery.arena.descriptor, self._delivery.data, chunk.offset, chunk.length)
             channel.receive_into_file(target, timeout, arrival.advance)
             self._delivery.finish(arrival)
 
