@@ -341,7 +341,7 @@ def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.L
         server.decline("target", CONTROL)
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
-        _wait_until(lambda: not server._channels)
+        _wait_until(lambda: not server._connections)
     expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
     assert logged(caplog, "refused ").endswith(expected)
     assert logged(caplog, "could not load from ").endswith(expected)
@@ -549,14 +549,14 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
         SMALL.assert_in(fetched.arena)
         for connection in connections:
             connection.close()
-        _wait_until(lambda: not server._channels)
+        _wait_until(lambda: not server._connections)
 
 
 def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
-        _wait_until(lambda: not server._channels and not server._sessions)
+        _wait_until(lambda: not server._connections and not server._sessions)
         for connection in connections:
             connection.close()
 

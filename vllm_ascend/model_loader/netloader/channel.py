@@ -87,7 +87,10 @@ class Channel:
         """Goes on under TLS, as the server's end if this is one. Raises ConnectionLost or Stalled."""
         with _translated_errors(timeout):
             self.socket.settimeout(timeout)
-            self.socket = context.wrap_socket(self.socket, server_side=self._conversation.role is Role.SERVER)
+            server_side = self._conversation.role is Role.SERVER
+            secured = context.wrap_socket(self.socket, server_side=server_side, do_handshake_on_connect=False)
+            self.socket = secured  # at once, so that `shut_down` ends the handshake too
+            secured.do_handshake()
 
     def authenticate(self, key: bytes) -> None:
         """From now on, frames carry tags made with `key`."""

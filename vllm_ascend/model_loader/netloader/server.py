@@ -51,8 +51,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 1024
 """Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
+MAX_CONNECTIONS_PER_HOST: Final = 512
 MAX_STRANGERS_PER_HOST: Final = 256
-"""Connections of one address that have not joined or attached yet, so that no single host can take all."""
+"""Connections of one address that have not said yet what they want."""
 MAX_INQUIRIES: Final = 64
 """Status messages on one connection; whoever wants more connects again."""
 MAX_CLIENTS: Final = 8
@@ -85,6 +86,13 @@ class Peer(msgspec.Struct, frozen=True):
     port: int
 
 
+@dataclass
+class _Connection:
+    thread: threading.Thread
+    host: str
+    is_stranger: bool = True
+
+
 class WeightServer:
     """Serves from `start` to `close`. `host` None means all addresses, `port` 0 an ephemeral one."""
 
@@ -98,8 +106,7 @@ class WeightServer:
         self._peers: tuple[Peer, ...] = ()
         self._sessions: dict[bytes, Session] = {}
         self._replicas = Replicas()
-        self._channels: dict[Channel, threading.Thread] = {}
-        self._strangers: dict[Channel, str] = {}
+        self._connections: dict[Channel, _Connection] = {}
         self._guard = Guard()
         self._turns = Turns(settings.max_clients)
         self._pacer = Pacer(settings.max_bandwidth)
@@ -130,14 +137,14 @@ class WeightServer:
         if self._acceptor is not None:
             self._acceptor.join()
         with self._lock:
-            connections = dict(self._channels)
+            connections = dict(self._connections)
             sessions = list(self._sessions.values())
         for session in sessions:
             session.end("the server shuts down")
         for channel in connections.keys() - {session.channel for session in sessions}:
             channel.shut_down()
-        for thread in connections.values():
-            thread.join(self._settings.timeouts.stall)
+        for connection in connections.values():
+            connection.thread.join(self._settings.timeouts.stall)
         for role in list(self._publications):
             self.withdraw(role)
 
@@ -218,10 +225,9 @@ class WeightServer:
             return
         thread = threading.Thread(target=self._handle, args=(channel, peer), name=f"netloader {peer}", daemon=True)
         with self._lock:
-            crowd = self._crowd(peer)
+            crowd = self._crowd(peer.host)
             if crowd is None:
-                self._channels[channel] = thread
-                self._strangers[channel] = peer.host
+                self._connections[channel] = _Connection(thread, peer.host)
         if crowd is not None:
             self._turn_away(channel, peer, crowd)
             return
@@ -231,11 +237,14 @@ class WeightServer:
             self._forget(channel)
             self._turn_away(channel, peer, str(error))
 
-    def _crowd(self, peer: Endpoint) -> str | None:
-        """What stands in the way of one more connection."""
-        if len(self._channels) >= MAX_CONNECTIONS:
+    def _crowd(self, host: str) -> str | None:
+        """What stands in the way of one more connection, so that no single host can take them all."""
+        if len(self._connections) >= MAX_CONNECTIONS:
             return f"there are {MAX_CONNECTIONS} connections"
-        if list(self._strangers.values()).count(peer.host) >= MAX_STRANGERS_PER_HOST:
+        same_host = [each for each in self._connections.values() if each.host == host]
+        if len(same_host) >= MAX_CONNECTIONS_PER_HOST:
+            return f"there are {MAX_CONNECTIONS_PER_HOST} connections from there"
+        if sum(each.is_stranger for each in same_host) >= MAX_STRANGERS_PER_HOST:
             return f"{MAX_STRANGERS_PER_HOST} connections from there have not said yet what they want"
         return None
 
@@ -265,8 +274,7 @@ class WeightServer:
 
     def _forget(self, channel: Channel) -> None:
         with self._lock:
-            del self._channels[channel]
-            self._strangers.pop(channel, None)
+            del self._connections[channel]
 
     def _converse(self, channel: Channel, peer: Endpoint) -> None:
         timeout = self._settings.timeouts.connect
@@ -277,8 +285,7 @@ class WeightServer:
             if isinstance(request, Inquire):
                 channel.send(self._status(), timeout)
                 continue
-            with self._lock:
-                del self._strangers[channel]
+            self._connections[channel].is_stranger = False
             match request:
                 case Attach(session):
                     self._attach(session, channel)
