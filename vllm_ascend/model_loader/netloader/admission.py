@@ -1,4 +1,7 @@
-"""Who is let in, and when: `Turns` for those who take weights, `Guard` for those who fail to show that they may."""
+"""Who is let in, and when: `Turns` for those who take weights, `Guard` for those who fail to show that they may.
+
+`LogLimit` keeps those who are not let in from filling the log.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, Self, TypeVar
+
+_Value = TypeVar("_Value")
 
 _FREE_FAILURES: Final = 3
 """Failures of an address before it has to wait: a wrong file is corrected by trying again."""
@@ -102,7 +107,23 @@ class Turn:
 class _Record:
     failures: int = 0
     blocked_until: float = 0.0
-    log_again: float = 0.0
+
+
+class LogLimit:
+    """Says of an address whether to log what it does: once a minute. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._again: OrderedDict[str, float] = OrderedDict()
+
+    def admits(self, host: str) -> bool:
+        with self._lock:
+            now = self._clock()
+            if now < self._again.get(host, now):
+                return False
+            _remember(self._again, host, now + _LOG_INTERVAL)
+            return True
 
 
 class Guard:
@@ -111,6 +132,7 @@ class Guard:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._log_limit = LogLimit(clock)
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def admits(self, host: str) -> bool:
@@ -121,20 +143,21 @@ class Guard:
     def failed(self, host: str) -> bool:
         """Notes a failure; whether it is to be logged, which is once a minute for an address."""
         with self._lock:
-            record = self._records.pop(host, None) or _Record()
-            self._records[host] = record
-            if len(self._records) > _REMEMBERED:
-                self._records.popitem(last=False)
+            record = self._records.get(host) or _Record()
+            _remember(self._records, host, record)
             record.failures += 1
-            now = self._clock()
             if record.failures > _FREE_FAILURES:
                 doublings = min(record.failures - _FREE_FAILURES - 1, _MOST_DOUBLINGS)
-                record.blocked_until = now + min(2.0**doublings, _LONGEST_BLOCK)
-            if now < record.log_again:
-                return False
-            record.log_again = now + _LOG_INTERVAL
-            return True
+                record.blocked_until = self._clock() + min(2.0**doublings, _LONGEST_BLOCK)
+        return self._log_limit.admits(host)
 
     def succeeded(self, host: str) -> None:
         with self._lock:
             self._records.pop(host, None)
+
+
+def _remember(by_host: OrderedDict[str, _Value], host: str, value: _Value) -> None:
+    by_host.pop(host, None)
+    by_host[host] = value
+    if len(by_host) > _REMEMBERED:
+        by_host.popitem(last=False)

@@ -24,7 +24,7 @@ from typing import Final, Self
 import msgspec
 
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.admission import Guard, Turn, Turns
+from vllm_ascend.model_loader.netloader.admission import Guard, LogLimit, Turn, Turns
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
@@ -108,6 +108,7 @@ class WeightServer:
         self._replicas = Replicas()
         self._connections: dict[Channel, _Connection] = {}
         self._guard = Guard()
+        self._log_limit = LogLimit()
         self._turns = Turns(settings.max_clients)
         self._pacer = Pacer(settings.max_bandwidth)
         self._listener: socket.socket | None = None
@@ -249,7 +250,8 @@ class WeightServer:
         return None
 
     def _turn_away(self, channel: Channel, peer: Endpoint, reason: str) -> None:
-        logger.warning("no room for a connection from %s: %s", peer, reason)
+        if self._log_limit.admits(peer.host):
+            logger.warning("no room for a connection from %s: %s", peer, reason)
         with channel, contextlib.suppress(ProtocolError):
             channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
 
@@ -266,7 +268,8 @@ class WeightServer:
             level = logging.WARNING if channel.state in (State.TRANSFER, State.CONFIRMING) else logging.DEBUG
             logger.log(level, "%s went away: %s", peer, error)
         except (ProtocolError, OSError) as error:
-            logger.warning("ended the connection with %s: %s", peer, one_line(str(error)))
+            if not self._connections[channel].is_stranger or self._log_limit.admits(peer.host):
+                logger.warning("ended the connection with %s: %s", peer, one_line(str(error)))
         except Exception:
             logger.exception("ended the connection with %s: an error of this server", peer)
         finally:

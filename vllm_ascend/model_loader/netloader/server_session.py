@@ -20,6 +20,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Fetch,
     Leave,
     Message,
+    State,
     Verification,
 )
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
@@ -80,7 +81,7 @@ class Session:
         except (ProtocolError, OSError):
             if self._ended_because is None:
                 raise
-        if self._ended_because is None:
+        if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
             return complete
         logger.warning("ended the session of %s: %s", self.peer, self._ended_because)
         self.channel.send(End(self._ended_because), self._timeouts.connect)
