@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -30,9 +30,10 @@ CHALLENGE_BYTES: Final = 32
 class Access:
     """What this process shows to its peers and wants to see from them. Without arguments, nothing."""
 
-    token: bytes | None = None
-    server_tls: ssl.SSLContext | None = None
-    client_tls: ssl.SSLContext | None = None
+    token: bytes | None = field(default=None, repr=False)
+    tls_files: tuple[str, str, str] | None = None
+    server_tls: ssl.SSLContext | None = field(default=None, compare=False)
+    client_tls: ssl.SSLContext | None = field(default=None, compare=False)
 
     @classmethod
     def load(
@@ -45,9 +46,11 @@ class Access:
         """Reads the files. Raises ConfigError, naming the key whose file is at fault."""
         token = _read_token(token_file) if token_file is not None else None
         if tls_cert is None or tls_key is None or tls_ca is None:
+            if any((tls_cert, tls_key, tls_ca)):
+                raise ConfigError("a part of TLS is missing: it needs TLS_CERT, TLS_KEY and TLS_CA")
             return cls(token)
         files = (tls_cert, tls_key, tls_ca)
-        return cls(token, _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files))
+        return cls(token, files, _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files))
 
     @classmethod
     def configured(cls, config: NetLoaderConfig) -> Access:

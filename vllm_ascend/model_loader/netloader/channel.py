@@ -27,6 +27,8 @@ from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, R
 _RECEIVE_BYTES: Final = 64 << 10
 _PIPE_BYTES: Final = 1 << 20
 """The largest pipe that Linux gives an unprivileged user by default."""
+_SEND_BYTES: Final = 1 << 20
+"""Bytes after which progress shows: the kernel would come back only after all of them, however slow the peer."""
 _TLS_BYTES: Final = 256 << 10
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 """Errors of this host that are not the peer's doing."""
@@ -128,7 +130,7 @@ class Channel:
         offset, end = source.offset, source.offset + source.length
         with self._blocking(socket.SO_SNDTIMEO, timeout):
             while offset < end:
-                sent = os.sendfile(self.socket.fileno(), source.descriptor, offset, end - offset)
+                sent = os.sendfile(self.socket.fileno(), source.descriptor, offset, min(_SEND_BYTES, end - offset))
                 if not sent:
                     raise ConnectionLost("the file ended before the range that was to be sent")
                 progress(sent)

@@ -18,10 +18,7 @@ from vllm_ascend.model_loader.netloader.protocol import Holding, Status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if len({file is None for file in (options.tls_cert, options.tls_key, options.tls_ca)}) > 1:
-        parser.error("--tls-cert, --tls-key and --tls-ca go together: give all three or none")
+    options = _parser().parse_args(arguments)
     try:
         access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
     except ConfigError as error:

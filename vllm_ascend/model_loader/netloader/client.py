@@ -32,6 +32,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceRefused,
     SourcesExhausted,
     TransportError,
+    one_line,
 )
 from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.protocol import Announce, Inquire, Status
@@ -44,6 +45,8 @@ TRIES: Final = 3
 """How often a source may fail in the middle before it is given up."""
 REFERRALS_FOLLOWED: Final = 64
 """Endpoints that are tried because others named them."""
+_REASON_LIMIT: Final = 10_000
+"""Characters; a refusal names eight tensors, and says of each what differs."""
 
 
 @dataclass
@@ -134,7 +137,7 @@ class _Search:
                 raise
             except (SourceError, TransportError) as error:
                 if isinstance(error, SourceRefused) and error.referrals and source in self._configured:
-                    logger.info("%s refers to %s: %s", source, ", ".join(error.referrals), error)
+                    logger.info("%s refers to %s: %s", source, one_line(", ".join(error.referrals)), error)
                     raise
                 self._note(session, source, error, time.perf_counter() - begun)
                 if not isinstance(error, TransportError) or session.transport is None:
@@ -171,7 +174,8 @@ class _Search:
         self._next.extendleft(reversed(new))
 
     def _note(self, session: Session, source: Endpoint, error: Exception, seconds: float) -> None:
-        attempt = Attempt(str(source), session.transport_name, str(error), seconds, session.received)
+        reason = one_line(str(error), _REASON_LIMIT)
+        attempt = Attempt(str(source), session.transport_name, reason, seconds, session.received)
         self._client.attempts.append(attempt)
         logger.warning("could not load from %s", attempt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ from vllm_ascend.model_loader.netloader.protocol import (
 from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import Request
+
+logger = logging.getLogger(__name__)
 
 SHOWN_DIFFERENCES: Final = 8
 """Differing tensors named in a message; the rest is counted."""
@@ -160,12 +163,15 @@ class Session:
 
     def _turn(self, control: Channel) -> Message:
         """The answer to Join, once it is this client's turn."""
-        begun, timeouts = time.monotonic(), self._terms.timeouts
+        begun, timeouts, waiting = time.monotonic(), self._terms.timeouts, False
         while isinstance(answer := control.receive(Deadline(max(timeouts.connect, timeouts.stall))), Wait):
             if not self._may_wait(answer.referrals):
                 raise SourceBusy(f"its turns are taken, {answer.ahead} clients come first", answer.referrals)
             if time.monotonic() - begun > self._terms.wait_timeout:
                 raise SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._terms.wait_timeout:g} s")
+            if not waiting:
+                logger.info("waiting for a turn at %s: %d clients come first", self._source, answer.ahead)
+            waiting = True
         return answer
 
     def _seal(self, control: Channel, accept: Accept) -> Seal | None:
@@ -197,6 +203,10 @@ class Session:
             self.delivery = Delivery(arena, self._inventory, seal, self._terms.progress, str(self._source))
             return self.delivery
 
+        def progress(nbytes: int) -> None:
+            self._terms.progress(nbytes - self._inventory.shown)  # of which some may be another source's
+            self._inventory.shown = nbytes
+
         reception = Reception(
             parameters=accept.parameters,
             nbytes=self._terms.request.manifest.nbytes,
@@ -204,7 +214,7 @@ class Session:
             connect=lambda: greet(self._source, self._terms.access, self._terms.timeouts.connect),
             session=accept.session,
             deliver=deliver,
-            progress=self._terms.progress,
+            progress=progress,
             timeouts=self._terms.timeouts,
         )
         try:

@@ -25,7 +25,7 @@ class Endpoint(NamedTuple):
             raise ValueError(f"{text!r} is ambiguous: write an IPv6 address as [address]:port")
         if bracketed:
             host = host[1:-1]
-        if not host or any(character.isspace() or character in "[]/" for character in host):
+        if not host or any(character in " []/" or not character.isprintable() for character in host):
             raise ValueError(f"{text!r} has no valid host before the port")
         if not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{text!r} has port {port!r}: expected a number from 1 to 65535")

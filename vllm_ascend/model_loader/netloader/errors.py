@@ -89,5 +89,5 @@ class SourcesExhausted(NetloaderError):
 
 def one_line(text: str, limit: int = 1000) -> str:
     """`text` from a peer, fit for a log: no line breaks or control characters, and not without end."""
-    printable = "".join(character if character.isprintable() else "?" for character in text)
-    return printable if len(printable) <= limit else f"{printable[:limit]}..."
+    printable = "".join(character if character.isprintable() else "?" for character in text[:limit])
+    return printable if len(text) <= limit else f"{printable}..."

@@ -50,9 +50,11 @@ def _under(access: Access) -> str:
 
 
 def _hint(error: ProtocolError, access: Access) -> str:
-    """A server under TLS can say nothing that is understood without it: it just closes the connection."""
-    wants_tls = isinstance(error, ConnectionLost) and access.client_tls is None
-    return "; it may want TLS: TLS_CERT, TLS_KEY and TLS_CA" if wants_tls else ""
+    """What a server may mean that just closes the connection."""
+    if not isinstance(error, ConnectionLost):
+        return ""
+    wants_tls = "want TLS (TLS_CERT, TLS_KEY, TLS_CA) or " if access.client_tls is None else ""
+    return f"; it may {wants_tls}have blocked this address for up to a minute after failed attempts"
 
 
 def _introduce(channel: Channel, access: Access, timeout: float) -> None:

@@ -59,7 +59,8 @@ class Load:
             seconds=self._phases.seconds,
             not_served=None if config.serve else "SERVE is false",
         )
-        config.listen_port_for(self._rank)  # a port out of range must stop the start before anything is loaded
+        # What cannot be served as it is configured must stop the start before anything is loaded.
+        serving.require_same_access(self._report.role, config, self._access, self._rank)
 
     def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""

@@ -35,7 +35,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
 
 PROTOCOL_VERSION: Final = 1
@@ -47,6 +47,7 @@ FETCH_LIMIT: Final = 64 << 20
 """Bytes of one Fetch, so that a server thread looks up regularly."""
 DIGESTS_LIMIT: Final = 64
 """Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
+REFERRALS_LIMIT: Final = 64
 _LENGTH_BYTES: Final = 4
 _TAG_BYTES: Final = 16
 
@@ -54,6 +55,7 @@ ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
+Referrals = Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=REFERRALS_LIMIT)]
 Parameters = Mapping[ShortText, ShortText | int]
 
 
@@ -111,7 +113,7 @@ class Wait(Message, frozen=True):
     """
 
     ahead: Count
-    referrals: tuple[ShortText, ...] = ()
+    referrals: Referrals = ()
 
 
 class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,7 +163,7 @@ class Refuse(Message, frozen=True):
     reason: ShortText
     differences: tuple[Difference, ...] = ()
     manifest: bytes = b""
-    referrals: tuple[ShortText, ...] = ()
+    referrals: Referrals = ()
 
 
 class Done(Message, frozen=True):
@@ -352,7 +354,8 @@ class Conversation:
         try:
             return _decoders[self._peer].decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ProtocolError(f"the {self._peer.value} sent a frame that is no message: {error}") from error
+            reason = one_line(str(error))
+            raise ProtocolError(f"the {self._peer.value} sent a frame that is no message: {reason}") from error
 
     def _advance(self, message: Message) -> None:
         allowed = _TRANSITIONS.get((self.state, self._peer), {})

@@ -12,6 +12,7 @@ which earlier clients now have the same weights.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import socket
@@ -27,11 +28,12 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.admission import Guard, LogLimit, Turn, Turns
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
 from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
 from vllm_ascend.model_loader.netloader.protocol import (
+    REFERRALS_LIMIT,
     Announce,
     Attach,
     Holding,
@@ -160,6 +162,16 @@ class WeightServer:
         self._settings = settings
         self._pacer.rate = settings.max_bandwidth
         self._turns.set_limit(settings.max_clients)
+
+    def require_access(self, access: Access, role: str) -> None:
+        """Raises ConfigError where `role` is to be served to others than what is served already."""
+        with self._lock:
+            others = sorted(self._publications.keys() - {role})
+        if others and access != self._settings.access:
+            raise ConfigError(
+                f"TOKEN_FILE or TLS_CERT, TLS_KEY, TLS_CA of the {role} model are not those under which the "
+                f"{', '.join(others)} model is served, and both are behind one listener: configure them alike"
+            )
 
     @property
     def _slow_rate(self) -> float:
@@ -385,7 +397,8 @@ class WeightServer:
         return Refuse(f"this server does not hold {one_line(role)} weights: {held}")
 
     def _referrals(self, coordinates: RankCoordinates) -> tuple[str, ...]:
-        return tuple(str(Endpoint(peer.host, peer.port)) for peer in self._peers if peer.coordinates == coordinates)
+        holding = (peer for peer in self._peers if peer.coordinates == coordinates)
+        return tuple(str(Endpoint(peer.host, peer.port)) for peer in itertools.islice(holding, REFERRALS_LIMIT))
 
     def _choose_transport(self, join: Join) -> Transport | None:
         by_name = {transport.name: transport for transport in self._settings.transports}

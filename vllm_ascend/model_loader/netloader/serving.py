@@ -107,6 +107,13 @@ def write_address(prefix: str, rank: int, address: str) -> None:
     write_whole(path, f"{address}\n".encode())
 
 
+def require_same_access(role: str, config: NetLoaderConfig, access: Access, rank: int) -> None:
+    """Raises ConfigError where another model of this process is served on the same port to others."""
+    server = _servers.get((config.listen_host, config.listen_port_for(rank)))
+    if server is not None:
+        server.require_access(access, role)
+
+
 def _server(config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
     address = (config.listen_host, config.listen_port_for(rank))
     settings = Settings(

@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Protocol, Self
 
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel
-from vllm_ascend.model_loader.netloader.delivery import Delivery
+from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
@@ -76,6 +76,7 @@ class Sender(ABC):
 
     def __init__(self) -> None:
         self._rate = Rate()
+        self._asked_for = 0
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +108,14 @@ class Sender(ABC):
     def is_slow(self, bytes_per_second: float) -> bool:
         """Whether the client has lately taken less than that."""
         return self._rate.lately() < bytes_per_second
+
+    def check(self, fetch: Fetch, nbytes: int) -> None:
+        """Raises ProtocolError for bytes beyond the `nbytes` that there are, and for more than any client needs."""
+        if fetch.offset + fetch.length > nbytes:
+            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {nbytes}")
+        self._asked_for += fetch.length
+        if self._asked_for > TRIES_PER_CHUNK * nbytes:  # others want their turn
+            raise ProtocolError(f"the client has asked for {self._asked_for} bytes: there are {nbytes}")
 
     def note_progress(self, nbytes: int = 0) -> None:
         self._rate.note(nbytes)

@@ -9,6 +9,8 @@ side waits for the other after each tensor.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import re
 import warnings
 from collections import deque
 from collections.abc import Mapping
@@ -54,7 +56,7 @@ class _Receiver:
         self._receiving: deque[tuple[Chunk, Work]] = deque()
 
     def run(self) -> None:
-        host, port = self._reception.text("host"), self._reception.number("port")
+        host, port = self._meeting_place()
         self._request_ahead()
         with contextlib.ExitStack() as group_scope:
             try:  # torch.distributed raises RuntimeError for every failure of a group
@@ -67,6 +69,17 @@ class _Receiver:
                 raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
             finally:
                 self._receiving.clear()  # an operation that lives on in a traceback could still write into its buffer
+
+    def _meeting_place(self) -> tuple[str, int]:
+        """Where the server waits: torch makes a URL of it, so it must be an address and a port and nothing else."""
+        host, port = self._reception.text("host"), self._reception.number("port")
+        try:
+            scope = getattr(ipaddress.ip_address(host), "scope_id", None) or ""
+        except ValueError as error:
+            raise ProtocolError(f"the transport parameter 'host' is {host!r}: expected an IP address") from error
+        if not 1 <= port <= 65535 or not re.fullmatch(r"[\w.-]*", scope, re.ASCII):
+            raise ProtocolError(f"the source waits at {host!r}, port {port}, which cannot be")
+        return host, port
 
     def _request_ahead(self) -> None:
         while len(self._requested) + len(self._receiving) < IN_FLIGHT and (chunk := self._delivery.take()):
@@ -106,8 +119,7 @@ class _GroupSender(Sender):
         return {"host": self._host, "port": self._port}
 
     def push(self, fetch: Fetch) -> None:
-        if fetch.offset + fetch.length > self._bytes.nbytes:
-            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {self._bytes.nbytes}")
+        self.check(fetch, self._bytes.nbytes)
         try:
             if self._group is None:
                 group = process_group.sender_group(self._host, self._listener, self._timeout)

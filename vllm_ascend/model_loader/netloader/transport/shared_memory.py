@@ -58,11 +58,11 @@ class _DescriptorSender(Sender):
     def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
         super().__init__()
         self._timeout = timeouts.connect
-        self._descriptor = os.dup(store.arena.descriptor)
         self._name = f"netloader-{secrets.token_hex(16)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind("\0" + self._name)
         self._listener.listen(1)
+        self._descriptor = os.dup(store.arena.descriptor)  # the last that can fail: nobody would close it
 
     @property
     def parameters(self) -> Mapping[str, str | int]:

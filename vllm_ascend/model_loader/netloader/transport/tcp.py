@@ -89,9 +89,8 @@ class _RangeSender(Sender):
     def _serve(self, channel: Channel) -> None:
         while not self._closed:
             match channel.receive(Deadline(self._timeout)):
-                case Fetch(offset, length):
-                    if offset + length > self._nbytes:
-                        raise ProtocolError(f"Fetch of {length} bytes at {offset}: there are {self._nbytes}")
+                case Fetch(offset, length) as fetch:
+                    self.check(fetch, self._nbytes)
                     content = FileRange(self._descriptor, self._bytes, offset, length)
                     channel.send_file(content, self._timeout, self._pacer, self.note_progress)
 
