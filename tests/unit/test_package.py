@@ -13,7 +13,7 @@ import vllm_ascend
 
 ROOT = Path(vllm_ascend.__file__).parent
 NETLOADER = "vllm_ascend.model_loader.netloader"
-HEAVY = {"torch", "torch_npu", "vllm", "msgspec", "numpy", "tqdm", "transformers"}
+HEAVY = {"torch", "torch_npu", "vllm", "msgspec", "numpy", "tqdm", "transformers", "cryptography", "xxhash"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -92,15 +92,15 @@ def imported_siblings(module: str) -> set[str]:
 
 
 LAYERS: list[set[str]] = [
-    {"errors", "endpoint", "report"},
-    {"config", "identity"},
-    {"attributes", "manifest", "protocol"},
-    {"arena", "channel"},
-    {"weights"},
+    {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
+    {"config", "identity", "replicas"},
+    {"access", "attributes", "manifest", "protocol"},
+    {"arena", "channel", "digests"},
+    {"delivery", "greeting", "weights"},
     {"transport.base"},
-    {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"},
-    {"transport"},
-    {"client", "server"},
+    {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"}
+    | {"client_session", "server_session"},
+    {"client", "server", "transport"},
     {"cli", "serving", "vllm_identity", "reload"},
     {"load"},
     {"loader"},
@@ -136,11 +136,18 @@ BOTTOM: dict[str, set[str]] = {
     "endpoint": set(),
     "report": set(),
     "identity": set(),
+    "pacing": set(),
+    "admission": set(),
+    "backoff": set(),
+    "replicas": {"endpoint"},
     "config": {"endpoint", "errors"},
     "protocol": {"errors", "identity"},
     "manifest": {"errors", "identity"},
     "attributes": {"errors"},
-    "channel": {"endpoint", "errors", "protocol"},
+    "access": {"config", "errors"},
+    "digests": {"access", "errors", "manifest", "pacing"},
+    "channel": {"endpoint", "errors", "manifest", "pacing", "protocol"},
+    "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
     "vllm_identity": {"identity"},
 }
 
@@ -174,6 +181,7 @@ VLLM = {
     "vllm_ascend.distributed.process_group",
 }
 DISTRIBUTED = {"load", "reload", "transport.process_group"}
+DIGESTING = {"digests"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -183,6 +191,7 @@ def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
     assert "torch" not in packages or name in TORCH
     assert "vllm" not in packages or name in VLLM
     assert "torch_npu" not in packages
+    assert not packages & {"cryptography", "xxhash"} or name in DIGESTING
     if module.startswith("vllm_ascend.distributed"):
         assert imported_siblings(module) <= {"vllm_ascend.distributed"}, (
             "what Netloader uses knows nothing of Netloader"
@@ -194,3 +203,65 @@ def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
 def test_the_configuration_and_what_is_below_use_the_standard_library_only() -> None:
     for module in ("errors", "endpoint", "config"):
         assert imported_packages(full_name(module)) - {"vllm_ascend"} <= sys.stdlib_module_names
+
+
+UNPICKLING_PACKAGES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+UNPICKLING_CALLS = {
+    "torch.load",
+    "torch.serialization.load",
+    "numpy.load",
+    "torch.distributed.all_gather_object",
+    "torch.distributed.broadcast_object_list",
+    "torch.distributed.gather_object",
+    "torch.distributed.recv_object_list",
+    "torch.distributed.scatter_object_list",
+}
+"""Those that may run code out of the bytes that they are given."""
+
+
+def unpickling(text: str) -> set[str]:
+    """What in the program `text` turns bytes into objects of any class."""
+    found = set[str]()
+    names: dict[str, str] = {}
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                full = origin + alias.name
+                names[alias.asname or alias.name] = full
+                if full.partition(".")[0] in UNPICKLING_PACKAGES:
+                    found.add(full)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            first, dot, rest = ast.unparse(node).partition(".")
+            found |= {names.get(first, first) + dot + rest} & UNPICKLING_CALLS
+        elif isinstance(node, ast.Constant) and node.value in UNPICKLING_PACKAGES:  # for importlib
+            found.add(str(node.value))
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_turns_bytes_into_objects_of_any_class(module: str) -> None:
+    assert unpickling(MODULES[module].read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    {
+        "import pickle": {"pickle"},
+        "def f():\n    from dill import loads as read": {"dill.loads"},
+        "import os, shelve as storage": {"shelve"},
+        "import importlib; importlib.import_module('marshal')": {"marshal"},
+        "import cloudpickle.compat": {"cloudpickle.compat"},
+        "import torch; torch.load(path, weights_only=True)": {"torch.load"},
+        "import torch as t; read = t.load": {"torch.load"},
+        "from torch import load; load(path)": {"torch.load"},
+        "from torch import load as read; read(path)": {"torch.load"},
+        "import torch; torch.distributed.all_gather_object(a, b)": {"torch.distributed.all_gather_object"},
+        "import torch, json; json.load(f); weights.load(torch)": set(),
+    }.items(),
+    ids=str,
+)
+def test_the_search_for_such_modules_finds_them(text: str, found: set[str]) -> None:
+    assert unpickling(text) == found

@@ -45,6 +45,14 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "CONNECT_TIMEOUT": {"whole": (5, 5.0), "fraction": (0.25, 0.25), "a day": (86400, 86400.0)},
     "STALL_TIMEOUT": {"whole": (5, 5.0), "fraction": (1e-3, 1e-3), "a day": (86400.0, 86400.0)},
+    "WAIT_TIMEOUT": {"whole": (600, 600.0), "fraction": (0.5, 0.5), "a day": (86400, 86400.0)},
+    "VERIFY": {"on": ("on", True), "off": ("off", False)},
+    "MAX_CLIENTS": {"lowest": (1, 1), "highest": (256, 256)},
+    "MAX_BANDWIDTH": {"lowest": (1 << 20, 1 << 20), "highest": (1 << 50, 1 << 50)},
+    "TOKEN_FILE": {"path": ("/run/secrets/netloader", "/run/secrets/netloader")},
+    "TLS_CERT": {"path": ("own.pem", "own.pem")},
+    "TLS_KEY": {"path": ("own.key", "own.key")},
+    "TLS_CA": {"path": ("ca.pem", "ca.pem")},
     "FALLBACK": {"disk": ("disk", "disk"), "error": ("error", "error")},
     "INT8_CACHE": {"hbm": ("hbm", "hbm"), "dram": ("dram", "dram"), "no": ("no", "no")},
     "INT8_CACHE_NAME": {"none": ([], ()), "names": (["a", "b"], ("a", "b"))},
@@ -52,9 +60,19 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     "REPORT_PREFIX": {"path": ("reports/", "reports/")},
 }
 
+TLS = {"TLS_CERT": "cert.pem", "TLS_KEY": "key.pem", "TLS_CA": "authority.pem"}
+
+
+def required_beside(key: str) -> dict[str, Any]:
+    """Keys without which `key` is refused."""
+    return TLS if key in TLS else {}
+
+
 PORTS = "port number from 1 to 65535"
 SECONDS = "seconds above 0 and at most 86400"
 TEXT = "non-empty string"
+CLIENTS = "number of clients from 1 to 256"
+BANDWIDTH = "number of bytes per second from 1048576 to 1125899906842624"
 TRANSPORT = "best first and each once, out of shared_memory, tcp, process_group"
 INVALID: dict[str, dict[str, tuple[Any, str]]] = {
     "SOURCE": {
@@ -116,6 +134,35 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "boolean": (True, SECONDS),
     },
     "STALL_TIMEOUT": {"null": (None, SECONDS), "zero": (0.0, SECONDS), "text": ("1s", SECONDS)},
+    "WAIT_TIMEOUT": {"null": (None, SECONDS), "zero": (0, SECONDS), "text": ("5m", SECONDS), "list": ([1], SECONDS)},
+    "VERIFY": {
+        "null": (None, '"on" or "off"'),
+        "boolean": (True, '"on" or "off"'),
+        "upper case": ("ON", '"on" or "off"'),
+        "empty": ("", '"on" or "off"'),
+        "unhashable": (["on"], '"on" or "off"'),
+    },
+    "MAX_CLIENTS": {
+        "null": (None, CLIENTS),
+        "none": (0, CLIENTS),
+        "too many": (257, CLIENTS),
+        "fraction": (8.0, CLIENTS),
+        "text": ("8", CLIENTS),
+        "boolean": (True, CLIENTS),
+    },
+    "MAX_BANDWIDTH": {
+        "null": (None, BANDWIDTH),
+        "zero": (0, BANDWIDTH),
+        "too low": ((1 << 20) - 1, BANDWIDTH),
+        "too high": ((1 << 50) + 1, BANDWIDTH),
+        "fraction": (2.5e9, BANDWIDTH),
+        "text": ("10G", BANDWIDTH),
+        "boolean": (True, BANDWIDTH),
+    },
+    "TOKEN_FILE": {"null": (None, TEXT), "empty": ("", TEXT), "number": (0, TEXT)},
+    "TLS_CERT": {"null": (None, TEXT), "empty": ("", TEXT), "boolean": (True, TEXT)},
+    "TLS_KEY": {"null": (None, TEXT), "empty": ("", TEXT), "list": (["own.key"], TEXT)},
+    "TLS_CA": {"null": (None, TEXT), "empty": ("", TEXT), "object": ({}, TEXT)},
     "FALLBACK": {
         "null": (None, '"disk", "error"'),
         "other": ("memory", '"disk", "error"'),
@@ -171,6 +218,14 @@ def test_without_keys_every_value_is_the_default() -> None:
         transport=("shared_memory", "tcp", "process_group"),
         connect_timeout=10.0,
         stall_timeout=30.0,
+        wait_timeout=300.0,
+        verify=True,
+        max_clients=8,
+        max_bandwidth=None,
+        token_file=None,
+        tls_cert=None,
+        tls_key=None,
+        tls_ca=None,
         fallback="disk",
         int8_cache="no",
         int8_cache_name=None,
@@ -181,8 +236,9 @@ def test_without_keys_every_value_is_the_default() -> None:
 
 @pytest.mark.parametrize(("key", "value", "expected"), rows(VALID))
 def test_an_allowed_value_is_taken_and_leaves_the_others_at_their_defaults(key: str, value: Any, expected: Any) -> None:
-    config = NetLoaderConfig.parse({key: value})
-    assert config == dataclasses.replace(NetLoaderConfig(), **{key.lower(): expected})
+    beside = required_beside(key)
+    config = NetLoaderConfig.parse({**beside, key: value})
+    assert config == dataclasses.replace(NetLoaderConfig.parse(beside), **{key.lower(): expected})
     assert type(getattr(config, key.lower())) is type(expected)
 
 
@@ -228,6 +284,13 @@ def test_a_config_error_is_a_value_error_of_netloader() -> None:
         "INT8_CACHE_NAMES": "INT8_CACHE_NAME",
         "CONFIGFILE": "CONFIG_FILE",
         "Serve": "SERVE",
+        "VERIFIED": "VERIFY",
+        "MAX_CLIENT": "MAX_CLIENTS",
+        "MAXBANDWIDTH": "MAX_BANDWIDTH",
+        "WAIT_TIME": "WAIT_TIMEOUT",
+        "TOKEN": "TOKEN_FILE",
+        "TLS_CERTIFICATE": "TLS_CERT",
+        "tls_key": "TLS_KEY",
     }.items(),
     ids=str,
 )
@@ -368,6 +431,37 @@ def test_a_listen_port_that_ends_above_the_last_port_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         NetLoaderConfig.parse({"LISTEN_PORT": 65528}).listen_port_for(8)
     assert str(caught.value) == "LISTEN_PORT 65528 + rank 8 = 65536 is above 65535: choose a lower LISTEN_PORT"
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["TLS_CERT", "TLS_KEY", "TLS_CA", "TLS_CERT and TLS_KEY", "TLS_CERT and TLS_CA", "TLS_KEY and TLS_CA"],
+)
+def test_a_part_of_tls_is_refused_with_what_is_missing(missing: str) -> None:
+    given = {key: value for key, value in TLS.items() if key not in missing.split(" and ")}
+    with pytest.raises(ConfigError) as caught:
+        NetLoaderConfig.parse(given)
+    assert str(caught.value) == f"{missing} missing: TLS needs TLS_CERT, TLS_KEY, TLS_CA, all three on every instance"
+
+
+def test_tls_may_be_divided_between_the_command_line_and_the_config_file(tmp_path: Path) -> None:
+    path = written(tmp_path, {"TLS_KEY": "key.pem"})
+    config = NetLoaderConfig.parse({"TLS_CERT": "cert.pem", "TLS_CA": "authority.pem", "CONFIG_FILE": path})
+    assert (config.tls_cert, config.tls_key, config.tls_ca) == ("cert.pem", "key.pem", "authority.pem")
+    assert config.transport == ("shared_memory", "tcp")
+
+
+def test_under_tls_no_transport_is_taken_by_default_whose_bytes_could_be_read_on_the_way() -> None:
+    assert NetLoaderConfig.parse(TLS).transport == ("shared_memory", "tcp")
+
+
+def test_under_tls_the_transports_are_those_that_the_configuration_names() -> None:
+    transport = ["process_group", "tcp"]
+    assert NetLoaderConfig.parse({**TLS, "TRANSPORT": transport}).transport == tuple(transport)
+
+
+def test_a_token_leaves_the_transports_as_they_are() -> None:
+    assert NetLoaderConfig.parse({"TOKEN_FILE": "token"}).transport == NetLoaderConfig().transport
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "a\0b"])

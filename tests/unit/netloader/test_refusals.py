@@ -15,7 +15,6 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ import torch
 from netloader.sources import SHORT, client_for
 from safetensors.torch import save_file
 
-from vllm_ascend.model_loader.netloader import client as client_module
+from vllm_ascend.model_loader.netloader import greeting
 from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.channel import Channel
 from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import (
@@ -38,7 +39,14 @@ from vllm_ascend.model_loader.netloader.identity import (
 )
 from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest
 from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import PROTOCOL_VERSION, Hello, Welcome, frame
+from vllm_ascend.model_loader.netloader.protocol import (
+    PROTOCOL_VERSION,
+    Hello,
+    Message,
+    Role,
+    Welcome,
+    frame,
+)
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
@@ -327,7 +335,7 @@ def store(request: Request) -> WeightStore:
     with arena.writable() as destination:
         destination[:] = contents(request)
     arena.seal()
-    return WeightStore(request.manifest, arena, 1)
+    return WeightStore(request.manifest, arena, 1, digests=StoreDigests(arena.reader(), Algorithm.of_new_store(None)))
 
 
 @contextlib.contextmanager
@@ -340,9 +348,18 @@ def holding(requests: Iterable[Request], transport: WatchedTransport) -> Iterato
 
 @contextlib.contextmanager
 def clients_of_protocol(version: int) -> Iterator[None]:
-    # The version is a constant of the release, so that a client of another release can only be had by patching it.
+    class OfAnotherRelease(Channel):
+        def send(self, message: Message, timeout: float) -> None:
+            if isinstance(message, Hello):
+                message = msgspec.structs.replace(message, protocol=version)
+            super().send(message, timeout)
+
+    def connect(endpoint: Endpoint, timeout: float) -> Channel:
+        return OfAnotherRelease(socket.create_connection(endpoint, timeout=timeout), Role.CLIENT)
+
+    # The version is a constant of the release, so that a client of another release can only be had by patching.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_module, "Hello", partial(Hello, protocol=version))
+        patch.setattr(greeting, "connect", connect)
         yield
 
 
@@ -481,5 +498,6 @@ def test_a_server_that_greets_in_another_protocol_is_not_asked_for_anything() ->
         with pytest.raises(SourcesExhausted, match=f"it speaks protocol {PROTOCOL_VERSION + 1}: expected"):
             client.fetch([source])
         thread.join()
-    assert bytes(heard) == frame(Hello())
+    hello = msgspec.msgpack.decode(heard[4:], type=Hello)
+    assert bytes(heard) == frame(Hello(challenge=hello.challenge))
     assert transport.receptions == 0

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -120,6 +123,8 @@ PEER_TO_PEER = LoadReport(
     source="10.0.0.1:19000",
     transport="tcp",
     bytes=15_231_000_000,
+    received={"10.0.0.3:19000": 231_000_000, "10.0.0.1:19000": 15_016_777_216},
+    verified="xxh3_128",
     seconds={"connect": 0.0123, "join": 0.0004, "allocate": 0.5, "transfer": 6.25, "serve": 0.25},
     listening="10.0.0.2:19003",
 )
@@ -189,8 +194,10 @@ def test_the_keys_of_a_written_report_stay_the_same_across_releases(tmp_path: Pa
         "source": None,
         "transport": None,
         "bytes": 0,
+        "received": {},
+        "verified": None,
         "seconds": {},
-        "attempts": [{"source": "a:1", "transport": None, "reason": "gone", "seconds": 0.5}],
+        "attempts": [{"source": "a:1", "transport": None, "reason": "gone", "seconds": 0.5, "received": 0}],
         "listening": None,
         "not_served": "why",
         "changed": None,
@@ -206,10 +213,42 @@ def test_a_report_names_the_changed_tensors_or_says_that_there_are_none(tmp_path
         assert msgspec.json.decode(path.read_bytes(), type=LoadReport) == report
 
 
-def test_a_report_of_a_release_that_knew_no_changed_tensors_reads_back() -> None:
-    older = msgspec.to_builtins(PEER_TO_PEER)
-    del older["changed"]
-    assert msgspec.json.decode(msgspec.json.encode(older), type=LoadReport) == PEER_TO_PEER
+def test_a_report_of_an_earlier_release_reads_back() -> None:
+    report = msgspec.structs.replace(PEER_TO_PEER, received={}, verified=None, attempts=[Attempt("a:1", None, "no", 1)])
+    older = msgspec.to_builtins(report)
+    for later in ("changed", "received", "verified"):
+        del older[later]
+    del older["attempts"][0]["received"]
+    assert msgspec.json.decode(msgspec.json.encode(older), type=LoadReport) == report
+
+
+def test_a_report_tells_how_many_bytes_came_from_where_and_by_what_they_were_verified(tmp_path: Path) -> None:
+    path = tmp_path / "report0.json"
+    failed = Attempt("10.0.0.3:19000", "tcp", "the connection broke", 0.5, received=231_000_000)
+    msgspec.structs.replace(PEER_TO_PEER, attempts=[failed]).write(path)
+    written = json.loads(path.read_text())
+    assert written["received"] == {"10.0.0.3:19000": 231_000_000, "10.0.0.1:19000": 15_016_777_216}
+    assert written["verified"] == "xxh3_128"
+    assert written["attempts"][0]["received"] == 231_000_000
+    assert sum(written["received"].values()) - written["bytes"] == 16_777_216
+
+
+def test_reports_do_not_share_their_defaults() -> None:
+    first, second = (LoadReport("target", 0, "disk") for _ in range(2))
+    for name in ("received", "seconds", "attempts"):
+        assert getattr(first, name) is not getattr(second, name)
+
+
+@pytest.mark.parametrize("outcome", ["p2p", "disk", "failed"])
+def test_a_load_ends_in_one_of_three_ways(outcome: str) -> None:
+    report = msgspec.to_builtins(PEER_TO_PEER) | {"outcome": outcome}
+    assert msgspec.convert(report, LoadReport).outcome == outcome
+
+
+def test_weights_come_from_sources_or_from_disk_and_never_from_both() -> None:
+    report = msgspec.to_builtins(PEER_TO_PEER) | {"outcome": "mixed"}
+    with pytest.raises(msgspec.ValidationError, match="Invalid enum value 'mixed'"):
+        msgspec.convert(report, LoadReport)
 
 
 def test_the_changed_tensors_are_not_in_the_line() -> None:
@@ -244,6 +283,91 @@ def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
         write_whole(path, b"new")
         assert reader.read() == b"old one, whole"
     assert path.read_bytes() == b"new"
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0, 0o644), (0o022, 0o644), (0o027, 0o640), (0o077, 0o600)], ids=oct)
+def test_a_written_file_is_writable_for_its_owner_only_and_readable_as_the_umask_allows(
+    tmp_path: Path, mask: int, mode: int
+) -> None:
+    path = tmp_path / "rank0.txt"
+    path.write_text("an older one")
+    path.chmod(0o666)
+    with umask(mask):
+        write_whole(path, b"content")
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def scratch_of(path: Path) -> Path:
+    """Where the content lies before it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def test_the_scratch_file_is_where_these_tests_expect_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = list[Path]()
+    monkeypatch.setattr(Path, "replace", lambda scratch, _: replaced.append(scratch))
+    write_whole(tmp_path / "rank0.txt", b"content")
+    assert replaced == [scratch_of(tmp_path / "rank0.txt")]
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["to a file", "to nothing"])
+def test_a_link_in_the_way_is_not_written_through(tmp_path: Path, exists: bool) -> None:
+    path, elsewhere = tmp_path / "rank0.txt", tmp_path / "elsewhere"
+    if exists:
+        elsewhere.write_text("precious")
+    scratch_of(path).symlink_to(elsewhere)
+    write_whole(path, b"content")
+    assert (path.read_bytes(), path.is_symlink()) == (b"content", False)
+    assert elsewhere.exists() == exists
+    assert not exists or elsewhere.read_text() == "precious"
+    assert not scratch_of(path).is_symlink()
+
+
+def test_a_file_in_the_way_is_not_written_into(tmp_path: Path) -> None:
+    path, held = tmp_path / "rank0.txt", tmp_path / "held"
+    scratch_of(path).write_text("from a process of the same number")
+    held.hardlink_to(scratch_of(path))
+    write_whole(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert held.read_text() == "from a process of the same number"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_comes_into_the_way_at_the_last_moment_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path, elsewhere = tmp_path / "rank0.txt", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    unlink = Path.unlink
+
+    def unlink_and_lose_the_race(scratch: Path, missing_ok: bool = False) -> None:
+        unlink(scratch, missing_ok=missing_ok)
+        monkeypatch.undo()
+        put = scratch.symlink_to if kind == "link" else scratch.hardlink_to
+        put(elsewhere)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_lose_the_race)
+    with pytest.raises(FileExistsError):
+        write_whole(path, b"content")
+    assert elsewhere.read_text() == "precious"
+    assert not path.exists()
+
+
+def test_a_link_at_the_target_is_replaced_and_what_it_led_to_stays(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "rank0.txt", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    path.symlink_to(elsewhere)
+    write_whole(path, b"content")
+    assert (path.read_bytes(), path.is_symlink()) == (b"content", False)
+    assert elsewhere.read_text() == "precious"
 
 
 def test_writing_that_fails_leaves_no_partial_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import ConfigError
+from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ class Proofs:
     """What either side of one connection derives from the token and both challenges."""
 
     def __init__(self, token: bytes, client_challenge: bytes, server_challenge: bytes) -> None:
+        """Raises ProtocolError for a challenge of another length than `challenge` makes."""
+        if not len(client_challenge) == len(server_challenge) == CHALLENGE_BYTES:
+            raise ProtocolError(f"the peer's challenge is not {CHALLENGE_BYTES} bytes long")
         self._token = token
         self._challenges = client_challenge + server_challenge
 
@@ -100,8 +103,8 @@ def _read_token(path: str) -> bytes:
     try:
         token = Path(path).read_bytes().strip()
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise ConfigError(f"TOKEN_FILE {path!r} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the latter for what cannot be a path
+        raise ConfigError(f"TOKEN_FILE {path!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     if len(token) < MIN_TOKEN_BYTES:
         raise ConfigError(
             f"TOKEN_FILE {path!r} holds {len(token)} bytes: expected at least {MIN_TOKEN_BYTES}, as of "

@@ -12,13 +12,14 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.delivery import Damaged, Delivery, Inventory
 from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     ProtocolError,
     SourceBusy,
+    SourceError,
     SourceFailed,
     SourceRefused,
     TransportError,
@@ -211,7 +212,7 @@ class Session:
             parameters=accept.parameters,
             nbytes=self._terms.request.manifest.nbytes,
             control=control,
-            connect=lambda: greet(self._source, self._terms.access, self._terms.timeouts.connect),
+            connect=self._connect_further,
             session=accept.session,
             deliver=deliver,
             progress=progress,
@@ -228,6 +229,12 @@ class Session:
         if self.delivery is not None:
             self._inventory.require_complete()
         return arena
+
+    def _connect_further(self) -> Channel:
+        try:
+            return greet(self._source, self._terms.access, self._terms.timeouts.connect)
+        except SourceError as error:  # it answered a moment ago, so it may do so again
+            raise ConnectionLost(f"it takes no data connection: {error}") from error
 
     def _confirm(self, control: Channel, accept: Accept, arena: Arena, seal: Seal | None) -> None:
         timeouts = self._terms.timeouts

@@ -51,10 +51,16 @@ def _under(access: Access) -> str:
 
 def _hint(error: ProtocolError, access: Access) -> str:
     """What a server may mean that just closes the connection."""
-    if not isinstance(error, ConnectionLost):
+    if not _just_closed(error):
         return ""
-    wants_tls = "want TLS (TLS_CERT, TLS_KEY, TLS_CA) or " if access.client_tls is None else ""
-    return f"; it may {wants_tls}have blocked this address for up to a minute after failed attempts"
+    tls = "want TLS (TLS_CERT, TLS_KEY, TLS_CA)" if access.client_tls is None else "have no TLS"
+    return f"; it may {tls} or have blocked this address for up to a minute after failed attempts"
+
+
+def _just_closed(error: ProtocolError) -> bool:
+    """Whether the peer went away without a word: what it minds about TLS comes as an error of TLS."""
+    of_tls = isinstance(error.__cause__, ssl.SSLError) and not isinstance(error.__cause__, ssl.SSLEOFError)
+    return isinstance(error, ConnectionLost) and not of_tls
 
 
 def _introduce(channel: Channel, access: Access, timeout: float) -> None:
@@ -91,7 +97,7 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
         try:
             channel.secure(access.server_tls, timeout)
         except ConnectionLost as error:
-            if not isinstance(error.__cause__, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLEOFError):
+            if _just_closed(error):
                 raise  # it went away, as health checks do
             raise Unauthorized(f"no TLS with a certificate of our authority: {error}") from error
     deadline = Deadline(timeout)

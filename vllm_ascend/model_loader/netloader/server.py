@@ -265,7 +265,8 @@ class WeightServer:
         if self._log_limit.admits(peer.host):
             logger.warning("no room for a connection from %s: %s", peer, reason)
         with channel, contextlib.suppress(ProtocolError):
-            channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
+            if self._settings.access.server_tls is None:  # under TLS there is no time for a word
+                channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
 
     def _handle(self, channel: Channel, peer: Endpoint) -> None:
         """Ends with the connection. What a peer does wrong is logged once and touches nobody else."""

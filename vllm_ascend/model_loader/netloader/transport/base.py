@@ -150,6 +150,8 @@ class Rate:
 
     def lately(self) -> float:
         """Bytes per second over the last RATE_SECONDS or more; infinite before that."""
+        if self.idle_seconds() >= RATE_SECONDS:  # what filled the buffers at once before does not count
+            return 0.0
         elapsed = self._clock() - self._begin
         return self._before if elapsed < RATE_SECONDS else self._bytes / elapsed
 
