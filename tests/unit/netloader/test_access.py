@@ -16,7 +16,7 @@ from netloader.sources import SMALL
 from vllm_ascend.model_loader.netloader.access import Access, Proofs, challenge, derive_key
 from vllm_ascend.model_loader.netloader.client_session import Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import ConfigError
+from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 from vllm_ascend.model_loader.netloader.server import Settings
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
@@ -160,7 +160,12 @@ def test_a_token_for_its_owner_and_group_is_not_warned_of(
 
 def test_the_token_is_shown_by_nothing_that_holds_it() -> None:
     access = Access(TOKEN)
-    holders = (access, Settings((), access=access), Terms(SMALL.request(), Timeouts(), access), Proofs(TOKEN, b"", b""))
+    holders = (
+        access,
+        Settings((), access=access),
+        Terms(SMALL.request(), Timeouts(), access),
+        Proofs(TOKEN, bytes(32), bytes(32)),
+    )
     for holder in holders:
         assert TOKEN.decode() not in f"{holder!r} {holder}"
 
@@ -322,6 +327,12 @@ def values(proofs: Proofs) -> tuple[bytes, bytes, bytes]:
 PROOFS = Proofs(TOKEN, CLIENT_CHALLENGE, SERVER_CHALLENGE)
 
 
+@pytest.mark.parametrize("challenges", [(b"", bytes(32)), (bytes(32), bytes(31)), (bytes(33), bytes(31))])
+def test_a_challenge_of_another_length_proves_nothing(challenges: tuple[bytes, bytes]) -> None:
+    with pytest.raises(ProtocolError, match="not 32 bytes long"):
+        Proofs(TOKEN, *challenges)
+
+
 def test_both_sides_derive_the_same_values() -> None:
     assert values(Proofs(TOKEN, CLIENT_CHALLENGE, SERVER_CHALLENGE)) == values(PROOFS)
 
@@ -338,8 +349,6 @@ OTHERS = {
     "another challenge of the server": Proofs(TOKEN, CLIENT_CHALLENGE, bytes(32)),
     "the sides exchanged": Proofs(TOKEN, SERVER_CHALLENGE, CLIENT_CHALLENGE),
     "one challenge for both": Proofs(TOKEN, CLIENT_CHALLENGE, CLIENT_CHALLENGE),
-    "no challenge of the client": Proofs(TOKEN, b"", SERVER_CHALLENGE),
-    "no challenge of the server": Proofs(TOKEN, CLIENT_CHALLENGE, b""),
 }
 
 

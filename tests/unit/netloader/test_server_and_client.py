@@ -149,7 +149,10 @@ def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
             server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
             return arena
 
-    with serving(SMALL, MEMORY) as (server, source), pytest.raises(SourcesExhausted, match="its weights were replaced by new ones"):
+    with (
+        serving(SMALL, MEMORY) as (server, source),
+        pytest.raises(SourcesExhausted, match="its weights were replaced by new ones"),
+    ):
         fetch(SMALL, (ReplacingTransport(),), source)
 
 
