@@ -98,6 +98,7 @@ class _Search:
         self._next = deque(sources)
         self._later: list[Endpoint] = []
         self._failures: Counter[Endpoint] = Counter()
+        self._referred: list[str] = []
         self._inventory = Inventory(client.terms.request.manifest.nbytes)
 
     def run(self) -> Fetched:
@@ -123,7 +124,7 @@ class _Search:
                     self._later.append(source)
             except (SourceError, TransportError):
                 continue
-        raise SourcesExhausted([str(attempt) for attempt in self._client.attempts])
+        raise SourcesExhausted([str(attempt) for attempt in self._client.attempts] or self._referred)
 
     def _fetch_from(self, source: Endpoint) -> Fetched:
         """By the first transport that works. Raises what the last one ended with, after noting it."""
@@ -138,6 +139,7 @@ class _Search:
             except (SourceError, TransportError) as error:
                 if isinstance(error, SourceRefused) and error.referrals and source in self._configured:
                     logger.info("%s refers to %s: %s", source, one_line(", ".join(error.referrals)), error)
+                    self._referred.append(f"{source}: {error}")
                     raise
                 self._note(session, source, error, time.perf_counter() - begun)
                 if not isinstance(error, TransportError) or session.transport is None:

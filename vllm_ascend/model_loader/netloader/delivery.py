@@ -49,7 +49,7 @@ class Inventory:
 
         Without a seal, what another session brought cannot be compared, and everything is fetched.
         """
-        held = self._passed_by.items() if seal is not None else ()
+        held = self._passed_by.items()
         self._passed_by = {number: seal for number, by in held if _holds(data, self.chunks[number], by, seal)}
         return [chunk for chunk in self.chunks if chunk.number not in self._passed_by]
 

@@ -69,4 +69,4 @@ def _remember(copies: OrderedDict[_Key, Copy], key: _Key, copy: Copy, limit: int
 
 def _is_loopback(host: str) -> bool:
     """Whether others mean another host by it."""
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    return ipaddress.ip_address(host).is_loopback

@@ -81,10 +81,6 @@ class _DescriptorSender(Sender):
         except (OSError, TransportError) as error:
             raise ConnectionLost(f"the descriptor could not be handed over: {error}") from error
 
-    def abort(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # ends the waiting in `run`
-
     def close(self) -> None:
         self._listener.close()
         if self._descriptor >= 0:
