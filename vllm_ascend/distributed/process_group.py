@@ -8,7 +8,9 @@ the platform's hook.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -47,21 +49,53 @@ def _stateless_group(
 ) -> Iterator[ProcessGroup]:
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
-    pair: Any = stateless_init_torch_distributed_process_group(
-        host=host,
-        port=port,
-        rank=rank,
-        world_size=2,
-        backend="gloo",
-        return_store=True,
-        listen_socket=listener,
-        timeout=timedelta(seconds=timeout),
-    )
+    with _stdout.kept():
+        pair: Any = stateless_init_torch_distributed_process_group(
+            host=host,
+            port=port,
+            rank=rank,
+            world_size=2,
+            backend="gloo",
+            return_store=True,
+            listen_socket=listener,
+            timeout=timedelta(seconds=timeout),
+        )
     group, _store = pair  # the store must outlive the group's last operation
     try:
         yield group
     finally:
         group.shutdown()
+
+
+class _Stdout:
+    """Standard output, which vLLM sends to /dev/null while it makes a Gloo group, and then back where it was.
+
+    When two threads make groups, the second would take /dev/null for where it was, and nothing would ever be printed
+    again. So whoever leaves last puts back what was there before the first came.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._original = -1
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._original = os.dup(1)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    os.dup2(self._original, 1)
+                    os.close(self._original)
+
+
+_stdout = _Stdout()
 
 
 def send(group: ProcessGroup, tensor: torch.Tensor) -> torch.distributed.Work:

@@ -12,8 +12,8 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, Stalled
-from vllm_ascend.model_loader.netloader.delivery import Damaged, Delivery, Inventory
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
+from vllm_ascend.model_loader.netloader.delivery import Delivery, Inventory
 from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -39,6 +39,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Leave,
     Message,
     Refuse,
+    State,
     Wait,
 )
 from vllm_ascend.model_loader.netloader.report import Phases
@@ -259,9 +260,9 @@ class Session:
 
     def _explanation(self, control: Channel, error: Exception) -> str:
         """Why the source ended the session, if it did: it breaks the transfer off first, and then says so."""
-        if isinstance(error, Damaged):
-            self._leave(control, error)
-        if isinstance(error, Stalled | Damaged) or self.transport is None:
+        if not isinstance(error, ConnectionLost):
+            if control.state is State.TRANSFER:
+                self._leave(control, error)
             return str(error)
         with contextlib.suppress(ProtocolError, OSError):
             last = control.receive(Deadline(_EXPLANATION_SECONDS))

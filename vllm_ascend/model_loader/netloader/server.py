@@ -264,7 +264,7 @@ class WeightServer:
     def _turn_away(self, channel: Channel, peer: Endpoint, reason: str) -> None:
         if self._log_limit.admits(peer.host):
             logger.warning("no room for a connection from %s: %s", peer, reason)
-        with channel, contextlib.suppress(ProtocolError):
+        with channel, contextlib.suppress(ProtocolError, OSError):  # nothing may end the accepting thread
             if self._settings.access.server_tls is None:  # under TLS there is no time for a word
                 channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
 
@@ -314,8 +314,9 @@ class WeightServer:
     def _attach(self, session_id: bytes, channel: Channel) -> None:
         with self._lock:
             session = self._sessions.get(session_id)
-        if session is None:
-            raise ProtocolError("a data connection names a session that does not exist")
+        if session is None:  # over before this connection came about, which then was not needed
+            logger.debug("a data connection names a session that does not exist")
+            return
         with contextlib.suppress(ProtocolError):  # the client closes data connections when it has all, or gives up;
             session.sender.attach(channel)  # which of the two, its control connection says
 

@@ -140,3 +140,13 @@ def test_tcp_refuses_a_range_beyond_the_weights() -> None:
             assert connection.recv(4096) == b""  # Fetch before Attach ends the connection
         _, fetched = fetch(SMALL, kind, source)
         SMALL.assert_in(fetched.arena)
+
+
+def test_groups_that_are_made_at_the_same_time_leave_standard_output_alone() -> None:
+    """vLLM points it elsewhere while it makes one; client and server of this test make theirs in one process."""
+    kind = transports(["process_group"])
+    before = os.readlink("/proc/self/fd/1")
+    with serving(SMALL, kind) as (_, source):
+        for _ in range(3):
+            fetch(SMALL, kind, source)
+    assert os.readlink("/proc/self/fd/1") == before

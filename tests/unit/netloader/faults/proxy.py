@@ -1,0 +1,302 @@
+"""A TCP proxy in front of a server that does damage: at a chosen byte, a chosen thing goes wrong.
+
+    with Proxy(server, Fault(Stream.PAYLOAD, at=5000, effect=kill)) as proxy:
+        fetch(tensors, transports, proxy.endpoint)
+
+Bytes are counted from 0 in a `Stream`. An effect comes when `at` bytes have passed and the next one is there. One
+thread runs all connections of a proxy; `close`, or the end of `with`, ends it and gives up every socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_RECEIVE_BYTES = 64 << 10
+_BEGINNING = 1024
+"""Bytes that hold all that a client says up to Attach."""
+
+
+class Stream(enum.Enum):
+    """What is counted: each connection's own bytes, apart from the weights, or the weights on all connections."""
+
+    TO_SERVER = "what a client says"
+    TO_CLIENT = "what a server says"
+    PAYLOAD = "what a server sends after Attach"
+
+
+Effect = Callable[["Direction", bytearray], Awaitable[None]]
+"""Told where it happens and the bytes that come next, which it may change."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """What goes wrong, once: at the byte `at` of `stream`, of the given connection or of the first that gets there.
+
+    Connection 0 is the control connection of the first session; data connections follow.
+    """
+
+    stream: Stream
+    at: int
+    effect: Effect
+    connection: int | None = None
+
+
+class Proxy:
+    """Takes connections to `endpoint` to `target`. With `delay`, every piece of bytes waits so many seconds."""
+
+    def __init__(self, target: Endpoint, *faults: Fault, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.connections = 0
+        self.silent = False
+        """Nothing passes any more, and all connections stay open."""
+        self.passed: Counter[tuple[Stream, int]] = Counter()
+        """Bytes that went on, by stream and connection; those of all PAYLOAD under connection 0."""
+        self.payload_lock = asyncio.Lock()
+        self._target = target
+        self._faults = list(faults)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.endpoint = Endpoint("127.0.0.1", self._listener.getsockname()[1])
+        self._links: dict[asyncio.Task[None], _Link] = {}
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._accepting: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="faulty proxy")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def payload(self) -> int:
+        """Bytes of weights that went on."""
+        return self.passed[Stream.PAYLOAD, 0]
+
+    @property
+    def struck(self) -> bool:
+        """Whether every fault has happened."""
+        return not self._faults
+
+    def close(self) -> None:
+        """Ends every connection. Idempotent."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join()
+
+    def end_all(self) -> None:
+        """Resets every connection and closes the port, as the end of a process does. For effects."""
+        assert self._accepting is not None
+        self._accepting.cancel()
+        for task, link in self._links.items():
+            link.reset = True
+            task.cancel()
+
+    def next_fault(self, stream: Stream, connection: int, begin: int, end: int) -> Fault | None:
+        """What goes wrong first between two positions. It does so only once."""
+        due = [
+            fault
+            for fault in self._faults
+            if fault.stream is stream and fault.connection in (None, connection) and begin <= fault.at < end
+        ]
+        fault = min(due, key=lambda each: each.at, default=None)
+        if fault is not None:
+            self._faults.remove(fault)
+        return fault
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        self._accepting = asyncio.create_task(self._accept())
+        await self._over.wait()
+        ending = [self._accepting, *self._links]
+        for task in ending:
+            task.cancel()
+        await asyncio.wait(ending)
+
+    async def _accept(self) -> None:
+        with self._listener:
+            while True:
+                client, _ = await self._loop.sock_accept(self._listener)
+                link = _Link(self, self.connections, client)
+                self.connections += 1
+                task = asyncio.create_task(link.run(self._target))
+                self._links[task] = link
+                task.add_done_callback(self._links.pop)
+
+
+@dataclass
+class _Link:
+    """A client's connection to the proxy, and the one to the server that belongs to it."""
+
+    proxy: Proxy
+    number: int
+    client: socket.socket
+    server: socket.socket = field(default_factory=socket.socket)
+    reset: bool = False
+    """Whether both end by a reset."""
+    silent: bool = False
+    attached: bool = False
+    """Whether the client has said Attach, so that weights follow."""
+
+    async def run(self, target: Endpoint) -> None:
+        for sock in (self.client, self.server):
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            await asyncio.get_running_loop().sock_connect(self.server, target)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(Direction(self, self.client, self.server, Stream.TO_SERVER).run())
+                group.create_task(Direction(self, self.server, self.client, Stream.TO_CLIENT).run())
+        except* _Ended:
+            pass
+        except* OSError:  # one side has reset its connection: so does the proxy on the other side
+            self.reset = True
+        finally:
+            for sock in (self.client, self.server):
+                if self.reset:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+                else:  # closing alone would reset a connection on which bytes lie unread
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_WR)
+                sock.close()
+
+
+class Direction:
+    """One direction of one connection."""
+
+    def __init__(self, link: _Link, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
+        self.link = link
+        self.sink = sink
+        self.closed = False
+        """Whether what comes is thrown away."""
+        self._source = source
+        self._stream = stream
+        self._beginning = bytearray()
+
+    async def run(self) -> None:
+        loop, proxy = asyncio.get_running_loop(), self.link.proxy
+        while data := await loop.sock_recv(self._source, _RECEIVE_BYTES):
+            if proxy.delay:
+                await asyncio.sleep(proxy.delay)
+            if self._stream is Stream.TO_SERVER and len(self._beginning) < _BEGINNING:
+                self._beginning += data
+                self.link.attached = b"Attach" in self._beginning
+            if self._stream is Stream.TO_CLIENT and self.link.attached:
+                async with proxy.payload_lock:  # so that effects come at the very byte
+                    await self._pass(bytearray(data), Stream.PAYLOAD, 0)
+            else:
+                await self._pass(bytearray(data), self._stream, self.link.number)
+        if not self._swallows:
+            self.sink.shutdown(socket.SHUT_WR)
+
+    async def forward(self, data: bytes | bytearray) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.sink, data)
+
+    @property
+    def _swallows(self) -> bool:
+        return self.closed or self.link.silent or self.link.proxy.silent
+
+    async def _pass(self, data: bytearray, stream: Stream, counted_as: int) -> None:
+        proxy = self.link.proxy
+        while data and not self._swallows:
+            begin = proxy.passed[stream, counted_as]
+            fault = proxy.next_fault(stream, self.link.number, begin, begin + len(data))
+            before = fault.at - begin if fault is not None else len(data)
+            proxy.passed[stream, counted_as] += before
+            await self.forward(data[:before])
+            del data[:before]
+            if fault is not None:
+                await fault.effect(self, data)
+
+
+class _Ended(Exception):
+    """Ends both directions of a connection."""
+
+
+def flip(mask: int) -> Effect:
+    """Inverts bits of the next byte."""
+
+    async def effect(_: Direction, following: bytearray) -> None:
+        following[0] ^= mask
+
+    return effect
+
+
+def insert(content: bytes) -> Effect:
+    """Bytes come in between."""
+
+    async def effect(direction: Direction, _: bytearray) -> None:
+        await direction.forward(content)
+
+    return effect
+
+
+async def repeat_a_byte(direction: Direction, following: bytearray) -> None:
+    await direction.forward(following[:1])
+
+
+async def lose_a_byte(_: Direction, following: bytearray) -> None:
+    del following[0]
+
+
+async def close(direction: Direction, _: bytearray) -> None:
+    """This connection ends."""
+    raise _Ended
+
+
+async def reset(direction: Direction, _: bytearray) -> None:
+    """This connection ends, and what was on its way is lost."""
+    direction.link.reset = True
+    raise _Ended
+
+
+async def half_close(direction: Direction, _: bytearray) -> None:
+    """This direction ends, the other one goes on."""
+    direction.closed = True
+    direction.sink.shutdown(socket.SHUT_WR)
+
+
+async def silence(direction: Direction, _: bytearray) -> None:
+    """Nothing comes any more on this connection, in either direction."""
+    direction.link.silent = True
+
+
+async def silence_all(direction: Direction, _: bytearray) -> None:
+    """Nothing comes any more on any connection, present or later: the host is dead, or the network parted."""
+    direction.link.proxy.silent = True
+
+
+async def kill(direction: Direction, _: bytearray) -> None:
+    """The process ends."""
+    direction.link.proxy.end_all()
+    raise _Ended
+
+
+def hold(begun: threading.Event, end: threading.Event) -> Effect:
+    """Says that it has begun, and lets nothing pass in this stream until the `end`."""
+
+    async def effect(_: Direction, __: bytearray) -> None:
+        begun.set()
+        while not end.is_set():
+            await asyncio.sleep(0.005)
+
+    return effect

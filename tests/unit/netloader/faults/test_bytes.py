@@ -1,0 +1,243 @@
+"""Bytes that change on the way: 200 seeded faults of each of six kinds, all of which have to be seen and repaired.
+
+The in-memory transport brings the chunks, damaged the first time; everything else is the real server and client.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from netloader.sources import Tensors, client_for, fetch, serving
+
+from vllm_ascend.model_loader.netloader import delivery, digests
+from vllm_ascend.model_loader.netloader.access import Access
+from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.client import Client
+from vllm_ascend.model_loader.netloader.client_session import Fetched
+from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Chunk
+from vllm_ascend.model_loader.netloader.digests import GMAC, XXH3
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.manifest import TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+
+pytestmark = pytest.mark.timeout(120)
+
+CHUNK = 4096
+SEEDS_PER_KIND = 200
+ALWAYS = 1 << 20
+SHAPES = ((700,), (33, 7), (1025, 3), (5,), (64, 32), (1,), (250,))
+WEIGHTS = Tensors.of_shapes(*SHAPES)
+OLD_WEIGHTS = Tensors.of_shapes(*SHAPES, seed=1)
+NBYTES = WEIGHTS.manifest.nbytes
+CHUNKS = tuple(Chunk(number, *place) for number, place in enumerate(chunks(NBYTES, CHUNK)))
+WHOLE_CHUNKS = tuple(chunk for chunk in CHUNKS if chunk.length == CHUNK)
+
+ACCESS = {XXH3: Access(), GMAC: Access(token=b"a token of the deployment")}
+
+Damage = dict[int, bytes]
+"""What arrives instead, by the number of the chunk."""
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (digests, delivery):
+        monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
+        monkeypatch.setattr(module, "PIECE_BYTES", CHUNK // 3)  # so that a chunk is digested in several steps
+
+
+def served_bytes(tensors: Tensors) -> bytes:
+    """All bytes as a server holds them."""
+    store = tensors.store(verify=False)
+    contents = bytes(store.bytes)
+    store.close()
+    return contents
+
+
+def contents_of(arena: Arena) -> bytes:
+    with arena.writable() as data:
+        return bytes(data)
+
+
+ORIGINAL = served_bytes(WEIGHTS)
+OLD = served_bytes(OLD_WEIGHTS)
+
+
+def of(chunk: Chunk, contents: bytes | bytearray = ORIGINAL) -> bytes:
+    return bytes(contents[chunk.offset : chunk.offset + chunk.length])
+
+
+def altered(contents: bytearray) -> Damage:
+    """The chunks of `contents` that are not the original ones."""
+    return {chunk.number: of(chunk, contents) for chunk in CHUNKS if of(chunk, contents) != of(chunk)}
+
+
+def flipped_bit(generator: random.Random) -> Damage:
+    contents = bytearray(ORIGINAL)
+    contents[generator.randrange(NBYTES)] ^= 1 << generator.randrange(8)
+    return altered(contents)
+
+
+def truncated(generator: random.Random) -> Damage:
+    chunk = generator.choice(CHUNKS)
+    return {chunk.number: of(chunk)[: generator.randrange(chunk.length)]}
+
+
+def swapped_chunks(generator: random.Random) -> Damage:
+    one, other = generator.sample(WHOLE_CHUNKS, 2)
+    return {one.number: of(other), other.number: of(one)}
+
+
+def zeroed_range_or_tensor(generator: random.Random) -> Damage:
+    contents = bytearray(ORIGINAL)
+    begin = generator.randrange(NBYTES - 64)
+    end = generator.randrange(begin + 64, NBYTES + 1)  # more than the zeros that stand between tensors
+    if generator.random() < 0.5:
+        tensor = any_tensor(generator)
+        begin, end = tensor.offset, tensor.end
+    contents[begin:end] = bytes(end - begin)
+    return altered(contents)
+
+
+def stale_tensor(generator: random.Random) -> Damage:
+    """A tensor does not come, and its place holds what an earlier version of the weights had there."""
+    contents, tensor = bytearray(ORIGINAL), any_tensor(generator)
+    contents[tensor.offset : tensor.end] = OLD[tensor.offset : tensor.end]
+    return altered(contents)
+
+
+def repeated_chunk(generator: random.Random) -> Damage:
+    one, other = generator.sample(WHOLE_CHUNKS, 2)
+    return {one.number: of(other)}
+
+
+def any_tensor(generator: random.Random) -> TensorSpec:
+    return generator.choice(WEIGHTS.manifest.tensors)
+
+
+KINDS = (flipped_bit, truncated, swapped_chunks, repeated_chunk, zeroed_range_or_tensor, stale_tensor)
+
+
+class Tampering(MemoryTransport):
+    """Brings damaged chunks: each the first `times`, then as it is."""
+
+    def __init__(self, damage: Damage, times: int = 1) -> None:
+        self.left = dict.fromkeys(damage, times)
+        self._damage = damage
+        super().__init__(self._bring)
+
+    def _bring(self, chunk: Chunk, content: bytes) -> bytes:
+        if not self.left.get(chunk.number):
+            return content
+        self.left[chunk.number] -= 1
+        return self._damage[chunk.number]
+
+
+class AlwaysTampering(Tampering):
+    """Never stops. It has a name of its own, so that one source can have it and the next not."""
+
+    name = "tampering"
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(damage, times=ALWAYS)
+
+
+def names(kind: Callable[[random.Random], Damage]) -> str:
+    return kind.__name__.replace("_", " ")
+
+
+@pytest.fixture(params=ACCESS.values(), ids=ACCESS.keys())
+def access(request: pytest.FixtureRequest) -> Access:
+    chosen: Access = request.param
+    return chosen
+
+
+@pytest.fixture
+def source(access: Access) -> Iterator[Endpoint]:
+    with serving(WEIGHTS, (MemoryTransport(),), access=access) as (_, endpoint):
+        yield endpoint
+
+
+def seeds(access: Access, number: int = SEEDS_PER_KIND) -> range:
+    """Half of them without a token, the others with one."""
+    return range(number // 2) if access.token is None else range(number // 2, number)
+
+
+def assert_repaired(client: Client, fetched: Fetched, damage: Damage, warnings: Sequence[str]) -> None:
+    assert contents_of(fetched.arena) == ORIGINAL
+    assert client.attempts == []
+    assert sum(client.received.values()) == NBYTES + sum(map(len, damage.values()))
+    seen = sorted(int(warning.split()[1]) for warning in warnings if "arrived damaged" in warning)
+    assert seen == sorted(damage)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_a_damaged_chunk_is_fetched_again(
+    kind: Callable[[random.Random], Damage], access: Access, source: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in seeds(access):
+        damage = kind(random.Random(f"{kind.__name__} {seed}"))
+        assert damage, "a fault that changes nothing tests nothing"
+        transport = Tampering(damage)
+        caplog.clear()
+        moved: list[int] = []
+        client, fetched = fetch(WEIGHTS, (transport,), source, access=access, progress=moved.append)
+        try:
+            assert not any(transport.left.values()), "the fault did not come"
+            assert_repaired(client, fetched, damage, caplog.messages)
+            assert sum(moved) == NBYTES
+        except AssertionError as error:
+            error.add_note(f"seed {seed}: chunks {sorted(damage)}")
+            raise
+        finally:
+            fetched.arena.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not truncated], ids=names)
+def test_without_verification_the_same_faults_go_through(
+    kind: Callable[[random.Random], Damage], access: Access, source: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in seeds(access, 20):
+        damage = kind(random.Random(f"{kind.__name__} {seed}"))
+        _, fetched = fetch(WEIGHTS, (Tampering(damage),), source, access=access, verify=False)
+        expected = bytearray(ORIGINAL)
+        for number, content in damage.items():
+            expected[CHUNKS[number].offset : CHUNKS[number].offset + CHUNKS[number].length] = content
+        assert contents_of(fetched.arena) == expected != ORIGINAL
+    assert not any("arrived damaged" in message for message in caplog.messages)
+
+
+def test_a_truncated_chunk_is_fetched_again_even_without_verification(access: Access, source: Endpoint) -> None:
+    damage = truncated(random.Random(0))
+    _, fetched = fetch(WEIGHTS, (Tampering(damage),), source, access=access, verify=False)
+    assert contents_of(fetched.arena) == ORIGINAL
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=names)
+def test_a_source_that_always_damages_a_chunk_is_left_for_the_next(
+    kind: Callable[[random.Random], Damage], access: Access, source: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    damage = kind(random.Random(0))
+    always, never = AlwaysTampering(damage), MemoryTransport()
+    with serving(WEIGHTS, (always,), access=access) as (_, bad):
+        client, fetched = fetch(WEIGHTS, (always, never), bad, source, access=access)
+    assert contents_of(fetched.arena) == ORIGINAL
+    assert (fetched.source, fetched.transport) == (source, "memory")
+    (attempt,) = client.attempts
+    assert (attempt.source, attempt.transport) == (str(bad), "tampering")
+    assert attempt.reason.endswith(f"arrived damaged {TRIES_PER_CHUNK} times")
+    tries = [ALWAYS - left for left in always.left.values()]
+    assert max(tries) == TRIES_PER_CHUNK
+    assert client.received[str(source)] == sum(CHUNKS[number].length for number in damage)
+
+
+def test_damage_by_the_only_source_is_an_error(access: Access) -> None:
+    always = AlwaysTampering(flipped_bit(random.Random(0)))
+    with serving(WEIGHTS, (always,), access=access) as (_, bad):
+        client = client_for(WEIGHTS, (always,), access=access)
+        with pytest.raises(SourcesExhausted, match=f"{bad} by tampering: .* arrived damaged {TRIES_PER_CHUNK} times"):
+            client.fetch([bad])
