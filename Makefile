@@ -2,6 +2,13 @@
 # make test    everything that CI checks, in an environment of its own             TESTS="tests/unit -k manifest"
 # make test-all  the same, with the slow tests
 # make bench   the weight phase by every way, as ratios
+# make soak    server and client under random faults, every byte compared          SOAK_SECONDS=600
+#
+# The other benchmarks take .venv/bin/python benchmarks/NAME.py, and --help says what they measure:
+#   many_clients   eight clients at once, against raw sockets
+#   verification   what the digests, a token and TLS cost
+#   neighbours     what requests feel of clients that fetch from the same instance
+#   fingerprint    recognising a checkpoint of 100 GB
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +16,11 @@ MODEL ?=
 TRANSPORT ?=
 TESTS ?= tests/unit tests/e2e
 CHOICE ?= not slow
+SOAK_SECONDS ?= 600
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo bench test test-all lint types docs wheel check-tests format clean
+.PHONY: setup demo bench soak test test-all lint types docs wheel check-tests format clean
 
 setup: $(INSTALLED)
 
@@ -25,6 +33,9 @@ demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/weight_phase.py
+
+soak: $(INSTALLED)
+	$(BIN)/python tools/soak.py --seconds $(SOAK_SECONDS)
 
 test: lint types docs wheel check-tests
 

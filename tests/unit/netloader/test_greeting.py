@@ -411,26 +411,19 @@ def renaming(role: Role) -> Callable[[Role, bytes], bytes]:
 
 
 @pytest.mark.parametrize("access", [KNOWS, OPEN], ids=["token", "no token"])
-def test_with_a_token_a_status_that_is_altered_on_the_way_is_noticed(access: Access) -> None:
+def test_a_status_that_is_altered_on_the_way_is_noticed(access: Access) -> None:
     with serving(SMALL, MEMORY, access=access) as (_, source), Relay(source, alter=renaming(Role.SERVER)) as relay:
-        if access is OPEN:
-            (holding,) = inquire(relay.endpoint, SHORT.connect, access).holdings
-            assert holding.identity.name != IDENTITY.name
-            return
         with pytest.raises(SourceFailed, match="a frame of the server was altered on the way or is not its own"):
             inquire(relay.endpoint, SHORT.connect, access)
 
 
 @pytest.mark.parametrize("access", [KNOWS, OPEN], ids=["token", "no token"])
-def test_with_a_token_a_join_that_is_altered_on_the_way_is_noticed(
-    caplog: pytest.LogCaptureFixture, access: Access
-) -> None:
+def test_a_join_that_is_altered_on_the_way_is_noticed(caplog: pytest.LogCaptureFixture, access: Access) -> None:
     with serving(SMALL, MEMORY, access=access) as (server, source), Relay(source, alter=renaming(Role.CLIENT)) as relay:
         with pytest.raises(SourcesExhausted):
             fetch(SMALL, MEMORY, relay.endpoint, access=access)
         settled(server)
-    because = "a frame of the client was altered on the way" if access is KNOWS else "refused 127.0.0.1:"
-    assert any(because in warning for warning in warnings(caplog))
+    assert any("a frame of the client was altered on the way" in warning for warning in warnings(caplog))
 
 
 @pytest.mark.parametrize("kind", ["memory", "tcp", "shared_memory"])

@@ -5,6 +5,7 @@ import copy
 import hmac
 import math
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -419,10 +420,15 @@ def test_the_manifest_of_a_large_model_fits_into_a_refusal() -> None:
 
 
 def payload(message: Message) -> bytes:
-    return frame(message)[4:]
+    return frame(message)[4:-4]
 
 
 def framed(content: bytes) -> bytes:
+    """`content` as a peer without a token sends it."""
+    return with_length(content + zlib.crc32(content).to_bytes(4, "big"))
+
+
+def with_length(content: bytes) -> bytes:
     return len(content).to_bytes(4, "big") + content
 
 
@@ -652,7 +658,7 @@ def test_a_message_with_strange_fields_is_a_protocol_error_or_a_message(
 def tagged(key: bytes, role: Role, number: int, content: bytes) -> bytes:
     """The frame number `number` of `role`, as the module's description of the tags has it."""
     tag = hmac.digest(key, role.value.encode() + number.to_bytes(8, "big") + content, "sha256")[:TAG_BYTES]
-    return framed(content + tag)
+    return with_length(content + tag)
 
 
 REPEATABLE = {CLIENT: (State.DATA, Fetch), SERVER: (State.JOINING, Wait)}
@@ -732,15 +738,15 @@ def test_a_frame_with_any_bit_altered_is_refused(role: Role) -> None:
 def test_a_frame_of_another_length_is_refused(overheard: Overheard) -> None:
     content = overheard.frames[0][4:]
     for length in range(len(content)):
-        Overheard(overheard.role).refuses(framed(content[:length]))
-    Overheard(overheard.role).refuses(framed(content + b"\0"))
+        Overheard(overheard.role).refuses(with_length(content[:length]))
+    Overheard(overheard.role).refuses(with_length(content + b"\0"))
 
 
 def test_a_frame_that_begins_with_a_cut_length_takes_the_next_one_for_its_tag_and_is_refused(
     overheard: Overheard,
 ) -> None:
     first, second, _ = overheard.frames
-    overheard.refuses(framed(first[4:] + second))
+    overheard.refuses(with_length(first[4:] + second))
 
 
 def test_a_repeated_frame_is_refused(overheard: Overheard) -> None:
@@ -795,12 +801,12 @@ def test_a_frame_with_a_tag_is_no_message_on_a_connection_without(overheard: Ove
     state, _ = REPEATABLE[overheard.role]
     unaware = Pair().say(*WAYS[state]).ends[other(overheard.role)]
     unaware.feed(overheard.frames[0])
-    with pytest.raises(ProtocolError, match="sent a frame that is no message"):
+    with pytest.raises(ProtocolError, match="was altered on the way"):
         unaware.next_message()
 
 
 def test_nothing_is_decoded_before_its_tag_is_checked(overheard: Overheard) -> None:
-    overheard.refuses(framed(b"\xc1" + bytes(TAG_BYTES)))
+    overheard.refuses(with_length(b"\xc1" + bytes(TAG_BYTES)))
 
 
 def test_a_genuine_tag_makes_no_message_of_what_is_none(overheard: Overheard) -> None:
@@ -885,7 +891,7 @@ class TwoPeers(RuleBasedStateMachine):
         altered = bytearray(self.framed_by(role, content)[4:])
         altered[flip[0] % len(altered)] ^= flip[1]
         forged = [
-            framed(bytes(altered)),
+            with_length(bytes(altered)),
             frame(EXAMPLES[kind]),
             self.framed_by(role, content, number=len(earlier[role]) + skipped),
             self.framed_by(role, content, key=bytes(reversed(self.key or b"")) + b"1"),
@@ -914,15 +920,12 @@ TestTwoPeersNeverDisagreeOnTheState = TwoPeers.TestCase
 
 GOLDEN: dict[type[Message], str] = {
     Hello: (
-        "0000004283a474797065a548656c6c6fa870726f746f636f6c01a96368616c6c656e6765c420202122232425262728292a2b2c2d"
+        "83a474797065a548656c6c6fa870726f746f636f6c01a96368616c6c656e6765c420202122232425262728292a2b2c2d"
         "2e2f303132333435363738393a3b3c3d3e3f"
     ),
-    Prove: (
-        "0000003482a474797065a550726f7665a570726f6f66c420404142434445464748494a4b4c4d4e4f505152535455565758595a5b"
-        "5c5d5e5f"
-    ),
+    Prove: ("82a474797065a550726f7665a570726f6f66c420404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f"),
     Join: (
-        "0000019985a474797065a44a6f696ea86964656e746974798ba46e616d65a96f72672f6d6f64656cac6172636869746563747572"
+        "85a474797065a44a6f696ea86964656e746974798ba46e616d65a96f72672f6d6f64656cac6172636869746563747572"
         "65b04c6c616d61466f7243617573616c4c4dad636f6e6669675f646967657374a6633066666565a56474797065a862666c6f6174"
         "3136ac6e616d655f69735f70617468c2a87265766973696f6ea46d61696eac7175616e74697a6174696f6ea3667038ab66696e67"
         "65727072696e74a466303064a4726f6c65a6746172676574ac6c6f61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c"
@@ -931,28 +934,24 @@ GOLDEN: dict[type[Message], str] = {
         "6c6163656d656e74a0af6d616e69666573745f646967657374a56431383335a66f66666572739282a97472616e73706f7274ad73"
         "68617265645f6d656d6f7279a573636f7065a8626f6f742f342f3782a97472616e73706f7274a3746370a573636f7065a0"
     ),
-    AskDigests: "0000002183a474797065aa41736b44696765737473a56669727374cd012ca5636f756e7440",
-    Done: "0000000b81a474797065a4446f6e65",
-    Leave: "0000002882a474797065a54c65617665a6726561736f6eb4746865207472616e73706f7274206661696c6564",
-    Announce: (
-        "0000003183a474797065a8416e6e6f756e6365a773657373696f6ec410000102030405060708090a0b0c0d0e0fa4706f7274cd4a39"
-    ),
-    Attach: "0000002782a474797065a6417474616368a773657373696f6ec410000102030405060708090a0b0c0d0e0f",
-    Fetch: "0000002683a474797065a54665746368a66f6666736574cf0000000200000000a66c656e677468cd1000",
-    Inquire: "0000000e81a474797065a7496e7175697265",
+    AskDigests: "83a474797065aa41736b44696765737473a56669727374cd012ca5636f756e7440",
+    Done: "81a474797065a4446f6e65",
+    Leave: "82a474797065a54c65617665a6726561736f6eb4746865207472616e73706f7274206661696c6564",
+    Announce: ("83a474797065a8416e6e6f756e6365a773657373696f6ec410000102030405060708090a0b0c0d0e0fa4706f7274cd4a39"),
+    Attach: "82a474797065a6417474616368a773657373696f6ec410000102030405060708090a0b0c0d0e0f",
+    Fetch: "83a474797065a54665746368a66f6666736574cf0000000200000000a66c656e677468cd1000",
+    Inquire: "81a474797065a7496e7175697265",
     Challenge: (
-        "0000004683a474797065a94368616c6c656e6765a96368616c6c656e6765c420202122232425262728292a2b2c2d2e2f30313233"
+        "83a474797065a94368616c6c656e6765a96368616c6c656e6765c420202122232425262728292a2b2c2d2e2f30313233"
         "3435363738393a3b3c3d3e3fa870726f746f636f6c01"
     ),
     Welcome: (
-        "0000004083a474797065a757656c636f6d65a870726f746f636f6c01a570726f6f66c420404142434445464748494a4b4c4d4e4f"
+        "83a474797065a757656c636f6d65a870726f746f636f6c01a570726f6f66c420404142434445464748494a4b4c4d4e4f"
         "505152535455565758595a5b5c5d5e5f"
     ),
-    Wait: (
-        "0000003183a474797065a457616974a5616865616405a9726566657272616c7392a63a3139303031ac6e6f64652d343a3139303031"
-    ),
+    Wait: ("83a474797065a457616974a5616865616405a9726566657272616c7392a63a3139303031ac6e6f64652d343a3139303031"),
     Accept: (
-        "0000010788a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+        "88a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
         "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
         "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e72616e6b"
         "f9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a466303064"
@@ -960,23 +959,21 @@ GOLDEN: dict[type[Message], str] = {
         "696a6b6c6d6e6f"
     ),
     Digests: (
-        "0000003b82a474797065a744696765737473a76469676573747392c410606162636465666768696a6b6c6d6e6fc4100000000000"
+        "82a474797065a744696765737473a76469676573747392c410606162636465666768696a6b6c6d6e6fc4100000000000"
         "0000000000000000000000"
     ),
     Refuse: (
-        "0000007585a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e"
+        "85a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e"
         "6365739193a874656e736f722077a8696e7438205b325da0a86d616e6966657374c403929090a9726566657272616c7392a63a31"
         "39303031ac6e6f64652d333a3139303031"
     ),
-    Confirm: (
-        "0000003383a474797065a7436f6e6669726daa67656e65726174696f6e03a6646967657374c410606162636465666768696a6b6c6d6e6f"
-    ),
+    Confirm: ("83a474797065a7436f6e6669726daa67656e65726174696f6e03a6646967657374c410606162636465666768696a6b6c6d6e6f"),
     End: (
-        "0000003882a474797065a3456e64a6726561736f6ed92569747320776569676874732077657265207265706c6163656420627920"
+        "82a474797065a3456e64a6726561736f6ed92569747320776569676874732077657265207265706c6163656420627920"
         "6e6577206f6e6573"
     ),
     Status: (
-        "000001fa86a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+        "86a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
         "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
         "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
         "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
@@ -993,25 +990,43 @@ GOLDEN: dict[type[Message], str] = {
 @pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
 def test_the_bytes_of_a_message_stay_the_same_within_a_version(kind: type[Message]) -> None:
     role = speaker(kind)
-    assert frame(EXAMPLES[kind]) == bytes.fromhex(GOLDEN[kind])
+    assert payload(EXAMPLES[kind]) == bytes.fromhex(GOLDEN[kind])
     state = next(state for state in State if kind in allowed(state, role))
     end = Pair().say(*WAYS[state]).ends[other(role)]
-    end.feed(bytes.fromhex(GOLDEN[kind]))
+    end.feed(framed(bytes.fromhex(GOLDEN[kind])))
     assert end.next_message() == EXAMPLES[kind]
+
+
+def test_a_frame_is_its_length_its_message_and_a_checksum() -> None:
+    assert frame(Done()).hex() == "0000000f" + GOLDEN[Done] + "c3a60e67"
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda kind: kind.__name__)
+def test_no_bit_of_a_message_changes_unnoticed(kind: type[Message]) -> None:
+    role = speaker(kind)
+    state = next(state for state in State if kind in allowed(state, role))
+    genuine = frame(EXAMPLES[kind])
+    for bit in range(32, 8 * len(genuine), 3):
+        altered = bytearray(genuine)
+        altered[bit // 8] ^= 1 << bit % 8
+        end = Pair().say(*WAYS[state]).ends[other(role)]
+        end.feed(altered)
+        with pytest.raises(ProtocolError, match="was altered on the way"):
+            end.next_message()
 
 
 OLDER: dict[str, tuple[str, Message]] = {
     "a Hello without a challenge": (
-        "0000001682a474797065a548656c6c6fa870726f746f636f6c01",
+        "82a474797065a548656c6c6fa870726f746f636f6c01",
         msgspec.structs.replace(EXAMPLES[Hello], challenge=b""),
     ),
     "a Welcome without a proof": (
-        "0000001882a474797065a757656c636f6d65a870726f746f636f6c01",
+        "82a474797065a757656c636f6d65a870726f746f636f6c01",
         msgspec.structs.replace(EXAMPLES[Welcome], proof=b""),
     ),
     "an Accept without attributes and fingerprint": (
         (
-            "0000006d85a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+            "85a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
             "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
             "31a4706f7274cd9c40"
         ),
@@ -1019,7 +1034,7 @@ OLDER: dict[str, tuple[str, Message]] = {
     ),
     "an Accept without a verification": (
         (
-            "000000cc87a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
+            "87a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
             "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
             "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e72616e6b"
             "f9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a466303064"
@@ -1027,12 +1042,12 @@ OLDER: dict[str, tuple[str, Message]] = {
         msgspec.structs.replace(ACCEPT, verification=None),
     ),
     "a Confirm without a digest": (
-        "0000001a82a474797065a7436f6e6669726daa67656e65726174696f6e03",
+        "82a474797065a7436f6e6669726daa67656e65726174696f6e03",
         msgspec.structs.replace(EXAMPLES[Confirm], digest=b""),
     ),
     "a Status without declined roles": (
         (
-            "000001a584a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+            "84a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
             "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
             "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
             "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
@@ -1046,7 +1061,7 @@ OLDER: dict[str, tuple[str, Message]] = {
     ),
     "a Status without waiting clients": (
         (
-            "000001f185a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
+            "85a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
             "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
             "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
             "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
@@ -1068,7 +1083,7 @@ def test_a_message_of_an_earlier_release_of_the_same_version_is_understood(older
     role = speaker(type(understood))
     state = next(state for state in State if type(understood) in allowed(state, role))
     end = Pair().say(*WAYS[state]).ends[other(role)]
-    end.feed(bytes.fromhex(older))
+    end.feed(framed(bytes.fromhex(older)))
     assert end.next_message() == understood
 
 

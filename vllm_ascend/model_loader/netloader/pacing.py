@@ -54,6 +54,11 @@ class Pacer:
 
 
 def give_way() -> None:
-    """Lets this thread run only where nobody else wants the processor. It cannot be taken back."""
+    """Lets this thread run where and when nobody else wants the processor. It cannot be taken back.
+
+    vLLM binds the threads of a worker to the processors that compute, and threads made later inherit that. Those that
+    serve may run on all that the parent process may use, too.
+    """
     with contextlib.suppress(OSError):  # a sandbox may forbid it; then it competes
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))

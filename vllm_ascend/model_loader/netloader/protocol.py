@@ -1,9 +1,10 @@
 """What two peers say to each other, without I/O.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct. The length is checked against
-a limit before anything is allocated. `Conversation` is one end of one connection: it is fed received bytes, yields
-messages, and encodes what is sent; which message may be said by whom in which state is one table. Anything else from
-the peer raises ProtocolError. After Attach, the server answers each Fetch with the raw bytes of the range, unframed.
+A frame is a 4-byte big-endian length and that many bytes: one tagged struct in msgpack, and a checksum. The length is
+checked against a limit before anything is allocated. `Conversation` is one end of one connection: it is fed received
+bytes, yields messages, and encodes what is sent; which message may be said by whom in which state is one table.
+Anything else from the peer raises ProtocolError. After Attach, the server answers each Fetch with the raw bytes of the
+range, unframed.
 
     control connection                                     data connection (tcp transport)
     client                     server                      client                    server
@@ -19,8 +20,9 @@ the peer raises ProtocolError. After Attach, the server answers each Fetch with 
     Done | Leave           ->
                            <-  Confirm
 
-With a token, the greeting is Hello, Challenge, Prove, Welcome; every frame after it ends in an HMAC-SHA256, cut to 16
-bytes, over the sender's role, the number of the frame and the payload, under a key that belongs to this connection.
+The checksum is the payload's CRC-32. With a token, the greeting is Hello, Challenge, Prove, Welcome; every frame after
+it ends instead in an HMAC-SHA256, cut to 16 bytes, over the sender's role, the number of the frame and the payload,
+under a key that belongs to this connection.
 
 Compatibility: peers compare PROTOCOL_VERSION in the greeting. Within a version, messages may gain fields with defaults,
 which older peers ignore; identity, coordinates and manifest do not change, since they are compared as a whole.
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+import zlib
 from collections.abc import Mapping
 from typing import Annotated, Final
 
@@ -49,6 +52,7 @@ DIGESTS_LIMIT: Final = 64
 """Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
 _LENGTH_BYTES: Final = 4
+_CHECKSUM_BYTES: Final = 4
 _TAG_BYTES: Final = 16
 
 ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -335,17 +339,16 @@ class Conversation:
         return message
 
     def _tag(self, role: Role, payload: bytes) -> bytes:
-        """Nothing without a key. Counts the frames, so that none can be left out, repeated or moved."""
+        """With a key it counts the frames, so that none can be left out, repeated or moved."""
         if self._key is None:
-            return b""
+            return _checksum(payload)
         number = self._frames[role].to_bytes(8, "big")
         self._frames[role] += 1
         return hmac.digest(self._key, role.value.encode() + number + payload, "sha256")[:_TAG_BYTES]
 
     def _authentic(self, received: bytes) -> bytes:
-        if self._key is None:
-            return received
-        payload, tag = received[:-_TAG_BYTES], received[-_TAG_BYTES:]
+        size = _CHECKSUM_BYTES if self._key is None else _TAG_BYTES
+        payload, tag = received[:-size], received[-size:]
         if not hmac.compare_digest(tag, self._tag(self._peer, payload)):
             raise ProtocolError(f"a frame of the {self._peer.value} was altered on the way or is not its own")
         return payload
@@ -368,8 +371,13 @@ class Conversation:
 
 
 def frame(message: Message) -> bytes:
-    """`message` with its length in front."""
-    return _with_length(_encoder.encode(message))
+    """`message` as it travels without a key."""
+    payload = _encoder.encode(message)
+    return _with_length(payload + _checksum(payload))
+
+
+def _checksum(payload: bytes) -> bytes:
+    return zlib.crc32(payload).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _with_length(content: bytes) -> bytes:

@@ -408,23 +408,20 @@ def test_with_a_token_an_altered_frame_is_seen(stream: Stream, caplog: pytest.Lo
 @pytest.mark.parametrize(
     ("stream", "at", "reason"),
     [
-        (Stream.TO_SERVER, GREETING - 3, "the token is not the one of this server"),
-        (Stream.TO_SERVER, TOKEN_GREETINGS[Stream.TO_SERVER] - 3, "the token is not the one of this server"),
-        (Stream.TO_CLIENT, len(frame(Challenge(bytes(32)))) - 12, "the token is not the one of this server"),
-        (Stream.TO_CLIENT, TOKEN_GREETINGS[Stream.TO_CLIENT] - 3, "it does not know the token"),
+        (Stream.TO_SERVER, GREETING - 7, "the peer closed the connection"),
+        (Stream.TO_SERVER, TOKEN_GREETINGS[Stream.TO_SERVER] - 7, "the peer closed the connection"),
+        (Stream.TO_CLIENT, len(frame(Challenge(bytes(32)))) - 12, "a frame of the server was altered on the way"),
+        (Stream.TO_CLIENT, TOKEN_GREETINGS[Stream.TO_CLIENT] - 7, "a frame of the server was altered on the way"),
     ],
     ids=["the client's challenge", "the client's proof", "the server's challenge", "the server's proof"],
 )
-def test_an_altered_greeting_proves_nothing(stream: Stream, at: int, reason: str) -> None:
+def test_an_altered_greeting_is_seen(stream: Stream, at: int, reason: str) -> None:
     with serving(SMALL, TCP, access=WITH_TOKEN) as (_, healthy):
         assert reason in why_left(Fault(stream, at, flip(1), connection=0), healthy, WITH_TOKEN)
 
 
 @pytest.mark.parametrize("stream", BOTH_SIDES.values(), ids=BOTH_SIDES.keys())
-def test_without_a_token_altered_frames_never_lead_to_wrong_weights(
-    stream: Stream, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Some go unnoticed, as in a challenge that nobody answers; the weights are right all the same."""
+def test_without_a_token_no_altered_frame_goes_unnoticed(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
     with source(tensors=SMALL) as (second, _, _):
         for at in range(1, said(stream), 5):
             fault = Fault(stream, at, flip(mask(random.Random(at))), connection=0)
@@ -433,7 +430,7 @@ def test_without_a_token_altered_frames_never_lead_to_wrong_weights(
                 assert first.struck
             SMALL.assert_in(fetched.arena)
             fetched.arena.close()
-            assert {attempt.source for attempt in client.attempts} <= {str(first.endpoint)}, f"byte {at}"
+            assert {attempt.source for attempt in client.attempts} == {str(first.endpoint)}, f"byte {at}"
     assert not any("an error of this server" in message for message in caplog.messages)
 
 
