@@ -238,7 +238,7 @@ def prepared_fetch(nbytes: int, port: int, way: Way, access: Access | None = Non
         return client
 
     if way.memory_ahead:
-        client.arena_to_fill(mapped=False)
+        client.arena_to_fill()
         for thread in threading.enumerate():
             if thread.name == "netloader-pages":
                 thread.join()

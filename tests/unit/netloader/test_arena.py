@@ -517,28 +517,26 @@ def test_an_alias_keeps_the_memory_of_its_base() -> None:
     arena.close()
 
 
-@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "in the file only"])
-def test_pages_are_made_in_the_background(mapped: bool) -> None:
+def test_pages_are_made_in_the_background() -> None:
     arena = Arena.create(100 * PAGE)
     assert memory_of_file(arena.descriptor) == 0
-    arena.make_pages(mapped=mapped)
+    arena.make_pages()
     for thread in page_makers():
         thread.join()
     assert memory_of_file(arena.descriptor) == 100 * PAGE
-    assert not mapped or mappings(arena.descriptor)[0].resident == 100 * PAGE
+    assert mappings(arena.descriptor)[0].resident == 100 * PAGE
     assert set(bytes(arena.writable())) == {0}
     arena.close()
 
 
-@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "in the file only"])
-def test_filling_while_pages_are_made_loses_nothing(mapped: bool) -> None:
+def test_filling_while_pages_are_made_loses_nothing() -> None:
     nbytes = 80 << 20
     content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     arena = Arena.create(nbytes)
     tensor = arena.tensor(TensorSpec("w", "uint8", (nbytes,), (1,), 0))
     half = nbytes // 2
     os.pwrite(arena.descriptor, content[half:].numpy(), half)
-    arena.make_pages(mapped=mapped)
+    arena.make_pages()
     tensor[:half].copy_(content[:half])
     arena.seal()
     assert torch.equal(tensor, content)
@@ -548,7 +546,7 @@ def test_filling_while_pages_are_made_loses_nothing(mapped: bool) -> None:
 def test_making_pages_stops_when_nobody_wants_them() -> None:
     arena = Arena.create(100 * PAGE)
     arena.stop_making_pages()
-    arena.make_pages(mapped=True)
+    arena.make_pages()
     arena.stop_making_pages()
     assert page_makers() == []
     assert memory_of_file(arena.descriptor) == 0
@@ -560,7 +558,7 @@ def test_making_pages_stops_when_nobody_wants_them() -> None:
 @pytest.mark.parametrize("end", [Arena.seal, Arena.close, Arena.stop_making_pages], ids=lambda end: end.__name__)
 def test_no_page_maker_is_left_behind(end: Callable[[Arena], None]) -> None:
     arena = Arena.create(256 << 20)
-    arena.make_pages(mapped=False)
+    arena.make_pages()
     end(arena)
     assert page_makers() == []
     arena.close()
@@ -568,7 +566,7 @@ def test_no_page_maker_is_left_behind(end: Callable[[Arena], None]) -> None:
 
 def test_memory_for_a_manifest_is_being_made_when_it_is_handed_out() -> None:
     manifest = Manifest.layout([("w", torch.empty(50 * PAGE, dtype=torch.uint8)), ("b", torch.empty(3))])
-    arena = allocate(manifest, mapped=False)
+    arena = allocate(manifest)
     for thread in page_makers():
         thread.join()
     assert arena.nbytes == manifest.nbytes == 50 * PAGE + 64
@@ -581,5 +579,5 @@ def test_a_model_that_the_host_has_no_memory_for_is_unsupported() -> None:
     gc.collect()
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(UnsupportedModel, match=f"no memory for {1 << 61} bytes of weights: .*memory"):
-        allocate(manifest, mapped=False)
+        allocate(manifest)
     assert set(os.listdir("/proc/self/fd")) <= before

@@ -105,14 +105,9 @@ class Arena:
             raise OSError(errno.EBADF, "the arena is closed")
         return self._descriptor
 
-    def make_pages(self, *, mapped: bool) -> None:
-        """Starts making the memory in a thread, in order; `stop_making_pages` ends it. At most once per arena.
-
-        `mapped` also enters the pages into this process's mapping, for whoever fills them through it.
-        """
-        self._page_maker = threading.Thread(
-            target=self._make_pages, args=(mapped,), name="netloader-pages", daemon=True
-        )
+    def make_pages(self) -> None:
+        """Starts making the memory in a thread, in order; `stop_making_pages` ends it. At most once per arena."""
+        self._page_maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
         self._page_maker.start()
 
     def stop_making_pages(self) -> None:
@@ -173,13 +168,13 @@ class Arena:
             self._blocks[offset, nbytes] = block
         return block
 
-    def _make_pages(self, mapped: bool) -> None:
+    def _make_pages(self) -> None:
         size = _whole_pages(self.nbytes)
         for offset in range(0, size, PAGES_STEP):
             length = min(PAGES_STEP, size - offset)
             if self._stop_page_maker.is_set() or _libc.fallocate(self.descriptor, 0, offset, length):
                 return  # no memory left: whoever fills the arena gets the error
-            if mapped and _libc.madvise(self._address + offset, length, _MADV_POPULATE_WRITE):
+            if _libc.madvise(self._address + offset, length, _MADV_POPULATE_WRITE):
                 return  # kernels before 5.14 cannot: pages are mapped at first touch
 
 
@@ -191,13 +186,13 @@ def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:
     return view
 
 
-def allocate(manifest: Manifest, *, mapped: bool) -> Arena:
+def allocate(manifest: Manifest) -> Arena:
     """Memory for `manifest`, being made in the background. Raises UnsupportedModel where there is none."""
     try:
         arena = Arena.create(manifest.nbytes)
     except OSError as error:
         raise UnsupportedModel(f"no memory for {manifest.nbytes} bytes of weights: {error}") from error
-    arena.make_pages(mapped=mapped)
+    arena.make_pages()
     return arena
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import ssl
@@ -25,11 +24,11 @@ from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role, State
 
 _RECEIVE_BYTES: Final = 64 << 10
-_PIPE_BYTES: Final = 1 << 20
-"""The largest pipe that Linux gives an unprivileged user by default."""
 _SEND_BYTES: Final = 1 << 20
 """Bytes after which progress shows: the kernel would come back only after all of them, however slow the peer."""
 _TLS_BYTES: Final = 256 << 10
+_RECEIVE_INTO_BYTES: Final = 1 << 20
+_WORTHWHILE_BYTES: Final = 256 << 10
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 """Errors of this host that are not the peer's doing."""
 _TIMEVAL: Final = struct.Struct("@ll")
@@ -144,39 +143,35 @@ class Channel:
             progress(sent)
             offset += sent
 
-    def receive_into_file(self, target: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
-        """Receives unframed bytes into a range of a file; `timeout` bounds the time without progress.
+    def receive_into(self, memory: memoryview, timeout: float, progress: Callable[[int], None]) -> None:
+        """Fills `memory` with unframed bytes; `timeout` bounds the time without progress.
 
-        They go from the socket's buffers through a pipe into the file's pages and touch no mapping, which saves a page
-        fault for every 4 KiB of a file that is mapped but not yet populated. Under TLS they go into the mapping. Raises
-        ConnectionLost or Stalled.
+        It is fastest where the pages of `memory` exist. Raises ConnectionLost or Stalled.
         """
         if isinstance(self.socket, ssl.SSLSocket):
-            self._receive_mapped(target, timeout, progress)
+            self._receive_decrypted(memory, timeout, progress)
             return
-        offset, end = target.offset, target.offset + target.length
-        with _pipe() as (read_end, write_end), _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
-            while offset < end:
-                received = os.splice(self.socket.fileno(), write_end, min(_PIPE_BYTES, end - offset))
-                if not received:
-                    raise ConnectionLost("the peer closed the connection")
-                left = received
-                while left:
-                    written = os.splice(read_end, target.descriptor, left, offset_dst=offset)
-                    offset += written
-                    left -= written
-                progress(received)
+        offset = 0
+        with _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
+            while offset < memory.nbytes:
+                target = memory[offset : offset + _RECEIVE_INTO_BYTES]
+                # A sender that gives way sends little at a time; being woken for each little bit costs more than it.
+                worthwhile = min(_WORTHWHILE_BYTES, target.nbytes)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, worthwhile)
+                offset += self._received(self.socket.recv_into(target), progress)
 
-    def _receive_mapped(self, target: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
-        offset, end = target.offset, target.offset + target.length
+    def _receive_decrypted(self, memory: memoryview, timeout: float, progress: Callable[[int], None]) -> None:
+        offset = 0
         with _translated_errors(timeout):
             self.socket.settimeout(timeout)
-            while offset < end:
-                received = self.socket.recv_into(target.mapped[offset:end])
-                if not received:
-                    raise ConnectionLost("the peer closed the connection")
-                offset += received
-                progress(received)
+            while offset < memory.nbytes:
+                offset += self._received(self.socket.recv_into(memory[offset:]), progress)
+
+    def _received(self, nbytes: int, progress: Callable[[int], None]) -> int:
+        if not nbytes:
+            raise ConnectionLost("the peer closed the connection")
+        progress(nbytes)
+        return nbytes
 
     @contextlib.contextmanager
     def _blocking(self, option: int, timeout: float) -> Iterator[None]:
@@ -207,18 +202,6 @@ class Channel:
 def connect(endpoint: Endpoint, timeout: float) -> Channel:
     """Connects as a client, not greeted yet. Raises OSError, with every address of the host tried."""
     return Channel(socket.create_connection(endpoint, timeout=timeout), Role.CLIENT)
-
-
-@contextlib.contextmanager
-def _pipe() -> Iterator[tuple[int, int]]:
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # an unprivileged user may have used up the large pipes; small ones do too
-            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        yield read_end, write_end
-    finally:
-        os.close(read_end)
-        os.close(write_end)
 
 
 @contextlib.contextmanager

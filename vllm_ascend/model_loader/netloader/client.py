@@ -75,11 +75,11 @@ class Client:
         self._give_up_arena(unless=fetched.arena)
         return fetched
 
-    def arena_to_fill(self, *, mapped: bool) -> Arena:
+    def arena_to_fill(self) -> Arena:
         """The memory for transports that copy: made once, kept from source to source."""
         if self._arena is None:
             with self.phases("allocate"):
-                self._arena = allocate(self.terms.request.manifest, mapped=mapped)
+                self._arena = allocate(self.terms.request.manifest)
         return self._arena
 
     def _give_up_arena(self, unless: Arena | None = None) -> None:

@@ -100,7 +100,7 @@ class Session:
         *,
         transports: Sequence[Transport],
         inventory: Inventory,
-        arena_to_fill: Callable[..., Arena],
+        arena_to_fill: Callable[[], Arena],
         may_wait: Callable[[Sequence[str]], bool],
         phases: Phases,
     ) -> None:
@@ -200,8 +200,8 @@ class Session:
     def _receive(self, control: Channel, accept: Accept, seal: Seal | None) -> Arena:
         assert self.transport is not None
 
-        def deliver(*, mapped: bool) -> Delivery:
-            arena = self._arena_to_fill(mapped=mapped)
+        def deliver() -> Delivery:
+            arena = self._arena_to_fill()
             self.delivery = Delivery(arena, self._inventory, seal, self._terms.progress, str(self._source))
             return self.delivery
 

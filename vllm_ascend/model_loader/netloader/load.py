@@ -226,7 +226,7 @@ class Load:
             return
         self._report.bytes = weights.manifest.nbytes
         try:
-            arena = allocate(weights.manifest, mapped=True)
+            arena = allocate(weights.manifest)
         except UnsupportedModel as error:
             self._cannot_serve(str(error))
             load_from_disk(model, self._model_config)

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol, Self
+from typing import ClassVar, Final, Self
 
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel
@@ -34,17 +34,12 @@ class Timeouts:
 RATE_SECONDS: Final = 5.0
 
 
-class Deliver(Protocol):
-    def __call__(self, *, mapped: bool) -> Delivery: ...
-
-
 @dataclass(frozen=True)
 class Reception:
     """All that a client's half needs.
 
     `control` is the session's own connection and `connect` makes further ones to the same source. `deliver` makes the
-    arena to fill (`mapped` for filling through the mapping) and says which chunks of it are missing; `progress` is told
-    the bytes that come without it.
+    arena to fill and says which chunks of it are missing; `progress` is told the bytes that come without it.
     """
 
     parameters: Mapping[str, str | int]
@@ -52,7 +47,7 @@ class Reception:
     control: Channel
     connect: Callable[[], Channel]
     session: bytes
-    deliver: Deliver
+    deliver: Callable[[], Delivery]
     progress: Callable[[int], None]
     timeouts: Timeouts
 

@@ -33,7 +33,7 @@ class MemoryTransport(Transport):
         source = _senders.get(reception.text("key"))
         if source is None:
             raise ConnectionLost("the sender is gone")
-        delivery = reception.deliver(mapped=True)
+        delivery = reception.deliver()
         while chunk := delivery.take():
             content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
             delivery.data[chunk.offset : chunk.offset + len(content)] = content

@@ -39,7 +39,7 @@ class ProcessGroupTransport(Transport):
         return _GroupSender(store, server_host, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
-        delivery = reception.deliver(mapped=True)
+        delivery = reception.deliver()
         if delivery.remaining:
             _Receiver(reception, delivery).run()
         return delivery.arena

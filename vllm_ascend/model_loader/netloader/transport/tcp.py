@@ -35,7 +35,7 @@ class TcpTransport(Transport):
         return _RangeSender(store, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
-        delivery = reception.deliver(mapped=False)
+        delivery = reception.deliver()
         if delivery.remaining:
             _Pull(reception, delivery).run()
         return delivery.arena
@@ -141,8 +141,9 @@ class _Pull:
                 return
             chunk = requested.popleft()
             arrival = self._delivery.begin(chunk)
-            target = FileRange(self._delivery.arena.descriptor, self._delivery.data, chunk.offset, chunk.length)
-            channel.receive_into_file(target, timeout, arrival.advance)
+            memory = self._delivery.data[chunk.offset : chunk.offset + chunk.length]
+            with memory:
+                channel.receive_into(memory, timeout, arrival.advance)
             self._delivery.finish(arrival)
 
     def _fail(self, error: BaseException) -> None:
