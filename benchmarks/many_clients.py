@@ -54,6 +54,7 @@ from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.pacing import NICENESS
 from vllm_ascend.model_loader.netloader.server import MAX_CLIENTS, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import Timeouts
@@ -192,6 +193,7 @@ class Child:
 
 
 def _obey(connection: Connection, doer: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    os.nice(NICENESS)  # as Netloader serves: clients on this host, which stand for other hosts, must not come first
     do = doer(*arguments)
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:

@@ -28,7 +28,6 @@ _SEND_BYTES: Final = 1 << 20
 """Bytes after which progress shows: the kernel would come back only after all of them, however slow the peer."""
 _TLS_BYTES: Final = 256 << 10
 _RECEIVE_INTO_BYTES: Final = 1 << 20
-_WORTHWHILE_BYTES: Final = 256 << 10
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 """Errors of this host that are not the peer's doing."""
 _TIMEVAL: Final = struct.Struct("@ll")
@@ -154,11 +153,8 @@ class Channel:
         offset = 0
         with _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
             while offset < memory.nbytes:
-                target = memory[offset : offset + _RECEIVE_INTO_BYTES]
-                # A sender that gives way sends little at a time; being woken for each little bit costs more than it.
-                worthwhile = min(_WORTHWHILE_BYTES, target.nbytes)
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, worthwhile)
-                offset += self._received(self.socket.recv_into(target), progress)
+                received = self.socket.recv_into(memory[offset : offset + _RECEIVE_INTO_BYTES])
+                offset += self._received(received, progress)
 
     def _receive_decrypted(self, memory: memoryview, timeout: float, progress: Callable[[int], None]) -> None:
         offset = 0
