@@ -64,7 +64,7 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
     assert report["received"][killed] >= CHUNK_BYTES
     assert report["bytes"] <= sum(report["received"].values()) <= 1.01 * report["bytes"] + CONNECTIONS * CHUNK_BYTES
     third.terminate()
-    assert third.processes() == {}
+    wait_until(lambda: third.processes() == {})
 
     port = two_free_ports()
     extra = {"SOURCE": [second.address], "TRANSPORT": ["process_group"], "FALLBACK": "error", "LISTEN_PORT": port}
@@ -83,7 +83,7 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
     second.wait_until_ended(60)
     wait_until(lambda: second.processes() == {})
     fourth.terminate()
-    assert fourth.processes() == {}
+    wait_until(lambda: fourth.processes() == {})
     assert "@netloader-" not in Path("/proc/net/unix").read_text()
 
 

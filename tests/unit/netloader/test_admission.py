@@ -35,14 +35,14 @@ def slow() -> bool:
 
 def test_up_to_the_limit_nobody_waits() -> None:
     turns = Turns(3)
-    taken = [turns.queue() for _ in range(3)]
+    taken = [turns.queue("host") for _ in range(3)]
     assert [turn.wait(0) for turn in taken] == [True, True, True]
     assert turns.waiting == 0
 
 
 def test_when_all_turns_are_taken_the_next_is_told_how_many_come_first() -> None:
     turns = Turns(2)
-    queue = [turns.queue() for _ in range(5)]
+    queue = [turns.queue("host") for _ in range(5)]
     assert [turn.wait(0) for turn in queue] == [True, True, False, False, False]
     assert [turn.ahead for turn in queue] == [0, 0, 0, 1, 2]
     assert turns.waiting == 3
@@ -50,22 +50,22 @@ def test_when_all_turns_are_taken_the_next_is_told_how_many_come_first() -> None
 
 def test_a_turn_that_has_come_is_not_lost_by_asking_again() -> None:
     turns = Turns(1)
-    turn = turns.queue()
+    turn = turns.queue("host")
     assert turn.wait(0)
     assert turn.wait(0)
-    assert not turns.queue().wait(0)
+    assert not turns.queue("host").wait(0)
 
 
 def test_a_free_turn_is_kept_for_the_first_even_while_it_does_not_ask() -> None:
     turns = Turns(1)
-    first, second = turns.queue(), turns.queue()
+    first, second = turns.queue("host"), turns.queue("host")
     assert not second.wait(0)
     assert first.wait(0)
 
 
 def test_whoever_leaves_while_waiting_lets_those_behind_move_up() -> None:
     turns = Turns(1)
-    holder, first, second = (turns.queue() for _ in range(3))
+    holder, first, second = (turns.queue("host") for _ in range(3))
     assert holder.wait(0)
     with first:
         assert (second.ahead, turns.waiting) == (1, 2)
@@ -77,7 +77,7 @@ def test_whoever_leaves_while_waiting_lets_those_behind_move_up() -> None:
 
 def test_leaving_twice_takes_nothing_from_others() -> None:
     turns = Turns(1)
-    first, second, third = (turns.queue() for _ in range(3))
+    first, second, third = (turns.queue("host") for _ in range(3))
     assert first.wait(0)
     for _ in range(2):
         with first:
@@ -89,7 +89,7 @@ def test_a_failure_within_a_turn_gives_it_back() -> None:
     turns = Turns(1)
 
     def fail() -> None:
-        with turns.queue() as turn:
+        with turns.queue("host") as turn:
             assert turn.wait(0)
             raise OSError("broken")
 
@@ -100,7 +100,7 @@ def test_a_failure_within_a_turn_gives_it_back() -> None:
 
 def test_one_that_is_slow_delays_nobody() -> None:
     turns = Turns(1)
-    holder, other, third = (turns.queue() for _ in range(3))
+    holder, other, third = (turns.queue("host") for _ in range(3))
     assert [holder.wait(0), other.wait(0)] == [True, False]
     holder.is_slow = slow
     assert [other.wait(0), third.wait(0)] == [True, False]
@@ -108,7 +108,7 @@ def test_one_that_is_slow_delays_nobody() -> None:
 
 def test_one_that_is_no_longer_slow_counts_again() -> None:
     turns = Turns(2)
-    first, second, third = (turns.queue() for _ in range(3))
+    first, second, third = (turns.queue("host") for _ in range(3))
     assert [turn.wait(0) for turn in (first, second)] == [True, True]
     first.is_slow = slow
     first.is_slow = lambda: False
@@ -117,7 +117,7 @@ def test_one_that_is_no_longer_slow_counts_again() -> None:
 
 def test_a_higher_limit_lets_the_next_in_and_a_lower_one_throws_nobody_out() -> None:
     turns = Turns(1)
-    queue = [turns.queue() for _ in range(4)]
+    queue = [turns.queue("host") for _ in range(4)]
     assert [turn.wait(0) for turn in queue] == [True, False, False, False]
     turns.set_limit(3)
     assert [turn.wait(0) for turn in queue] == [True, True, True, False]
@@ -155,7 +155,7 @@ def raise_the_limit(_: Turn, turns: Turns) -> None:
 @pytest.mark.parametrize("free", [leave, raise_the_limit])
 def test_whoever_waits_is_woken_when_a_turn_becomes_free(free: Callable[[Turn, Turns], None], thread: Start) -> None:
     turns = Turns(1)
-    holder, turn = turns.queue(), turns.queue()
+    holder, turn = turns.queue("host"), turns.queue("host")
     assert holder.wait(0)
     begun, result = asked_of(holder), list[bool]()
     waiter = thread(lambda: result.append(turn.wait(FOREVER)))
@@ -167,7 +167,7 @@ def test_whoever_waits_is_woken_when_a_turn_becomes_free(free: Callable[[Turn, T
 
 def test_whoever_is_behind_one_that_gives_up_waiting_is_woken(thread: Start) -> None:
     turns = Turns(2)
-    holder, first, second = (turns.queue() for _ in range(3))
+    holder, first, second = (turns.queue("host") for _ in range(3))
     assert holder.wait(0)
     begun, result = asked_of(holder), list[bool]()
     waiter = thread(lambda: result.append(second.wait(FOREVER)))
@@ -180,10 +180,10 @@ def test_whoever_is_behind_one_that_gives_up_waiting_is_woken(thread: Start) -> 
 
 def test_turns_come_in_the_order_of_the_queue_and_not_of_waiting(thread: Start) -> None:
     turns = Turns(1)
-    holder = turns.queue()
+    holder = turns.queue("host")
     assert holder.wait(0)
     order = list[int]()
-    queue = [turns.queue() for _ in range(8)]
+    queue = [turns.queue("host") for _ in range(8)]
 
     def take(number: int) -> None:
         with queue[number]:
@@ -204,7 +204,7 @@ def test_of_many_threads_as_many_as_allowed_have_their_turn_together(thread: Sta
 
     def take() -> None:
         nonlocal inside, most
-        with turns.queue() as turn:
+        with turns.queue("host") as turn:
             assert turn.wait(FOREVER)
             with lock:
                 inside += 1
@@ -235,7 +235,7 @@ def test_a_turn_has_come_exactly_when_fewer_than_the_limit_are_before_it(
         turn = queue[number % len(queue)] if queue else None
         match operation:
             case "queue":
-                waiting.append(turns.queue())
+                waiting.append(turns.queue("host"))
             case "limit":
                 limit = number % 4 + 1
                 turns.set_limit(limit)
@@ -384,3 +384,15 @@ def test_the_address_that_failed_least_recently_is_forgotten_first(clock: Clock)
         guard.failed(address)
     assert guard.admits(OTHER)
     assert not guard.admits(HOST)
+
+
+def test_a_host_that_queues_often_delays_itself_only() -> None:
+    turns = Turns(2)
+    crowd = [turns.queue("crowd") for _ in range(6)]
+    assert crowd[0].wait(0)
+    assert crowd[1].wait(0)
+    with turns.queue("alone") as alone:
+        assert (alone.ahead, crowd[2].ahead) == (0, 1)
+        turns.leave(crowd[0])
+        assert not crowd[2].wait(0)
+        assert alone.wait(0)

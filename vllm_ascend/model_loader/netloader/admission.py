@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self, TypeVar
@@ -26,7 +26,9 @@ _REMEMBERED: Final = 1024
 
 
 class Turns:
-    """Lets `limit` sessions at a time transfer, the others in the order in which they came. Thread-safe.
+    """Lets `limit` sessions at a time transfer, the others in the order in which they came, hosts taking turns.
+
+    Thread-safe.
 
     One that is slow does not count: whoever takes next to nothing delays nobody.
     """
@@ -46,9 +48,9 @@ class Turns:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def queue(self) -> Turn:
+    def queue(self, host: str) -> Turn:
         """A place at the end, to be left by `with`."""
-        turn = Turn(self)
+        turn = Turn(self, host)
         with self._changed:
             self._waiting.append(turn)
         return turn
@@ -57,7 +59,12 @@ class Turns:
         if turn in self._taken:
             return True
         free = self._limit - sum(not taken.is_slow() for taken in self._taken)
-        return self._waiting.index(turn) < free
+        return self._in_order().index(turn) < free
+
+    def _in_order(self) -> list[Turn]:
+        """The waiting, those first whose host has the fewest turns now: one host that queues often delays itself."""
+        turns_of = Counter(taken.host for taken in self._taken)
+        return sorted(self._waiting, key=lambda turn: turns_of[turn.host])
 
     def wait(self, turn: Turn, timeout: float) -> bool:
         """Whether its turn has come, within `timeout` seconds."""
@@ -72,7 +79,7 @@ class Turns:
     def ahead_of(self, turn: Turn) -> int:
         """How many will have their turn before this one."""
         with self._changed:
-            return self._waiting.index(turn) if turn in self._waiting else 0
+            return self._in_order().index(turn) if turn in self._waiting else 0
 
     def leave(self, turn: Turn) -> None:
         with self._changed:
@@ -87,6 +94,7 @@ class Turn:
     """A place among the waiting, then among those who transfer. `is_slow` may be set once it is known."""
 
     _turns: Turns
+    host: str
     is_slow: Callable[[], bool] = field(default=lambda: False)
 
     def __enter__(self) -> Self:

@@ -330,7 +330,7 @@ class WeightServer:
         with contextlib.ExitStack() as turn_scope:
             turn = None
             if not isinstance(answer, Refuse) and answer[1].copies:
-                turn = turn_scope.enter_context(self._turns.queue())
+                turn = turn_scope.enter_context(self._turns.queue(peer.host))
                 self._await(channel, turn, answer[0])
                 answer = self._answer(join)  # which may be another one by now
             if isinstance(answer, Refuse):
@@ -416,7 +416,8 @@ class WeightServer:
             logger.info("referred %s to %s", peer, ", ".join(refusal.referrals))
         else:
             details = one_line("; ".join(map(str, refusal.differences)))
-            logger.warning("refused %s: %s%s", peer, refusal.reason, f": {details}" if details else "")
+            if self._log_limit.admits(f"{peer.host} {refusal.reason[:24]}"):
+                logger.warning("refused %s: %s%s", peer, refusal.reason, f": {details}" if details else "")
         channel.send(refusal, self._settings.timeouts.connect)
 
     def _status(self) -> Status:
