@@ -1,0 +1,204 @@
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "acl_api.h"
+#include "config.h"
+#include "device.h"
+#include "errors.h"
+
+/* The release whose interface is simulated. torch-npu asks before it uses newer functions. */
+#define CANN_VERSION "9.0.0"
+#define DRIVER_VERSION "25.5.0"
+#define SOC_NAME "Ascend910B1"
+#define MAX_CONFIG 65536
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static bool initialised, finalised;
+static int64_t system_options[ACL_OPT_STRONG_CONSISTENCY + 1];
+
+/* "default_device" is the only entry of aclInit's JSON file that matters here: {"defaultDevice":
+ * {"default_device": "0"}}. A search does; the file is not the user's. */
+static aclError read_default_device(const char *path)
+{
+    aclError error = ACL_SUCCESS;
+    char *text = calloc(1, MAX_CONFIG);
+    FILE *file = fopen(path, "re");
+    const char *found;
+
+    if (!text || !file || !fread(text, 1, MAX_CONFIG - 1, file)) {
+        error = FAIL(ACL_ERROR_INVALID_PARAM, "cannot read %s", path);
+        goto done;
+    }
+    if ((found = strstr(text, "\"default_device\"")) && (found = strchr(found, ':'))) {
+        int device = atoi(found + strcspn(found, "0123456789"));
+
+        if (!(error = CHECK_DEVICE(device)))
+            sim_set_default_device(device);
+    }
+done:
+    if (file)
+        fclose(file);
+    free(text);
+    return error;
+}
+
+/* Reads the settings, so that a wrong one is told here, and the default device from the file `configPath`, if given.
+ * Once for each process. */
+aclError aclInit(const char *configPath)
+{
+    aclError error = ACL_SUCCESS;
+
+    if (!sim_settings())
+        return ACL_ERROR_INVALID_PARAM;
+    pthread_mutex_lock(&lock);
+    if (initialised)
+        error = FAIL(ACL_ERROR_REPEAT_INITIALIZE, "called before");
+    else if (configPath && *configPath)
+        error = read_default_device(configPath);
+    if (!error)
+        initialised = true;
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+/* Ends the use of the interface. What was not freed stays valid until the process ends. */
+aclError aclFinalize(void)
+{
+    aclError error = ACL_SUCCESS;
+
+    pthread_mutex_lock(&lock);
+    if (!initialised)
+        error = FAIL(ACL_ERROR_UNINITIALIZE, "aclInit was not called");
+    else if (finalised)
+        error = FAIL(ACL_ERROR_REPEAT_FINALIZE, "called before");
+    finalised = initialised;
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+/* Warnings and errors of the caller go to standard error if CANN's ASCEND_SLOG_PRINT_TO_STDOUT asks for it. */
+void aclAppLog(aclLogLevel logLevel, const char *func, const char *file, uint32_t line, const char *fmt, ...)
+{
+    static const char *const names[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
+    const char *wanted = getenv("ASCEND_SLOG_PRINT_TO_STDOUT");
+    va_list arguments;
+
+    if (!wanted || strcmp(wanted, "1") || logLevel < ACL_WARNING || logLevel > ACL_ERROR)
+        return;
+    flockfile(stderr);
+    fprintf(stderr, "cann_sim: %s %s:%u %s: ", names[logLevel], file, line, func);
+    va_start(arguments, fmt);
+    vfprintf(stderr, fmt, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    funlockfile(stderr);
+}
+
+/* The name by which torch-npu knows what the device can do. */
+const char *aclrtGetSocName(void)
+{
+    return SOC_NAME;
+}
+
+/* The simulated release; only `version` of the answer is filled. */
+aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version)
+{
+    if (!version || name < ACL_PKG_NAME_CANN || name > ACL_PKG_NAME_DRIVER)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "package %d", (int)name);
+    memset(version, 0, sizeof *version);
+    strcpy(version->version, name == ACL_PKG_NAME_DRIVER ? DRIVER_VERSION : CANN_VERSION);
+    return ACL_SUCCESS;
+}
+
+/* The same by name: "driver" or a package of CANN. `versionStr` has room for 128 bytes. */
+aclError aclsysGetVersionStr(char *pkgName, char *versionStr)
+{
+    if (!pkgName || !versionStr)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "NULL");
+    strcpy(versionStr, strcmp(pkgName, "driver") ? CANN_VERSION : DRIVER_VERSION);
+    return ACL_SUCCESS;
+}
+
+/* What the platform can do: infinities, bfloat16. Operators are not compiled. */
+aclError aclGetCannAttributeList(const aclCannAttr **cannAttrList, size_t *num)
+{
+    static const aclCannAttr attributes[] = {ACL_CANN_ATTR_INF_NAN, ACL_CANN_ATTR_BF16};
+
+    if (!cannAttrList || !num)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "NULL");
+    *cannAttrList = attributes;
+    *num = sizeof attributes / sizeof *attributes;
+    return ACL_SUCCESS;
+}
+
+/* 1 for what is in the list above, else 0. */
+aclError aclGetCannAttribute(aclCannAttr cannAttr, int32_t *value)
+{
+    if (!value || cannAttr < ACL_CANN_ATTR_INF_NAN || cannAttr > ACL_CANN_ATTR_JIT_COMPILE)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "attribute %d", (int)cannAttr);
+    *value = cannAttr != ACL_CANN_ATTR_JIT_COMPILE;
+    return ACL_SUCCESS;
+}
+
+/* Remembered for aclrtGetSysParamOpt; all that the simulator does is deterministic. */
+aclError aclrtSetSysParamOpt(aclSysParamOpt opt, int64_t value)
+{
+    if ((int)opt < 0 || opt > ACL_OPT_STRONG_CONSISTENCY)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "option %d", (int)opt);
+    pthread_mutex_lock(&lock);
+    system_options[opt] = value;
+    pthread_mutex_unlock(&lock);
+    return ACL_SUCCESS;
+}
+
+/* What was set, 0 before. */
+aclError aclrtGetSysParamOpt(aclSysParamOpt opt, int64_t *value)
+{
+    if ((int)opt < 0 || opt > ACL_OPT_STRONG_CONSISTENCY || !value)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "option %d", (int)opt);
+    pthread_mutex_lock(&lock);
+    *value = system_options[opt];
+    pthread_mutex_unlock(&lock);
+    return ACL_SUCCESS;
+}
+
+/* The same for a context; there is one set of options for all. */
+aclError aclrtCtxSetSysParamOpt(aclSysParamOpt opt, int64_t value)
+{
+    return aclrtSetSysParamOpt(opt, value);
+}
+
+/* Accepted: overflow is what the operators make of it. */
+aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode)
+{
+    if ((int)mode < 0 || mode > ACL_RT_OVERFLOW_MODE_UNDEF)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "mode %d", (int)mode);
+    return ACL_SUCCESS;
+}
+
+/* Accepted: nothing waits on a device here but collectives, and they have CANN_SIM_HCCL_TIMEOUT. */
+aclError aclrtSetOpWaitTimeout(uint32_t timeout)
+{
+    (void)timeout;
+    return ACL_SUCCESS;
+}
+
+/* Accepted: operators are not executed here. */
+aclError aclrtSetOpExecuteTimeOut(uint32_t timeout)
+{
+    (void)timeout;
+    return ACL_SUCCESS;
+}
+
+/* Accepted as given. */
+aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t *actualTimeout)
+{
+    if (!actualTimeout)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "actualTimeout is NULL");
+    *actualTimeout = timeout;
+    return ACL_SUCCESS;
+}

@@ -1,0 +1,236 @@
+/* Addresses without memory, memory without addresses, and the joining of the two.
+ *
+ * Physical memory is an anonymous file, so that its content stays while it is not mapped, and nothing is left when the
+ * process dies.
+ */
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "acl_api.h"
+#include "device.h"
+#include "errors.h"
+#include "handles.h"
+#include "memory.h"
+
+#define GRANULE ((size_t)2 << 20) /* what aclrtMallocPhysical of huge pages counts in */
+
+typedef struct {
+    sim_object object;
+    int device, file;
+    size_t size;
+} physical;
+
+typedef struct range {
+    struct range *next;
+    void *base;
+    size_t size;
+    physical *memory; /* NULL: reserved addresses */
+} range;
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static range *reserved, *mapped;
+
+static void release_physical(sim_object *object)
+{
+    physical *memory = (physical *)object;
+
+    sim_give_memory(memory->device, memory->size);
+    close(memory->file);
+    free(memory);
+}
+
+static range **find_base(range **list, const void *base)
+{
+    while (*list && (*list)->base != base)
+        list = &(*list)->next;
+    return list;
+}
+
+static bool lies_in(const void *base, size_t size, const range *outer)
+{
+    uintptr_t begin = (uintptr_t)base, low = (uintptr_t)outer->base;
+
+    return begin >= low && size <= outer->size && begin - low <= outer->size - size;
+}
+
+static bool forget_pages(void *base, size_t size)
+{
+    return mmap(base, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED;
+}
+
+/* Reserves at least `size` bytes of addresses, aligned to 2 MiB; `alignment` and `expectPtr` are wishes that are not
+ * heard. */
+aclError aclrtReserveMemAddress(void **virPtr, size_t size, size_t alignment, void *expectPtr, uint64_t flags)
+{
+    range *entry = NULL;
+    char *base, *aligned;
+
+    (void)alignment, (void)expectPtr, (void)flags;
+    if (!virPtr || !size || size > SIZE_MAX - 2 * GRANULE)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "%zu bytes to %p", size, (void *)virPtr);
+    size = (size + GRANULE - 1) / GRANULE * GRANULE;
+    base = mmap(NULL, size + GRANULE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED || !(entry = malloc(sizeof *entry))) {
+        if (base != MAP_FAILED)
+            munmap(base, size + GRANULE);
+        return FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "no %zu bytes of addresses left", size);
+    }
+    aligned = base + (GRANULE - (uintptr_t)base % GRANULE) % GRANULE;
+    if (aligned > base)
+        munmap(base, (size_t)(aligned - base));
+    munmap(aligned + size, GRANULE - (size_t)(aligned - base));
+    pthread_mutex_lock(&lock);
+    *entry = (range){reserved, aligned, size, NULL};
+    reserved = entry;
+    pthread_mutex_unlock(&lock);
+    *virPtr = aligned;
+    return ACL_SUCCESS;
+}
+
+/* Gives reserved addresses back. Memory must not be mapped there. */
+aclError aclrtReleaseMemAddress(void *virPtr)
+{
+    aclError error = ACL_SUCCESS;
+    range **place, *entry;
+
+    pthread_mutex_lock(&lock);
+    place = find_base(&reserved, virPtr);
+    if (!(entry = *place)) {
+        error = FAIL(ACL_ERROR_RT_PARAM_INVALID, "%p was not reserved", virPtr);
+        goto done;
+    }
+    for (const range *inner = mapped; inner; inner = inner->next)
+        if (lies_in(inner->base, inner->size, entry)) {
+            error = FAIL(ACL_ERROR_RT_PARAM_INVALID, "memory is still mapped at %p", inner->base);
+            goto done;
+        }
+    *place = entry->next;
+    munmap(entry->base, entry->size);
+    free(entry);
+done:
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+/* Takes `size` bytes, a multiple of 2 MiB, of the device that `prop` names. They count as taken until they are freed
+ * and nowhere mapped. */
+aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size, const aclrtPhysicalMemProp *prop, uint64_t flags)
+{
+    physical *memory = NULL;
+    aclError error;
+
+    (void)flags;
+    if (!handle || !prop || !size || size % GRANULE || prop->location.type != ACL_MEM_LOCATION_TYPE_DEVICE)
+        return FAIL(ACL_ERROR_INVALID_PARAM, "%zu bytes are not a multiple of 2 MiB, or not asked of a device", size);
+    if ((error = CHECK_DEVICE(prop->location.id)))
+        return error;
+    if ((error = sim_take_memory(__func__, (int)prop->location.id, size)))
+        return error;
+    if (!(memory = calloc(1, sizeof *memory))) {
+        sim_give_memory((int)prop->location.id, size);
+        return FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+    }
+    memory->device = (int)prop->location.id;
+    memory->size = size;
+    memory->file = memfd_create("cann_sim", MFD_CLOEXEC);
+    if (memory->file < 0 || ftruncate(memory->file, (off_t)size)) {
+        error = FAIL(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no %zu bytes left", size);
+        goto failed;
+    }
+    if (!(*handle = sim_publish(SIM_PHYSICAL, &memory->object, release_physical))) {
+        error = ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+        goto failed;
+    }
+    return ACL_SUCCESS;
+
+failed:
+    if (memory->file >= 0)
+        close(memory->file);
+    free(memory);
+    sim_give_memory((int)prop->location.id, size);
+    return error;
+}
+
+/* The handle is gone; the memory is, too, as soon as it is mapped nowhere. */
+aclError aclrtFreePhysical(aclrtDrvMemHandle handle)
+{
+    physical *memory = sim_retire(SIM_PHYSICAL, handle);
+
+    if (!memory)
+        return FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not physical memory", handle);
+    sim_let_go(&memory->object);
+    return ACL_SUCCESS;
+}
+
+/* Maps all of the memory into reserved addresses where nothing is mapped. `offset` must be 0. */
+aclError aclrtMapMem(void *virPtr, size_t size, size_t offset, aclrtDrvMemHandle handle, uint64_t flags)
+{
+    physical *memory = sim_acquire(SIM_PHYSICAL, handle);
+    sim_region region = {virPtr, size, SIM_MAPPED, memory ? memory->device : -1};
+    aclError error = ACL_SUCCESS;
+    range *entry = malloc(sizeof *entry);
+    const range *outer;
+
+    (void)flags;
+    if (!memory) {
+        error = FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not physical memory", handle);
+        goto done;
+    }
+    if (!entry) {
+        error = FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        goto done;
+    }
+    pthread_mutex_lock(&lock);
+    for (outer = reserved; outer && !lies_in(virPtr, size, outer); outer = outer->next)
+        ;
+    if (!outer || offset || size != memory->size) {
+        error = FAIL(ACL_ERROR_RT_PARAM_INVALID, "%zu bytes from %zu of %zu at %p, where %s", size, offset,
+                     memory->size, virPtr, outer ? "all of them belong" : "nothing is reserved");
+    } else if (!(error = sim_add_region(__func__, &region))) {
+        if (mmap(virPtr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory->file, 0) == MAP_FAILED) {
+            sim_remove_region(virPtr, SIM_MAPPED, &region);
+            error = FAIL(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host cannot map %zu bytes", size);
+        }
+    }
+    if (!error) {
+        *entry = (range){mapped, virPtr, size, memory};
+        mapped = entry;
+    }
+    pthread_mutex_unlock(&lock);
+done:
+    if (error) {
+        free(entry);
+        if (memory)
+            sim_let_go(&memory->object);
+    }
+    return error;
+}
+
+/* Takes memory out of its addresses, which stay reserved. */
+aclError aclrtUnmapMem(void *virPtr)
+{
+    aclError error = ACL_SUCCESS;
+    range **place, *entry;
+    sim_region region;
+
+    pthread_mutex_lock(&lock);
+    place = find_base(&mapped, virPtr);
+    if (!(entry = *place)) {
+        error = FAIL(ACL_ERROR_RT_PARAM_INVALID, "nothing is mapped at %p", virPtr);
+        goto done;
+    }
+    if (!forget_pages(entry->base, entry->size)) {
+        error = FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host cannot unmap %zu bytes", entry->size);
+        goto done;
+    }
+    *place = entry->next;
+    sim_remove_region(virPtr, SIM_MAPPED, &region);
+    sim_let_go(&entry->memory->object);
+    free(entry);
+done:
+    pthread_mutex_unlock(&lock);
+    return error;
+}

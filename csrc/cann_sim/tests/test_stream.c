@@ -1,0 +1,197 @@
+#include <pthread.h>
+#include <string.h>
+
+#include "children.h"
+#include "gate.h"
+
+#define UNUSED_RANK (void)rank, (void)size
+
+static void handles(unsigned rank, unsigned size)
+{
+    aclrtStream stream, other, third;
+    aclrtStreamStatus status;
+    int32_t id, other_id;
+    uint32_t flag = 7;
+    char *memory;
+
+    UNUSED_RANK;
+    CHECK("a stream needs a device", aclrtCreateStream(&stream) == ACL_ERROR_RT_CONTEXT_NULL);
+    aclrtSetDevice(0);
+    aclrtMalloc((void **)&memory, 64, ACL_MEM_MALLOC_HUGE_FIRST);
+    CHECK("streams are made", !aclrtCreateStream(&stream) && !aclrtCreateStreamWithConfig(&other, 3, 1));
+    CHECK("they are different",
+          stream != other && !aclrtStreamGetId(stream, &id) && !aclrtStreamGetId(other, &other_id) && id != other_id);
+    CHECK("an idle stream is complete", !aclrtStreamQuery(stream, &status) && status == ACL_STREAM_STATUS_COMPLETE &&
+                                            !aclrtSynchronizeStream(stream));
+    CHECK("there is a default stream", !aclrtSynchronizeStream(NULL) && !aclrtMemsetAsync(memory, 64, 1, 64, NULL));
+    CHECK("attributes are taken", !aclrtSetStreamFailureMode(stream, ACL_STOP_ON_FAILURE) &&
+                                      !aclrtSetStreamOverflowSwitch(stream, 1) &&
+                                      !aclrtGetStreamOverflowSwitch(stream, &flag) && flag == 1);
+    CHECK("unknown ones are not",
+          aclrtSetStreamFailureMode(stream, 9) == ACL_ERROR_INVALID_PARAM &&
+              aclrtSetStreamAttribute(stream, (aclrtStreamAttr)77, &(aclrtStreamAttrValue){0}) ==
+                  ACL_ERROR_RT_FEATURE_NOT_SUPPORT);
+    CHECK("a stream is destroyed once",
+          !aclrtDestroyStream(stream) && aclrtDestroyStream(stream) == ACL_ERROR_RT_INVALID_HANDLE);
+    CHECK("what was destroyed is told", aclrtSynchronizeStream(stream) == ACL_ERROR_RT_INVALID_HANDLE &&
+                                            aclrtMemsetAsync(memory, 64, 1, 64, stream) == ACL_ERROR_RT_INVALID_HANDLE);
+    CHECK("its place is not its successor's", !aclrtCreateStream(&third) && third != stream &&
+                                                  aclrtSynchronizeStream(stream) == ACL_ERROR_RT_INVALID_HANDLE);
+    CHECK("nonsense is not a stream", aclrtSynchronizeStream(&id) == ACL_ERROR_RT_INVALID_HANDLE);
+    CHECK("another device's stream is refused",
+          !aclrtSetDevice(1) && aclrtSynchronizeStream(other) == ACL_ERROR_RT_STREAM_CONTEXT &&
+              aclrtMemsetAsync(memory, 64, 1, 64, other) == ACL_ERROR_RT_STREAM_CONTEXT);
+    CHECK("a reset ends the device's streams",
+          !aclrtResetDevice(0) && !aclrtSetDevice(0) && aclrtSynchronizeStream(other) == ACL_ERROR_RT_INVALID_HANDLE);
+    CHECK("not the other's", !aclrtSetDevice(1) && !aclrtSynchronizeStream(NULL));
+    aclrtFree(memory);
+}
+
+static char order[16];
+
+static void note(void *argument)
+{
+    strncat(order, argument, 1);
+}
+
+static void synchronous(unsigned rank, unsigned size)
+{
+    aclrtStream stream;
+    char a[] = "a", b[] = "b";
+
+    UNUSED_RANK;
+    aclrtSetDevice(0);
+    aclrtCreateStream(&stream);
+    CHECK("host functions run in order",
+          !aclrtLaunchHostFunc(stream, note, a) && !aclrtLaunchHostFunc(stream, note, b) && !strcmp(order, "ab"));
+    CHECK("a missing function is refused", aclrtLaunchHostFunc(stream, NULL, a) == ACL_ERROR_INVALID_PARAM);
+}
+
+static void asynchronous(unsigned rank, unsigned size)
+{
+    aclrtStream slow, other;
+    aclrtStreamStatus status;
+    char a[] = "a", b[] = "b";
+    char *memory;
+    gate gate;
+    aclmdlRI graph;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_ASYNC", "1", 1);
+    aclrtSetDevice(0);
+    aclrtCreateStream(&slow);
+    aclrtCreateStream(&other);
+    aclrtMalloc((void **)&memory, 64, ACL_MEM_MALLOC_HUGE_FIRST);
+    aclrtMemset(memory, 64, 0, 64);
+    graph = make_gate(&gate, slow, ACL_SUCCESS);
+    CHECK("work that takes time does not hold up the caller", !aclmdlRIExecuteAsync(graph, slow));
+    CHECK("work after it waits",
+          !aclrtMemsetAsync(memory, 64, 1, 64, slow) && !aclrtLaunchHostFunc(slow, note, a) && !memory[0] && !*order);
+    CHECK("the stream is busy", !aclrtStreamQuery(slow, &status) && status == ACL_STREAM_STATUS_NOT_READY);
+    CHECK("to wait for it may take too long",
+          aclrtSynchronizeStreamWithTimeout(slow, 20) == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT);
+    CHECK("so may the device", aclrtSynchronizeDeviceWithTimeout(20) == ACL_ERROR_RT_STREAM_SYNC_TIMEOUT);
+    CHECK("another stream is free", !aclrtLaunchHostFunc(other, note, b) && !strcmp(order, "b"));
+    CHECK("a graph that runs is not destroyed", aclmdlRIDestroy(graph) == ACL_ERROR_RT_MODEL_RUNNING);
+    open_gate(&gate);
+    CHECK("then all is done", !aclrtSynchronizeStream(slow) && memory[63] == 1 && !strcmp(order, "ba"));
+    CHECK("idle again, work runs at once", !aclrtMemsetAsync(memory, 64, 2, 64, slow) && memory[63] == 2);
+    CHECK("the graph can be destroyed", !aclmdlRIDestroy(graph) && gate.released == 1);
+    aclrtFree(memory);
+}
+
+static void failing(unsigned rank, unsigned size)
+{
+    aclrtStream stream;
+    char *memory;
+    gate gate;
+    aclmdlRI graph;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_ASYNC", "1", 1);
+    aclrtSetDevice(0);
+    aclrtCreateStream(&stream);
+    aclrtMalloc((void **)&memory, 64, ACL_MEM_MALLOC_HUGE_FIRST);
+    aclrtMemset(memory, 64, 0, 64);
+    graph = make_gate(&gate, stream, 507014);
+    CHECK("work is put in", !aclmdlRIExecuteAsync(graph, stream) && !aclrtMemsetAsync(memory, 64, 1, 64, stream));
+    open_gate(&gate);
+    CHECK("who waits for a turn sees the error", cann_sim_wait_for_turn(stream) == 507014);
+    CHECK("until it is reported nothing runs", aclrtMemsetAsync(memory, 64, 1, 64, stream) == 507014);
+    CHECK("a synchronisation reports it", aclrtSynchronizeStream(stream) == 507014);
+    CHECK("the message tells which node it was", strstr(aclGetRecentErrMsg(), "gate"));
+    CHECK("what came after it was not done", !memory[0]);
+    CHECK("then the stream works again",
+          !aclrtSynchronizeStream(stream) && !aclrtMemsetAsync(memory, 64, 2, 64, stream) && memory[0] == 2);
+    CHECK("the graph is released", !aclmdlRIDestroy(graph) && gate.released == 1);
+    aclrtFree(memory);
+}
+
+static void destroyed_while_busy(unsigned rank, unsigned size)
+{
+    aclrtStream stream, waiting;
+    aclrtEvent event;
+    gate gate;
+    aclmdlRI graph;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_ASYNC", "1", 1);
+    aclrtSetDevice(0);
+    aclrtCreateStream(&stream);
+    aclrtCreateStream(&waiting);
+    aclrtCreateEventExWithFlag(&event, ACL_EVENT_SYNC);
+    graph = make_gate(&gate, stream, ACL_SUCCESS);
+    CHECK("a stream is busy and another waits for it",
+          !aclmdlRIExecuteAsync(graph, stream) && !aclmdlRIExecuteAsync(graph, stream) &&
+              !aclrtRecordEvent(event, stream) && !aclrtStreamWaitEvent(waiting, event));
+    CHECK("it can be destroyed by force",
+          !aclrtDestroyStreamForce(stream) && aclrtSynchronizeStream(stream) == ACL_ERROR_RT_INVALID_HANDLE);
+    open_gate(&gate);
+    CHECK("who waits is told", aclrtSynchronizeStream(waiting) == ACL_ERROR_RT_INVALID_HANDLE);
+    while (aclmdlRIDestroy(graph) == ACL_ERROR_RT_MODEL_RUNNING)
+        usleep(1000);
+    CHECK("the graph is released", gate.released == 1);
+}
+
+static aclrtStream shared;
+static int counter;
+
+static void count(void *argument)
+{
+    (void)argument;
+    counter++; /* one at a time, or the sanitizer and the sum notice */
+}
+
+static void *count_often(void *argument)
+{
+    aclrtSetDevice(0);
+    for (int i = 0; i < 1000; i++)
+        *(int *)argument |= aclrtLaunchHostFunc(shared, count, NULL);
+    return NULL;
+}
+
+static void many_threads(unsigned rank, unsigned size)
+{
+    pthread_t threads[4];
+    int failed[4] = {0};
+
+    UNUSED_RANK;
+    aclrtSetDevice(0);
+    aclrtCreateStream(&shared);
+    for (int i = 0; i < 4; i++)
+        pthread_create(&threads[i], NULL, count_often, &failed[i]);
+    for (int i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    CHECK("threads take turns in a stream", !failed[0] && !failed[1] && !failed[2] && !failed[3] && counter == 4000);
+}
+
+int main(void)
+{
+    CHECK("handles", alone(handles));
+    CHECK("synchronous", alone(synchronous));
+    CHECK("asynchronous", alone(asynchronous));
+    CHECK("failing", alone(failing));
+    CHECK("destroyed while busy", alone(destroyed_while_busy));
+    CHECK("many threads", alone(many_threads));
+    return REPORT();
+}
