@@ -55,7 +55,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
 from vllm_ascend.model_loader.netloader.pacing import NICENESS
-from vllm_ascend.model_loader.netloader.server import MAX_CLIENTS, Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import Timeouts
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
@@ -91,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=512, help="of weights (default: 512)")
-    parser.add_argument("--max-clients", type=int, default=MAX_CLIENTS, help="MAX_CLIENTS of the server (default: 8)")
+    parser.add_argument(
+        "--max-clients", type=int, default=Settings.max_clients, help="MAX_CLIENTS of the server (default: 8)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

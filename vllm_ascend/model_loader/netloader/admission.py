@@ -28,9 +28,7 @@ _REMEMBERED: Final = 1024
 class Turns:
     """Lets `limit` sessions at a time transfer, the others in the order in which they came, hosts taking turns.
 
-    Thread-safe.
-
-    One that is slow does not count: whoever takes next to nothing delays nobody.
+    One that is slow does not count: whoever takes next to nothing delays nobody. Thread-safe.
     """
 
     def __init__(self, limit: int) -> None:

@@ -123,11 +123,6 @@ class Session:
         """Bytes that came over the network."""
         return self.delivery.received if self.delivery else 0
 
-    @property
-    def damaged(self) -> int:
-        """Chunks that arrived damaged."""
-        return self.delivery.damaged if self.delivery else 0
-
     def run(self) -> Fetched:
         """Raises SourceError or TransportError."""
         timeouts = self._terms.timeouts

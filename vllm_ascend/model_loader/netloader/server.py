@@ -27,6 +27,7 @@ import msgspec
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.admission import Guard, LogLimit, Turn, Turns
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
+from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
@@ -58,7 +59,6 @@ MAX_STRANGERS_PER_HOST: Final = 256
 """Connections of one address that have not said yet what they want."""
 MAX_INQUIRIES: Final = 64
 """Status messages on one connection; whoever wants more connects again."""
-MAX_CLIENTS: Final = 8
 WAIT_NOTICE: Final = 1.0
 """Seconds between two messages to a client that waits for its turn."""
 SLOW: Final = 1 << 20
@@ -76,7 +76,7 @@ class Settings:
     transports: Sequence[Transport]
     timeouts: Timeouts = field(default_factory=Timeouts)
     access: Access = field(default_factory=Access)
-    max_clients: int = MAX_CLIENTS
+    max_clients: int = NetLoaderConfig.max_clients
     max_bandwidth: int | None = None
 
 

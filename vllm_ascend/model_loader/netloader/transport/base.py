@@ -1,8 +1,9 @@
 """What a transport is: one way to bring an address space of bytes from a server's arena into a client's.
 
 A transport has two halves. The client says in Join what it can use (`offer`); the server makes a `Sender` for the
-session, whose `parameters` travel in Accept; the client calls `receive` with them. Whether the server pushes (in
-`Sender.run`) or the client pulls is the transport's own affair.
+session, whose `parameters` travel in Accept; the client calls `receive` with them. Whether the client pulls
+(`Sender.attach`), is sent what it asks for (`Sender.push`), or is handed everything (`Sender.run`) is the transport's
+own affair.
 """
 
 from __future__ import annotations
