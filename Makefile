@@ -2,6 +2,8 @@
 # make test    everything that CI checks, in an environment of its own             TESTS="tests/unit -k manifest"
 # make test-all  the same, with the slow tests
 # make bench   the weight phase by every way, as ratios
+# make npu-sim a simulated NPU under the genuine torch-npu; source tools/npu_sim.sh then
+# make demo-npu  the demo on two simulated NPUs, over HCCL
 # make soak    server and client under random faults, every byte compared          SOAK_SECONDS=600
 #
 # The other benchmarks take .venv/bin/python benchmarks/NAME.py, and --help says what they measure:
@@ -12,15 +14,20 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+NPU_VENV ?= .venv-npu
 MODEL ?=
 TRANSPORT ?=
 TESTS ?= tests/unit tests/e2e
+NPU_TESTS ?= csrc/cann_sim/operators/tests tests/unit/netloader/transport/test_conformance.py tests/npu
 CHOICE ?= not slow
 SOAK_SECONDS ?= 600
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+NPU_INSTALLED = $(NPU_VENV)/.installed
+NPU_SOURCES = $(shell find csrc/cann_sim -path csrc/cann_sim/build -prune -o -type f -name '*.[chp]*' -print)
+ON_NPU = NPU_VENV=$(NPU_VENV) bash -c 'source tools/npu_sim.sh && exec "$$@"' npu-sim
 
-.PHONY: setup demo bench soak test test-all lint types docs wheel check-tests format clean
+.PHONY: setup npu-sim demo demo-npu check-npu bench soak test test-all lint types docs wheel check-tests format clean
 
 setup: $(INSTALLED)
 
@@ -28,8 +35,17 @@ $(INSTALLED): requirements.txt requirements-cpu.txt requirements-dev.txt pyproje
 	PYTHON=$(PYTHON) tools/setup_environment.sh $(VENV)
 	touch $@
 
+npu-sim: $(NPU_INSTALLED)
+
+$(NPU_INSTALLED): $(INSTALLED) requirements-npu-sim.txt tools/setup_npu_sim.sh $(NPU_SOURCES)
+	tools/setup_npu_sim.sh $(VENV) $(NPU_VENV)
+	touch $@
+
 demo: $(INSTALLED)
 	@$(BIN)/python tools/demo.py --model "$(MODEL)" --transport "$(TRANSPORT)"
+
+demo-npu: $(NPU_INSTALLED)
+	@$(ON_NPU) python tools/demo.py --npu --model "$(MODEL)" --transport "$(TRANSPORT)"
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/weight_phase.py
@@ -37,7 +53,7 @@ bench: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python tools/soak.py --seconds $(SOAK_SECONDS)
 
-test: lint types docs wheel check-tests
+test: lint types docs wheel check-tests check-npu
 
 test-all: CHOICE =
 test-all: test
@@ -57,6 +73,11 @@ wheel: $(INSTALLED)
 
 check-tests: $(INSTALLED)
 	$(BIN)/python -m pytest -m "$(CHOICE)" $(TESTS)
+
+check-npu: $(NPU_INSTALLED)
+	$(MAKE) -C csrc/cann_sim test
+	$(ON_NPU) python csrc/cann_sim/check.py
+	$(ON_NPU) python -m pytest -m "$(CHOICE)" $(NPU_TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -646,7 +646,7 @@ def fetch(task: Task, setting: Setting, access: Access, sources: Sequence[Endpoi
     except SourcesExhausted as error:
         return Result(task.kind, failures=tuple(kind_of_failure(reason) for reason in error.reasons))
     failures = tuple(kind_of_failure(str(attempt)) for attempt in client.attempts)
-    with contextlib.closing(fetched.arena):
+    with contextlib.closing(fetched.memory):
         return Result(task.kind, succeeded=True, failures=failures, wrong=difference(fetched, setting.nbytes))
 
 
@@ -656,7 +656,7 @@ def difference(fetched: Fetched, nbytes: int) -> str:
     if not isinstance(edition, int):
         return f"the weights came with the edition {edition!r}"
     expected = numpy.frombuffer(contents(edition, nbytes), numpy.uint8)
-    differing = numpy.flatnonzero(numpy.frombuffer(fetched.arena.writable(), numpy.uint8) != expected)
+    differing = numpy.flatnonzero(numpy.frombuffer(fetched.memory.contents()[:], numpy.uint8) != expected)
     if not differing.size:
         return ""
     return (

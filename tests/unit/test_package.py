@@ -95,7 +95,8 @@ LAYERS: list[set[str]] = [
     {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
     {"config", "identity", "replicas"},
     {"access", "attributes", "manifest", "protocol"},
-    {"arena", "channel", "digests"},
+    {"memory"},
+    {"arena", "channel", "digests", "live"},
     {"delivery", "greeting", "weights"},
     {"transport.base"},
     {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"}
@@ -145,8 +146,8 @@ BOTTOM: dict[str, set[str]] = {
     "manifest": {"errors", "identity"},
     "attributes": {"errors"},
     "access": {"config", "errors"},
-    "digests": {"access", "errors", "manifest", "pacing"},
-    "channel": {"endpoint", "errors", "manifest", "pacing", "protocol"},
+    "digests": {"access", "errors", "manifest", "memory", "pacing"},
+    "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol"},
     "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
     "vllm_identity": {"identity"},
 }
@@ -160,8 +161,11 @@ def test_a_module_at_the_bottom_imports_no_more_than_this(module: str, allowed: 
 TORCH = {
     "attributes",
     "manifest",
+    "memory",
     "arena",
+    "live",
     "weights",
+    "transport",
     "transport.process_group",
     "serving",
     "load",

@@ -32,7 +32,7 @@ def agreed(consent: bool) -> bool:
     """Whether all ranks of this replica consent. All of them must call it; other data-parallel replicas need not."""
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-    votes = torch.tensor(consent, dtype=torch.int32)
+    votes = torch.tensor(consent, dtype=torch.int32, device="cpu")
     for group in (get_tp_group(), get_pp_group()):
         if group.world_size > 1:
             torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group.cpu_group)

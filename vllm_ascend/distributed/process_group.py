@@ -1,8 +1,12 @@
 """Stateless process groups of two, made by vLLM beside the groups of the running instance.
 
 `stateless_init_torch_distributed_process_group` leaves torch's global state alone, so a group can be made and dropped
-in a thread while inference goes on. The backend is Gloo on the CPU platform; the same call carries HCCL on NPUs through
-the platform's hook.
+in a thread while inference goes on. The backend is Gloo between CPUs, and HCCL between NPUs, through the platform's
+hook.
+
+An HCCL operation is done by the device: what `wait` of its work waits for is only the stream. So `finish` watches the
+work from the host, with a deadline, and a group of HCCL is aborted: shutting down could wait for what never comes, and
+whoever leaves has finished what counts.
 """
 
 from __future__ import annotations
@@ -11,15 +15,19 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.distributed import ProcessGroup
 
-SENDER = 0
-RECEIVER = 1
+SENDER: Final = 0
+RECEIVER: Final = 1
+BACKENDS: Final = {"cpu": "gloo", "npu": "hccl"}
+"""By type of device."""
+_POLL_SECONDS: Final = 0.0005
 
 
 def listen(host: str) -> socket.socket:
@@ -29,33 +37,34 @@ def listen(host: str) -> socket.socket:
 
 
 @contextlib.contextmanager
-def sender_group(host: str, listener: socket.socket, timeout: float) -> Iterator[ProcessGroup]:
+def sender_group(host: str, listener: socket.socket, device: torch.device, timeout: float) -> Iterator[ProcessGroup]:
     """The sending rank's group. `listener` comes from `listen` and is taken over; `timeout` in seconds."""
     port = listener.getsockname()[1]
-    with _stateless_group(host, port, SENDER, listener, timeout) as group:
+    with _stateless_group((host, port), SENDER, listener, device, timeout) as group:
         yield group
 
 
 @contextlib.contextmanager
-def receiver_group(host: str, port: int, timeout: float) -> Iterator[ProcessGroup]:
+def receiver_group(host: str, port: int, device: torch.device, timeout: float) -> Iterator[ProcessGroup]:
     """The receiving rank's group, meeting the sender's at `host` and `port`."""
-    with _stateless_group(host, port, RECEIVER, None, timeout) as group:
+    with _stateless_group((host, port), RECEIVER, None, device, timeout) as group:
         yield group
 
 
 @contextlib.contextmanager
 def _stateless_group(
-    host: str, port: int, rank: int, listener: socket.socket | None, timeout: float
+    address: tuple[str, int], rank: int, listener: socket.socket | None, device: torch.device, timeout: float
 ) -> Iterator[ProcessGroup]:
+    """Raises RuntimeError, as torch.distributed does for every failure of a group."""
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
     with _stdout.kept():
         pair: Any = stateless_init_torch_distributed_process_group(
-            host=host,
-            port=port,
+            host=address[0],
+            port=address[1],
             rank=rank,
             world_size=2,
-            backend="gloo",
+            backend=BACKENDS[device.type],
             return_store=True,
             listen_socket=listener,
             timeout=timedelta(seconds=timeout),
@@ -64,7 +73,10 @@ def _stateless_group(
     try:
         yield group
     finally:
-        group.shutdown()
+        if device.type == "cpu":
+            group.shutdown()
+        else:
+            group.abort()
 
 
 class _Stdout:
@@ -99,10 +111,28 @@ _stdout = _Stdout()
 
 
 def send(group: ProcessGroup, tensor: torch.Tensor) -> torch.distributed.Work:
-    """Starts sending `tensor` to the receiver; it must stay unchanged until the work is waited for."""
+    """Starts sending `tensor` to the receiver; it must stay unchanged until the work is finished."""
     return group.send([tensor], RECEIVER, 0)
 
 
 def receive(group: ProcessGroup, tensor: torch.Tensor) -> torch.distributed.Work:
     """Starts receiving into `tensor`."""
     return group.recv([tensor], SENDER, 0)
+
+
+def finish(
+    work: torch.distributed.Work, device: torch.device, timeout: float, aborted: threading.Event | None = None
+) -> None:
+    """Returns when `work` is done, not only queued.
+
+    Raises RuntimeError where it failed, takes longer than `timeout`, or, between NPUs, as soon as it is `aborted`.
+    """
+    if device.type != "cpu":
+        deadline = time.monotonic() + timeout
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"an operation of the process group is not done after {timeout:g} s")
+            if aborted is not None and aborted.is_set():
+                raise RuntimeError("the operation was given up")
+            time.sleep(_POLL_SECONDS)
+    work.wait()

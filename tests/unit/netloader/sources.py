@@ -16,7 +16,9 @@ from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import Manifest
+from vllm_ascend.model_loader.netloader.live import LiveMemory
+from vllm_ascend.model_loader.netloader.manifest import DTYPES, Manifest
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
@@ -36,9 +38,11 @@ IDENTITY = ModelIdentity(
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors with deterministic contents."""
+    """Named tensors with deterministic contents; served from and fetched into an arena, or with devices, live there."""
 
     by_name: dict[str, torch.Tensor]
+    served_on: torch.device | None = None
+    wanted_on: torch.device | None = None
 
     @classmethod
     def of_shapes(cls, *shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -50,21 +54,34 @@ class Tensors:
         return Manifest.layout(self.by_name.items())
 
     def store(self, generation: int = 1, *, token: bytes | None = None, verify: bool = True) -> WeightStore:
-        """A sealed store of these contents; the caller or a server closes it."""
-        manifest = self.manifest
-        arena = Arena.create(manifest.nbytes)
-        for spec in manifest.tensors:
-            arena.tensor(spec).copy_(self.by_name[spec.name])
-        arena.seal()
-        digests = StoreDigests(arena.reader(), Algorithm.of_new_store(token)) if verify else None
-        return WeightStore(manifest, arena, generation, digests=digests)
+        """A store of these contents that can be served; the caller or a server closes it."""
+        memory = self._memory(self.manifest, self.served_on)
+        for spec in self.manifest.tensors:
+            memory.tensor(spec).copy_(self.by_name[spec.name])
+        memory.seal()
+        digests = StoreDigests(memory.reader(), Algorithm.of_new_store(token)) if verify else None
+        return WeightStore(self.manifest, memory, generation, digests=digests)
+
+    def allocate(self, manifest: Manifest) -> Memory:
+        """What a client fills."""
+        return self._memory(manifest, self.wanted_on)
+
+    @staticmethod
+    def _memory(manifest: Manifest, device: torch.device | None) -> Memory:
+        if device is None:
+            return Arena.create(manifest.nbytes)
+        empty = {
+            spec.name: torch.empty_strided(spec.shape, spec.strides, dtype=DTYPES[spec.dtype], device=device)
+            for spec in manifest.tensors
+        }
+        return LiveMemory(manifest, empty, device)
 
     def request(self, identity: ModelIdentity = IDENTITY, coordinates: RankCoordinates | None = None) -> Request:
         return Request(identity, coordinates or RankCoordinates(), self.manifest)
 
-    def assert_in(self, arena: Arena) -> None:
+    def assert_in(self, memory: Memory) -> None:
         for spec in self.manifest.tensors:
-            assert torch.equal(arena.tensor(spec), self.by_name[spec.name]), spec.name
+            assert torch.equal(memory.tensor(spec).cpu(), self.by_name[spec.name]), spec.name
 
 
 SMALL = Tensors.of_shapes((16, 8), (5,), (33, 7))
@@ -96,6 +113,8 @@ def client_for(
 ) -> Client:
     """A client that does not pause between tries; `terms` are further ones of `Terms`."""
     request = wanted.request() if isinstance(wanted, Tensors) else wanted
+    if isinstance(wanted, Tensors):
+        terms.setdefault("allocate", wanted.allocate)
     return Client(Terms(request, timeouts, **terms), transports, pause=lambda _: None)
 
 

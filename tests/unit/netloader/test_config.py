@@ -215,7 +215,7 @@ def test_without_keys_every_value_is_the_default() -> None:
         listen_host=None,
         listen_port=None,
         serve=True,
-        transport=("shared_memory", "tcp", "process_group"),
+        transport=None,
         connect_timeout=10.0,
         stall_timeout=30.0,
         wait_timeout=300.0,
@@ -448,20 +448,33 @@ def test_tls_may_be_divided_between_the_command_line_and_the_config_file(tmp_pat
     path = written(tmp_path, {"TLS_KEY": "key.pem"})
     config = NetLoaderConfig.parse({"TLS_CERT": "cert.pem", "TLS_CA": "authority.pem", "CONFIG_FILE": path})
     assert (config.tls_cert, config.tls_key, config.tls_ca) == ("cert.pem", "key.pem", "authority.pem")
-    assert config.transport == ("shared_memory", "tcp")
+    assert config.transports_for("cpu") == ("shared_memory", "tcp")
 
 
 def test_under_tls_no_transport_is_taken_by_default_whose_bytes_could_be_read_on_the_way() -> None:
-    assert NetLoaderConfig.parse(TLS).transport == ("shared_memory", "tcp")
+    assert NetLoaderConfig.parse(TLS).transports_for("cpu") == ("shared_memory", "tcp")
 
 
 def test_under_tls_the_transports_are_those_that_the_configuration_names() -> None:
     transport = ["process_group", "tcp"]
-    assert NetLoaderConfig.parse({**TLS, "TRANSPORT": transport}).transport == tuple(transport)
+    assert NetLoaderConfig.parse({**TLS, "TRANSPORT": transport}).transports_for("cpu") == tuple(transport)
 
 
 def test_a_token_leaves_the_transports_as_they_are() -> None:
-    assert NetLoaderConfig.parse({"TOKEN_FILE": "token"}).transport == NetLoaderConfig().transport
+    with_token = NetLoaderConfig.parse({"TOKEN_FILE": "token"})
+    assert with_token.transports_for("cpu") == NetLoaderConfig().transports_for("cpu")
+
+
+def test_weights_on_an_accelerator_go_by_process_groups_first_and_never_by_shared_memory() -> None:
+    assert NetLoaderConfig().transports_for("npu") == ("process_group", "tcp")
+    assert NetLoaderConfig.parse(TLS).transports_for("npu") == ("tcp",)
+    assert NetLoaderConfig.parse({"TRANSPORT": ["shared_memory", "tcp"]}).transports_for("npu") == ("tcp",)
+
+
+def test_a_transport_list_of_no_use_on_the_device_is_refused_with_what_would_be() -> None:
+    config = NetLoaderConfig.parse({"TRANSPORT": ["shared_memory"]})
+    with pytest.raises(ConfigError, match=r'TRANSPORT has the value \["shared_memory"\].*npu.*process_group, tcp'):
+        config.transports_for("npu")
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "a\0b"])

@@ -84,7 +84,7 @@ class Receiving:
         """All of `chunk`, with the bytes of `content` where those are others."""
         source = content if content is not None else self.content
         arrival = delivery.begin(chunk)
-        delivery.data[chunk.offset : chunk.offset + chunk.length] = source[chunk.offset : chunk.offset + chunk.length]
+        arrival.landing.host[:] = source[chunk.offset : chunk.offset + chunk.length]
         arrival.advance(chunk.length)
         delivery.finish(arrival)
 
@@ -226,7 +226,7 @@ def test_a_chunk_of_which_bytes_are_missing_does_not_pass(
     received = receiving(content)
     with received.delivery(seal_of(content, seal) if seal else None) as delivery:
         chunk = next_chunk(delivery)
-        delivery.data[:] = content
+        delivery.memory.contents()[:] = content
         arrival = delivery.begin(chunk)
         arrival.advance(arrived)
         delivery.finish(arrival)
@@ -253,9 +253,9 @@ def test_bytes_are_digested_as_they_come(receiving: Receive) -> None:
     with received.delivery(seal_of(content)) as delivery:
         chunk = next_chunk(delivery)
         arrival = delivery.begin(chunk)
-        delivery.data[:PIECE] = content[:PIECE]
+        delivery.memory.contents()[:PIECE] = content[:PIECE]
         arrival.advance(PIECE)
-        delivery.data[:] = bytes(PIECE) + content[PIECE:]
+        delivery.memory.contents()[:] = bytes(PIECE) + content[PIECE:]
         arrival.advance(CHUNK - PIECE)
         assert arrival.passes()
 
@@ -321,9 +321,10 @@ def test_with_the_same_algorithm_and_salt_digests_are_compared_and_bytes_are_not
     received = receiving(content)
     with received.delivery(seal_of(content, KEYED)) as delivery:
         received.bring_all(delivery)
-        delivery.data[:] = bytes(len(content))
-        assert received.inventory.missing(delivery.data, seal_of(content, KEYED)) == []
-        assert [chunk.number for chunk in received.inventory.missing(delivery.data, seal_of(content, KEYED_ANEW))] == [
+        delivery.memory.contents()[:] = bytes(len(content))
+        assert received.inventory.missing(delivery.memory.contents(), seal_of(content, KEYED)) == []
+        missing = received.inventory.missing(delivery.memory.contents(), seal_of(content, KEYED_ANEW))
+        assert [chunk.number for chunk in missing] == [
             0,
             1,
             2,
@@ -429,7 +430,7 @@ class Connection:
             piece = bytearray(self._content[self._position : end])
             if self._spoils_at is not None and self._position <= self._spoils_at < end:
                 piece[self._spoils_at - self._position] ^= 0x10
-            self._delivery.data[self._position : end] = piece
+            self._delivery.memory.contents()[self._position : end] = piece
             self._arrival.advance(end - self._position)
             self._position = end
         if self._position == chunk.offset + chunk.length and finish_at_once:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -230,16 +231,22 @@ def test_making_ahead_leaves_out_what_was_asked_for_before() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_making_ahead_ends_when_it_is_stopped() -> None:
+def test_making_ahead_ends_with_the_chunk_at_which_it_is_stopped_and_goes_on_from_there() -> None:
     algorithm = CountingAlgorithm()
     algorithm.gate.clear()
     store = store_digests(algorithm)
     store.make_ahead()
     algorithm.began.wait()
-    store.stop()
+    stopping = threading.Thread(target=store.stop, daemon=True)
+    stopping.start()
+    while not store.stopped:
+        time.sleep(0.001)
     algorithm.gate.set()
-    join_maker()
+    stopping.join()
     assert algorithm.made == {0: 1}
+    store.make_ahead()
+    join_maker()
+    assert algorithm.made == dict.fromkeys(range(4), 1)
     assert store.part(0, 4) == EXPECTED
 
 

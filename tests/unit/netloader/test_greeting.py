@@ -202,8 +202,8 @@ def assert_no_secret(overheard: bytes, *secret: bytes) -> None:
 
 WAYS: dict[str, Callable[[Endpoint, Access], object]] = {
     "status": lambda source, access: inquire(source, SHORT.connect, access),
-    "memory": lambda source, access: SMALL.assert_in(fetch(SMALL, MEMORY, source, access=access)[1].arena),
-    "tcp": lambda source, access: SMALL.assert_in(fetch(SMALL, TCP, source, access=access)[1].arena),
+    "memory": lambda source, access: SMALL.assert_in(fetch(SMALL, MEMORY, source, access=access)[1].memory),
+    "tcp": lambda source, access: SMALL.assert_in(fetch(SMALL, TCP, source, access=access)[1].memory),
 }
 KINDS: Sequence[Transport] = (*MEMORY, *TCP)
 
@@ -435,8 +435,8 @@ def test_under_tls_everything_works_and_nothing_can_be_read_on_the_way(
         (holding,) = inquire(relay.endpoint, SHORT.connect, certified.ours).holdings
         assert holding.identity == IDENTITY
         client, fetched = fetch(SMALL, kinds, relay.endpoint, access=certified.ours)
-        SMALL.assert_in(fetched.arena)
-        fetched.arena.close()
+        SMALL.assert_in(fetched.memory)
+        fetched.memory.close()
     assert (client.attempts, warnings(caplog)) == ([], [])
     assert_no_secret(relay.overheard, *MODEL, WEIGHTS)
     assert b"Hello" not in relay.overheard
@@ -571,7 +571,7 @@ def test_a_token_and_tls_go_together(certified: Certified, caplog: pytest.LogCap
     kinds, access = MEMORY if kind == "memory" else TCP, with_token(certified.ours)
     with serving(SMALL, kinds, access=access) as (_, source), Relay(source) as relay:
         assert inquire(relay.endpoint, SHORT.connect, access).holdings
-        SMALL.assert_in(fetch(SMALL, kinds, relay.endpoint, access=access)[1].arena)
+        SMALL.assert_in(fetch(SMALL, kinds, relay.endpoint, access=access)[1].memory)
     assert warnings(caplog) == []
     assert_no_secret(relay.overheard, TOKEN, WEIGHTS, *MODEL)
 

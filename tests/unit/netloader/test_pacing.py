@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.pacing import NICENESS, Pacer, give_way
+from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
 
 RATE = 1000
 PIECE = 50
@@ -154,30 +154,25 @@ def test_bytes_are_sent_twenty_times_a_second_in_pieces_neither_tiny_nor_huge(ra
 
 
 @pytest.mark.timeout(60)
-def test_only_the_thread_that_gives_way_has_a_lower_priority() -> None:
-    def niceness(thread: int) -> int:
-        return os.getpriority(os.PRIO_PROCESS, thread)
-
-    before, seen = niceness(threading.get_native_id()), []
+def test_a_thread_that_gives_way_keeps_its_priority_and_may_run_where_the_parent_process_may() -> None:
+    seen: list[tuple[int, set[int]]] = []
 
     def work() -> None:
-        seen.append(niceness(threading.get_native_id()))
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         give_way()
-        seen.append(niceness(threading.get_native_id()))
-        other.start()
-        other.join()
+        seen.append((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), os.sched_getaffinity(0)))
 
-    other = threading.Thread(target=give_way, daemon=True)
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join()
-    assert seen == [before, NICENESS]
-    assert niceness(threading.get_native_id()) == before
+    ((priority, processors),) = seen
+    assert priority == os.getpriority(os.PRIO_PROCESS, 0)
+    assert processors == os.sched_getaffinity(os.getppid()) | {min(processors)}
 
 
-def test_where_priorities_are_forbidden_a_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_processors_cannot_be_chosen_a_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, "setpriority", forbidden)
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
     give_way()

@@ -382,7 +382,7 @@ def assert_delivered(here: Request, there: Request, source: Endpoint, transport:
     """`here` is what the client wants, `there` what the server compares with."""
     moved = list[int]()
     client = client_for(here, (transport,), progress=moved.append)
-    with contextlib.closing(client.fetch([source]).arena) as arena:
+    with contextlib.closing(client.fetch([source]).memory) as arena:
         assert bytes(arena.writable()) == contents(there)
     assert client.attempts == []
     assert {"allocate", "transfer"} <= client.phases.seconds.keys()

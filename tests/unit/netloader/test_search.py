@@ -142,7 +142,7 @@ def test_the_first_source_that_delivers_is_the_last_that_is_asked() -> None:
     assert fetched.source == sources[0]
     assert (client.attempts, pauses) == ([], [])
     assert +client.received == {str(sources[0]): EIGHT.manifest.nbytes}
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_others_are_asked_before_one_that_failed_is_asked_again() -> None:
@@ -152,7 +152,7 @@ def test_others_are_asked_before_one_that_failed_is_asked_again() -> None:
     assert asked(client) == [str(source) for source in sources]
     assert fetched.source == sources[0]
     assert [at for at, _ in pauses] == [3]
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 @pytest.mark.parametrize("failures", range(TRIES + 1))
@@ -160,7 +160,7 @@ def test_a_source_that_fails_midway_is_given_up_after_some_tries(failures: int) 
     with ways(failing(failures, at=1)) as (client, sources):
         pauses = recording_pauses(client)
         if failures < TRIES:
-            EIGHT.assert_in(client.fetch(sources).arena)
+            EIGHT.assert_in(client.fetch(sources).memory)
         else:
             with pytest.raises(SourcesExhausted):
                 client.fetch(sources)
@@ -193,7 +193,7 @@ def test_each_source_brings_only_what_is_still_missing() -> None:
     assert [client.received[str(source)] for source in sources] == [3 * CHUNK, 2 * CHUNK, 3 * CHUNK]
     assert [attempt.received for attempt in client.attempts] == [3 * CHUNK, 2 * CHUNK]
     assert sum(moved) == EIGHT.manifest.nbytes
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_progress_is_that_of_all_sources_where_the_last_hands_over_everything_at_once() -> None:
@@ -204,7 +204,7 @@ def test_progress_is_that_of_all_sources_where_the_last_hands_over_everything_at
         client, fetched = fetch(EIGHT, kinds, first, second, progress=moved.append)
     assert (fetched.source, asked(client)) == (second, [str(first)])
     assert sum(moved) == EIGHT.manifest.nbytes
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_progress_is_that_of_one_transfer_where_everything_was_handed_over_twice() -> None:
@@ -220,7 +220,7 @@ def test_progress_is_that_of_one_transfer_where_everything_was_handed_over_twice
         client, fetched = fetch(EIGHT, kind, source, progress=replace_once)
     assert len(client.attempts) == 1
     assert moved == [EIGHT.manifest.nbytes, 0]
-    newer.assert_in(fetched.arena)
+    newer.assert_in(fetched.memory)
 
 
 def test_what_one_source_brought_counts_with_another_that_has_the_same_token_and_another_salt() -> None:
@@ -230,7 +230,7 @@ def test_what_one_source_brought_counts_with_another_that_has_the_same_token_and
     assert +client.received == {str(first): 5 * CHUNK, str(second): 3 * CHUNK}
     assert fetched.seal is not None
     assert fetched.seal.algorithm.name == GMAC
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_chunks_that_the_next_source_holds_differently_are_fetched_from_it() -> None:
@@ -239,7 +239,7 @@ def test_chunks_that_the_next_source_holds_differently_are_fetched_from_it() -> 
     with serving(EIGHT, MEMORY) as (_, first), serving(newer, MEMORY) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 4 * CHUNK}
-    newer.assert_in(fetched.arena)
+    newer.assert_in(fetched.memory)
 
 
 def test_without_verification_every_source_starts_from_nothing() -> None:
@@ -248,7 +248,7 @@ def test_without_verification_every_source_starts_from_nothing() -> None:
         client, fetched = fetch(EIGHT, kind, first, second, verify=False)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 8 * CHUNK}
     assert fetched.seal is None
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_a_source_that_goes_on_damaging_a_chunk_is_left_for_one_that_has_it() -> None:
@@ -261,7 +261,7 @@ def test_a_source_that_goes_on_damaging_a_chunk_is_left_for_one_that_has_it() ->
     assert attempt.received == (7 + TRIES_PER_CHUNK) * CHUNK
     assert client.received[str(sources[1])] == CHUNK
     assert sum(moved) == EIGHT.manifest.nbytes
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_a_chunk_that_arrives_damaged_once_is_no_failure_of_its_source() -> None:
@@ -277,7 +277,7 @@ def test_a_chunk_that_arrives_damaged_once_is_no_failure_of_its_source() -> None
         fetched = client.fetch(sources)
     assert client.attempts == []
     assert client.received[str(sources[0])] == 2 * EIGHT.manifest.nbytes
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_an_attempt_tells_the_transport_the_reason_and_what_came() -> None:
@@ -361,7 +361,7 @@ def test_where_nobody_else_is_to_be_asked_a_client_waits_for_its_turn() -> None:
             held.close()
             fetched = result()
     assert (fetched.source, client.attempts) == (source, [])
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_a_busy_source_is_returned_to_when_the_others_have_failed() -> None:
@@ -430,7 +430,7 @@ def test_a_busy_source_refers_to_whoever_took_its_weights_and_serves_them() -> N
         fetched = client.fetch([source])
     assert fetched.source == replica
     assert (client.attempts, pauses) == ([], [])
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_who_waits_already_leaves_for_a_replica_that_announces_itself() -> None:
@@ -529,7 +529,7 @@ def test_a_source_without_digests_is_taken_by_who_does_not_verify() -> None:
     with serving(EIGHT, MEMORY, verify=False) as (_, source):
         client, fetched = fetch(EIGHT, MEMORY, source, verify=False)
     assert (fetched.seal, client.attempts) == (None, [])
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_where_nothing_is_copied_nothing_needs_digests() -> None:
@@ -537,7 +537,7 @@ def test_where_nothing_is_copied_nothing_needs_digests() -> None:
     with serving(EIGHT, kind, verify=False) as (_, source):
         client, fetched = fetch(EIGHT, kind, source)
     assert (fetched.seal, client.attempts) == (None, [])
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 @pytest.mark.parametrize(("access", "name"), [(Access(), XXH3), (TOKEN, GMAC)], ids=["no token", "token"])
@@ -546,7 +546,7 @@ def test_what_was_verified_comes_with_the_digests_it_was_verified_by(access: Acc
         _, fetched = fetch(EIGHT, MEMORY, source, access=access)
     assert fetched.seal is not None
     assert fetched.seal.algorithm.name == name
-    with fetched.arena.writable() as data:
+    with fetched.memory.writable() as data:
         made = [
             fetched.seal.algorithm.of(data[number * CHUNK : (number + 1) * CHUNK], number)
             for number in range(EIGHT.manifest.nbytes // CHUNK)
@@ -573,7 +573,7 @@ def test_weights_that_are_replaced_midway_are_fetched_anew_where_they_differ() -
     assert (attempt.reason, attempt.received) == (REPLACED, 8 * CHUNK)
     assert client.received[str(source)] == (8 + 1) * CHUNK
     assert [at for at, _ in pauses] == [1]
-    newer.assert_in(fetched.arena)
+    newer.assert_in(fetched.memory)
 
 
 def test_a_transfer_over_connections_is_broken_off_when_the_weights_are_replaced() -> None:
@@ -592,7 +592,7 @@ def test_a_transfer_over_connections_is_broken_off_when_the_weights_are_replaced
     assert 0 < attempt.received < older.manifest.nbytes
     assert client.received[str(source)] <= older.manifest.nbytes + (1 + CONNECTIONS) * CHUNK
     assert sum(moved) == newer.manifest.nbytes
-    newer.assert_in(fetched.arena)
+    newer.assert_in(fetched.memory)
 
 
 def test_weights_that_are_withdrawn_midway_are_taken_from_the_next_source() -> None:
@@ -608,7 +608,7 @@ def test_weights_that_are_withdrawn_midway_are_taken_from_the_next_source() -> N
     ]
     assert fetched.source == other
     assert client.received[str(other)] == 0
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_a_source_that_goes_away_midway_has_brought_what_it_brought() -> None:
@@ -624,7 +624,7 @@ def test_a_source_that_goes_away_midway_has_brought_what_it_brought() -> None:
     assert [attempt.reason for attempt in client.attempts] == ["it ended the session: the server shuts down"]
     assert client.received == {str(source): 2 * CHUNK, str(other): 6 * CHUNK}
     assert fetched.source == other
-    EIGHT.assert_in(fetched.arena)
+    EIGHT.assert_in(fetched.memory)
 
 
 def test_a_refusal_with_referrals_that_lead_nowhere_is_the_reason_when_there_is_no_other() -> None:

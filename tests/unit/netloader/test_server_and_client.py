@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, repeat
@@ -66,7 +67,7 @@ def test_the_second_source_delivers_when_the_first_is_gone() -> None:
         client, fetched = fetch(SMALL, MEMORY, gone, source)
     assert fetched.source == source
     assert [attempt.source for attempt in client.attempts] == [str(gone)]
-    SMALL.assert_in(fetched.arena)
+    SMALL.assert_in(fetched.memory)
 
 
 def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
@@ -80,7 +81,7 @@ def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
 
     with serving(tensors, MEMORY) as (_, first), serving(tensors, MEMORY) as (_, second):
         client, fetched = fetch(tensors, (MemoryTransport(fail_once),), first, second)
-    tensors.assert_in(fetched.arena)
+    tensors.assert_in(fetched.memory)
     assert fetched.source == second
     assert sum(client.received.values()) == tensors.manifest.nbytes
 
@@ -158,9 +159,11 @@ def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
 
 def test_a_withdrawn_role_is_not_served_any_more() -> None:
     with serving(SMALL, MEMORY) as (server, source):
-        server.withdraw("target", generation=99)
+        current, other = SMALL.store(), SMALL.store()
+        server.publish(Publication(IDENTITY, RankCoordinates(), current))
+        server.withdraw("target", weakref.ref(other.memory))
         fetch(SMALL, MEMORY, source)
-        server.withdraw("target", generation=1)
+        server.withdraw("target", weakref.ref(current.memory))
         with pytest.raises(SourcesExhausted, match="holds no weights yet"):
             fetch(SMALL, MEMORY, source)
 
@@ -179,7 +182,7 @@ def test_attributes_arrive_with_the_weights() -> None:
         server.publish(publication(**ATTRIBUTES))
         _, fetched = fetch(SMALL, MEMORY, source)
     assert fetched.attributes == ATTRIBUTES
-    SMALL.assert_in(fetched.arena)
+    SMALL.assert_in(fetched.memory)
 
 
 def test_the_fingerprint_of_the_source_arrives_even_where_the_client_has_none() -> None:
@@ -231,7 +234,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
         fetched = client.fetch([unfit, source])
         assert (fetched.source, fetched.attributes) == (source, {})
         assert (transport.receptions, sum(moved)) == (1, SMALL.manifest.nbytes)
-        SMALL.assert_in(fetched.arena)
+        SMALL.assert_in(fetched.memory)
 
         _wait_until(lambda: not server._sessions)
         _, again = fetch(SMALL, MEMORY, unfit)
@@ -274,7 +277,7 @@ def test_a_declined_role_is_no_longer_served() -> None:
         with pytest.raises(SourcesExhausted, match="cannot serve its target weights: loading set table"):
             fetch(SMALL, MEMORY, source)
         assert inquire(source, 5).holdings == ()
-        assert not first.store.arena.servable
+        assert not first.store.memory.servable
 
 
 def test_a_source_that_declines_is_left_for_the_next() -> None:
@@ -303,7 +306,7 @@ def test_another_role_than_the_declined_one_goes_on_being_served() -> None:
     with serving(SMALL, MEMORY) as (server, source):
         server.publish(publication("draft"))
         server.decline("draft", "loading set table")
-        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].arena)
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
         with pytest.raises(SourcesExhausted, match="cannot serve its draft weights: loading set table"):
             client_for(SMALL.request(draft), MEMORY).fetch([source])
         unknown = msgspec.structs.replace(IDENTITY, role="adapter")
@@ -317,7 +320,7 @@ def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
         server.decline("target", "loading set table")
         server.decline("draft", "w is sparse")
         server.publish(publication("target"))
-        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].arena)
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
         assert inquire(source, 5).declined == {"draft": "w is sparse"}
         server.withdraw("target")
         with pytest.raises(SourcesExhausted, match="does not hold target weights: it holds no weights yet"):
@@ -327,7 +330,7 @@ def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
 def test_the_end_of_an_earlier_model_does_not_end_the_declining_of_its_role() -> None:
     with serving(SMALL, MEMORY) as (server, source):
         server.decline("target", "loading set table")
-        server.withdraw("target", generation=1)
+        server.withdraw("target", weakref.ref(SMALL.store().memory))
         assert inquire(source, 5).declined == {"target": "loading set table"}
 
 
@@ -445,7 +448,7 @@ def test_ipv6_and_dual_stack() -> None:
         server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store()))
         for host in ("127.0.0.1", "::1", "localhost"):
             _, fetched = fetch(SMALL, transports(["process_group"]), Endpoint(host, server.port))
-            SMALL.assert_in(fetched.arena)
+            SMALL.assert_in(fetched.memory)
 
 
 def test_a_port_in_use_is_an_error_at_start() -> None:
@@ -549,7 +552,7 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
     with serving(SMALL, MEMORY) as (server, source):
         connections = list(wrong(source))
         _, fetched = fetch(SMALL, MEMORY, source)
-        SMALL.assert_in(fetched.arena)
+        SMALL.assert_in(fetched.memory)
         for connection in connections:
             connection.close()
         _wait_until(lambda: not server._connections)

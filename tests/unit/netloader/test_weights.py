@@ -83,7 +83,7 @@ def bound_to(model: nn.Module, store: WeightStore) -> ModelWeights:
     """`model` after a fetch of `store`, as a peer that shares its memory has it."""
     weights = ModelWeights(model)
     assert weights.manifest.mismatch(store.manifest) == ()
-    weights.bind(store.arena)
+    weights.bind(store.memory)
     return weights
 
 
@@ -137,7 +137,7 @@ def test_parameters_become_views_of_the_arena_and_buffers_stay_where_they_are() 
     objects = dict(model.named_parameters())
     buffers = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
     bound_to(model, store)
-    assert all(is_inside(parameter, store.arena) for parameter in model.parameters())
+    assert all(is_inside(parameter, store.memory) for parameter in model.parameters())
     assert all(parameter is objects[name] for name, parameter in model.named_parameters())
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == buffers
 
@@ -250,7 +250,7 @@ def test_what_a_loader_puts_elsewhere_is_brought_into_the_arena() -> None:
         model.embed.data = elsewhere
 
     store = loaded_from_disk(model, load)
-    assert is_inside(model.embed, store.arena)
+    assert is_inside(model.embed, store.memory)
     assert torch.equal(model.embed, elsewhere)
     client = Layers()
     bound_to(client, store)
@@ -368,7 +368,7 @@ def test_parameters_that_share_memory_share_it_in_the_arena_too() -> None:
     bound_to(client, store)
     assert client.whole[:, 0].tolist() == [0.0, 5.0, 5.0, 0.0]
     assert client.column.tolist() == [0.0, 5.0, 5.0, 0.0]
-    assert all(is_inside(parameter, store.arena) for parameter in client.parameters())
+    assert all(is_inside(parameter, store.memory) for parameter in client.parameters())
     assert_shared(source)
     assert_shared(client)
 
@@ -388,7 +388,7 @@ def test_a_base_that_a_loader_puts_elsewhere_with_its_aliases_is_brought_in_as_o
 
     model = sharing()
     store = loaded_from_disk(model, load)
-    assert all(is_inside(parameter, store.arena) for parameter in model.parameters())
+    assert all(is_inside(parameter, store.memory) for parameter in model.parameters())
     assert_shared(model)
 
 
@@ -655,7 +655,7 @@ def changed_by(
     model = make()
     store = loaded_from_disk(model)
     process(model)
-    return changed_tensors(model, store.manifest, store.arena, names)
+    return changed_tensors(model, store.manifest, store.memory, names)
 
 
 def test_nothing_is_changed_after_loading() -> None:
@@ -666,10 +666,10 @@ def test_nothing_is_changed_after_fetching() -> None:
     store = loaded_from_disk(seeded_layers(1))
     client = seeded_layers(2)
     manifest = bound_to(client, store).manifest
-    assert changed_tensors(client, manifest, store.arena, None) == []
+    assert changed_tensors(client, manifest, store.memory, None) == []
     client.layers[0].bias.data[1] += 1
     client.scale[0] = 0
-    assert changed_tensors(client, manifest, store.arena, None) == ["layers.0.bias", "scale"]
+    assert changed_tensors(client, manifest, store.memory, None) == ["layers.0.bias", "scale"]
 
 
 def test_weights_with_other_contents_are_changed() -> None:
@@ -839,9 +839,9 @@ def test_memory_that_is_shared_is_changed_once() -> None:
 def test_a_store_carries_what_else_loading_has_set() -> None:
     store = loaded_from_disk(Layers())
     assert store.attributes == {}
-    told = WeightStore(store.manifest, store.arena, 2, {"has_own_embed_tokens": True, "layers.0.rank": None})
+    told = WeightStore(store.manifest, store.memory, 2, {"has_own_embed_tokens": True, "layers.0.rank": None})
     assert told.attributes == {"has_own_embed_tokens": True, "layers.0.rank": None}
-    assert WeightStore(store.manifest, store.arena, 3).attributes == {}
+    assert WeightStore(store.manifest, store.memory, 3).attributes == {}
 
 
 def test_a_store_gives_its_bytes_in_the_address_space_of_its_manifest() -> None:

@@ -22,12 +22,14 @@ import mmap
 import os
 import threading
 import weakref
+from functools import cached_property
 from typing import Final
 
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import TransportError, UnsupportedModel
 from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec
+from vllm_ascend.model_loader.netloader.memory import Landing, Memory, as_tensor
 
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
@@ -51,12 +53,13 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class Arena:
+class Arena(Memory):
     """Host memory of `nbytes`. `close()` gives up the descriptor; tensors stay valid."""
 
     def __init__(self, nbytes: int, descriptor: int, mapping: mmap.mmap) -> None:
         """Takes ownership of `descriptor`. Use `create` or `adopt`."""
         self.nbytes = nbytes
+        self.device = torch.device("cpu")
         self._descriptor = descriptor
         self._give_up_descriptor = weakref.finalize(self, os.close, descriptor)
         self._mapping = mapping
@@ -120,6 +123,18 @@ class Arena:
         """All bytes, for filling. Release it before the arena is given up."""
         return memoryview(self._mapping)[: self.nbytes]
 
+    contents = writable
+
+    def landing(self, offset: int, length: int) -> Landing:
+        return _InPlace(self.writable()[offset : offset + length])
+
+    def chunk(self, offset: int, length: int) -> torch.Tensor:
+        return as_tensor(self._served[offset : offset + length])
+
+    @cached_property
+    def _served(self) -> memoryview:
+        return self.reader()
+
     def reader(self) -> memoryview:
         """The sealed bytes through a mapping of its own, untouched by what this process writes into its tensors."""
         mapping = mmap.mmap(
@@ -143,7 +158,7 @@ class Arena:
         """A tensor of `spec`'s type, shape and strides over its bytes."""
         dtype = DTYPES[spec.dtype]
         if spec.nbytes == 0:
-            return torch.empty_strided(spec.shape, spec.strides, dtype=dtype)
+            return torch.empty_strided(spec.shape, spec.strides, dtype=dtype, device=self.device)
         block = self._block(spec.offset, spec.nbytes)
         return torch.frombuffer(block, dtype=dtype).as_strided(spec.shape, spec.strides)
 
@@ -178,10 +193,31 @@ class Arena:
                 return  # kernels before 5.14 cannot: pages are mapped at first touch
 
 
+class _InPlace(Landing):
+    """Part of an arena that nobody reads yet."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    @property
+    def host(self) -> memoryview:
+        return self._memory
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return as_tensor(self._memory)
+
+    def arrived(self, begin: int, end: int) -> memoryview:
+        return self._memory[begin:end]
+
+    def settle(self) -> None:
+        return
+
+
 def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:
     """The tensor that `alias` describes, on the storage of its base tensor."""
     dtype = DTYPES[alias.dtype]
-    view = torch.empty(0, dtype=dtype)
+    view = torch.empty(0, dtype=dtype, device=base.device)
     view.set_(base.untyped_storage(), alias.start // dtype.itemsize, alias.shape, alias.strides)
     return view
 

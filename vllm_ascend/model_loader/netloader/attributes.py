@@ -133,11 +133,11 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return None
     if tensor.untyped_storage().data_ptr() in weights:
         return None
-    values = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
     return zlib.crc32(values.view(torch.uint8).numpy().data)
 
 

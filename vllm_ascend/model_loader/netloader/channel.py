@@ -20,6 +20,7 @@ from typing import Final, Self
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
+from vllm_ascend.model_loader.netloader.memory import Readable
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role, State
 
@@ -56,10 +57,13 @@ class Deadline:
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes [offset, offset + length) of a file, which `mapped` shows from its beginning."""
+    """Bytes [offset, offset + length) of a file, which `mapped` shows from its beginning.
 
-    descriptor: int
-    mapped: memoryview
+    Without a descriptor they are only in memory.
+    """
+
+    descriptor: int | None
+    mapped: Readable
     offset: int
     length: int
 
@@ -114,33 +118,36 @@ class Channel:
         return message
 
     def send_file(self, source: FileRange, timeout: float, pacer: Pacer, progress: Callable[[int], None]) -> None:
-        """Sends a range of a file unframed, from its pages without a copy, under TLS by the mapping.
+        """Sends a range of a file unframed, from its pages without a copy, under TLS or without a file by `mapped`.
 
         `timeout` bounds the time without progress. Raises ConnectionLost or Stalled.
         """
-        send = self._send_mapped if isinstance(self.socket, ssl.SSLSocket) else self._send_pages
+        from_memory = isinstance(self.socket, ssl.SSLSocket) or source.descriptor is None
+        send = self._send_mapped if from_memory else self._send_pages
         with _translated_errors(timeout):
             for offset, length in chunks(source.length, pacer.piece or source.length):
                 pacer.wait_for(length)
                 send(replace(source, offset=source.offset + offset, length=length), timeout, progress)
 
     def _send_pages(self, source: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
-        offset, end = source.offset, source.offset + source.length
+        descriptor, offset, end = source.descriptor, source.offset, source.offset + source.length
+        assert descriptor is not None
         with self._blocking(socket.SO_SNDTIMEO, timeout):
             while offset < end:
-                sent = os.sendfile(self.socket.fileno(), source.descriptor, offset, min(_SEND_BYTES, end - offset))
+                sent = os.sendfile(self.socket.fileno(), descriptor, offset, min(_SEND_BYTES, end - offset))
                 if not sent:
                     raise ConnectionLost("the file ended before the range that was to be sent")
                 progress(sent)
                 offset += sent
 
     def _send_mapped(self, source: FileRange, timeout: float, progress: Callable[[int], None]) -> None:
-        offset, end = source.offset, source.offset + source.length
         self.socket.settimeout(timeout)
-        while offset < end:
-            sent = self.socket.send(source.mapped[offset : min(offset + _TLS_BYTES, end)])
-            progress(sent)
-            offset += sent
+        for offset, length in chunks(source.length, _SEND_BYTES):
+            content, sent = source.mapped[source.offset + offset : source.offset + offset + length], 0
+            while sent < length:
+                step = self.socket.send(content[sent : sent + _TLS_BYTES])
+                progress(step)
+                sent += step
 
     def receive_into(self, memory: memoryview, timeout: float, progress: Callable[[int], None]) -> None:
         """Fills `memory` with unframed bytes; `timeout` bounds the time without progress.

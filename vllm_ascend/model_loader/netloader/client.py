@@ -4,7 +4,7 @@ A source is asked with each transport that is left to try until it delivers or p
 source. What has arrived and passed stays: the next source brings only what is missing. A source that failed in the
 middle or is busy is asked again, after a pause, when the others have been; one that refuses or cannot be reached is
 not. Only `SourceError` moves on; everything else is a fault of this process and propagates. Nothing is bound to the
-model here: the caller gets an arena that holds all bytes, confirmed by the last source, or an error with every reason.
+model here: the caller gets memory that holds all bytes, confirmed by the last source, or an error with every reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader import backoff
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.channel import Deadline
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Session, Terms
 from vllm_ascend.model_loader.netloader.delivery import Inventory
@@ -35,6 +34,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     one_line,
 )
 from vllm_ascend.model_loader.netloader.greeting import greet
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.protocol import Announce, Inquire, Status
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Transport
@@ -63,29 +63,29 @@ class Client:
     attempts: list[Attempt] = field(default_factory=list)
     received: Counter[str] = field(default_factory=Counter)
     pause: Callable[[float], None] = time.sleep
-    _arena: Arena | None = None
+    _memory: Memory | None = None
 
     def fetch(self, sources: Sequence[Endpoint]) -> Fetched:
         """Raises SourcesExhausted with every attempt's reason."""
         try:
             fetched = _Search(self, sources).run()
         except BaseException:
-            self._give_up_arena()
+            self._give_up_memory()
             raise
-        self._give_up_arena(unless=fetched.arena)
+        self._give_up_memory(unless=fetched.memory)
         return fetched
 
-    def arena_to_fill(self) -> Arena:
-        """The memory for transports that copy: made once, kept from source to source."""
-        if self._arena is None:
+    def memory_to_fill(self) -> Memory:
+        """For transports that copy: made once, kept from source to source."""
+        if self._memory is None:
             with self.phases("allocate"):
-                self._arena = allocate(self.terms.request.manifest)
-        return self._arena
+                self._memory = self.terms.allocate(self.terms.request.manifest)
+        return self._memory
 
-    def _give_up_arena(self, unless: Arena | None = None) -> None:
-        if self._arena is not None and self._arena is not unless:
-            self._arena.close()
-        self._arena = None
+    def _give_up_memory(self, unless: Memory | None = None) -> None:
+        if self._memory is not None and self._memory is not unless:
+            self._memory.close()
+        self._memory = None
 
 
 class _Search:
@@ -157,7 +157,7 @@ class _Search:
             source,
             transports=transports,
             inventory=self._inventory,
-            arena_to_fill=client.arena_to_fill,
+            memory_to_fill=client.memory_to_fill,
             may_wait=lambda referrals: self._may_wait(source, referrals),
             phases=client.phases,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
+from vllm_ascend.model_loader.netloader.arena import allocate
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.delivery import Delivery, Inventory
@@ -27,6 +27,7 @@ from vllm_ascend.model_loader.netloader.errors import (
 )
 from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.manifest import Manifest, chunks
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.protocol import (
     DIGESTS_LIMIT,
     Accept,
@@ -55,13 +56,13 @@ _EXPLANATION_SECONDS: Final = 1.0
 
 @dataclass(frozen=True)
 class Fetched:
-    """The weights and where they came from; the caller closes `arena`.
+    """The weights and where they came from; the caller closes `memory`.
 
     `fingerprint` is that of the checkpoint that the source knows them by, empty if it knows none. `seal` is what every
     byte was verified by, None where nothing was.
     """
 
-    arena: Arena
+    memory: Memory
     source: Endpoint
     transport: str
     session: bytes
@@ -74,7 +75,8 @@ class Fetched:
 class Terms:
     """What a client wants, and how it wants it from every source.
 
-    `check_attributes` raises ProtocolError for attributes that the model cannot take.
+    `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises ProtocolError for
+    attributes that the model cannot take.
     """
 
     request: Request
@@ -82,6 +84,7 @@ class Terms:
     access: Access = field(default_factory=Access)
     verify: bool = True
     wait_timeout: float = 300.0
+    allocate: Callable[[Manifest], Memory] = allocate
     check_attributes: Callable[[Mapping[str, Plain]], None] = lambda _: None
     progress: Callable[[int], None] = lambda _: None
 
@@ -89,7 +92,7 @@ class Terms:
 class Session:
     """One conversation with `source`.
 
-    `inventory` says what the arena of `arena_to_fill` holds already, and is added to. `may_wait` decides, told the
+    `inventory` says what the memory of `memory_to_fill` holds already, and is added to. `may_wait` decides, told the
     source's referrals, whether to wait for a turn.
     """
 
@@ -100,7 +103,7 @@ class Session:
         *,
         transports: Sequence[Transport],
         inventory: Inventory,
-        arena_to_fill: Callable[[], Arena],
+        memory_to_fill: Callable[[], Memory],
         may_wait: Callable[[Sequence[str]], bool],
         phases: Phases,
     ) -> None:
@@ -108,7 +111,7 @@ class Session:
         self._source = source
         self._transports = transports
         self._inventory = inventory
-        self._arena_to_fill = arena_to_fill
+        self._memory_to_fill = memory_to_fill
         self._may_wait = may_wait
         self._phases = phases
         self.transport: Transport | None = None
@@ -134,13 +137,13 @@ class Session:
                     accept = self._join(control)
                     seal = self._seal(control, accept)
                 with self._phases("transfer"):
-                    arena = self._receive(control, accept, seal)
+                    memory = self._receive(control, accept, seal)
                 with self._phases("verify"):
-                    self._confirm(control, accept, arena, seal)
+                    self._confirm(control, accept, memory, seal)
             except (ProtocolError, OSError) as error:
                 raise SourceFailed(self._explanation(control, error)) from error
         return Fetched(
-            arena, self._source, accept.transport, accept.session, accept.attributes, accept.fingerprint, seal
+            memory, self._source, accept.transport, accept.session, accept.attributes, accept.fingerprint, seal
         )
 
     def _join(self, control: Channel) -> Accept:
@@ -192,12 +195,12 @@ class Session:
             digests += answer.digests
         return Seal(algorithm, tuple(digests))
 
-    def _receive(self, control: Channel, accept: Accept, seal: Seal | None) -> Arena:
+    def _receive(self, control: Channel, accept: Accept, seal: Seal | None) -> Memory:
         assert self.transport is not None
 
         def deliver() -> Delivery:
-            arena = self._arena_to_fill()
-            self.delivery = Delivery(arena, self._inventory, seal, self._terms.progress, str(self._source))
+            memory = self._memory_to_fill()
+            self.delivery = Delivery(memory, self._inventory, seal, self._terms.progress, str(self._source))
             return self.delivery
 
         def progress(nbytes: int) -> None:
@@ -215,7 +218,7 @@ class Session:
             timeouts=self._terms.timeouts,
         )
         try:
-            arena = self.transport.receive(reception)
+            memory = self.transport.receive(reception)
         except TransportError as error:
             self._leave(control, error)
             raise
@@ -224,7 +227,7 @@ class Session:
                 self.delivery.close()
         if self.delivery is not None:
             self._inventory.require_complete()
-        return arena
+        return memory
 
     def _connect_further(self) -> Channel:
         try:
@@ -232,7 +235,7 @@ class Session:
         except SourceError as error:  # it answered a moment ago, so it may do so again
             raise ConnectionLost(f"it takes no data connection: {error}") from error
 
-    def _confirm(self, control: Channel, accept: Accept, arena: Arena, seal: Seal | None) -> None:
+    def _confirm(self, control: Channel, accept: Accept, memory: Memory, seal: Seal | None) -> None:
         timeouts = self._terms.timeouts
         try:
             control.send(Done(), timeouts.connect)
@@ -245,8 +248,8 @@ class Session:
             if seal is not None and seal.digests and confirm.digest != seal.algorithm.whole(seal.digests):
                 raise ProtocolError("the digest of the whole is not that of the chunks")
         except BaseException:
-            if arena.servable:  # the source's own pages: no other transport can fill them
-                arena.close()
+            if memory.servable:  # the source's own pages: no other transport can fill them
+                memory.close()
             raise
 
     def _leave(self, control: Channel, reason: Exception) -> None:

@@ -18,6 +18,8 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
+ACCELERATOR_TRANSPORTS: Final = ("process_group", "tcp")
+"""Those for weights that are not in host memory, best first."""
 ENCRYPTED_TRANSPORTS: Final = ("shared_memory", "tcp")
 """Those whose bytes nobody can read on the way, given TLS."""
 MIN_BANDWIDTH: Final = 1 << 20
@@ -40,7 +42,7 @@ class NetLoaderConfig:
     listen_host: str | None = None
     listen_port: int | None = None
     serve: bool = True
-    transport: tuple[str, ...] = TRANSPORTS
+    transport: tuple[str, ...] | None = None
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
     wait_timeout: float = 300.0
@@ -66,9 +68,21 @@ class NetLoaderConfig:
         if "CONFIG_FILE" in values:
             values |= _read_config_file(values.pop("CONFIG_FILE"))
         parsed = {key.lower(): _parse_value(key, value) for key, value in values.items()}
-        if _has_tls(parsed) and "transport" not in parsed:
-            parsed["transport"] = ENCRYPTED_TRANSPORTS
+        _require_whole_tls(parsed)
         return cls(**parsed)
+
+    def transports_for(self, device: str) -> tuple[str, ...]:
+        """Names, best first, for weights on a `device` of that type. Raises ConfigError where TRANSPORT has none."""
+        possible = TRANSPORTS if device == "cpu" else ACCELERATOR_TRANSPORTS
+        if self.transport is None:
+            return tuple(name for name in possible if self.tls_cert is None or name in ENCRYPTED_TRANSPORTS)
+        usable = tuple(name for name in self.transport if name in possible)
+        if not usable:
+            raise ConfigError(
+                f"Netloader key TRANSPORT has the value {json.dumps(self.transport)}: weights on {device} devices are "
+                f"carried by {', '.join(possible)}"
+            )
+        return usable
 
     def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
         """The endpoints that `rank` may ask, in configured order, each once."""
@@ -87,13 +101,12 @@ class NetLoaderConfig:
         return port
 
 
-def _has_tls(parsed: Mapping[str, Any]) -> bool:
+def _require_whole_tls(parsed: Mapping[str, Any]) -> None:
     """Raises ConfigError where only a part of it is configured."""
     keys = ("TLS_CERT", "TLS_KEY", "TLS_CA")
     absent = [key for key in keys if key.lower() not in parsed]
     if 0 < len(absent) < len(keys):
         raise ConfigError(f"{' and '.join(absent)} missing: TLS needs {', '.join(keys)}, all three on every instance")
-    return not absent
 
 
 def _read_config_file(path: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a client still needs: the chunks that are missing in its arena, handed out, verified, and kept across sources.
+"""What a client still needs: the chunks that are missing in its memory, handed out, verified, and kept across sources.
 
 The `Inventory` outlives a source that fails; a `Delivery` is what one session brings. A chunk whose digest is not the
 one that the source has told goes back to the queue; when that happens to a chunk too often, the source is given up.
@@ -12,10 +12,10 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES, PIECE_BYTES, Seal
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
+from vllm_ascend.model_loader.netloader.memory import Landing, Memory, Readable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 class Inventory:
-    """Which chunks of an arena of `nbytes` have arrived and passed."""
+    """Which chunks of a memory of `nbytes` have arrived and passed."""
 
     def __init__(self, nbytes: int) -> None:
         self.chunks = tuple(Chunk(number, *place) for number, place in enumerate(chunks(nbytes, CHUNK_BYTES)))
@@ -44,7 +44,7 @@ class Inventory:
         """Bytes of which the progress bar knows."""
         self._passed_by: dict[int, Seal | None] = {}
 
-    def missing(self, data: memoryview, seal: Seal | None) -> list[Chunk]:
+    def missing(self, data: Readable, seal: Seal | None) -> list[Chunk]:
         """The chunks to fetch from a source: those not held, and those that the source holds differently.
 
         Without a seal, what another session brought cannot be compared, and everything is fetched.
@@ -68,20 +68,19 @@ class Delivery:
     """The missing chunks of one session. Thread-safe: `take` a chunk, `begin` it, `finish` it."""
 
     def __init__(
-        self, arena: Arena, inventory: Inventory, seal: Seal | None, progress: Callable[[int], None], source: str
+        self, memory: Memory, inventory: Inventory, seal: Seal | None, progress: Callable[[int], None], source: str
     ) -> None:
-        self.arena = arena
+        self.memory = memory
         self.received = 0
         """Bytes, the damaged ones included."""
-        self.data = arena.writable()
-        """The arena's memory, until `close`."""
+        self._is_open = True
         self._inventory = inventory
         self._seal = seal
         self._progress = progress
         self._source = source
         self._lock = threading.Lock()
         self._damaged: Counter[int] = Counter()
-        missing = inventory.missing(self.data, seal)
+        missing = inventory.missing(memory.contents(), seal)
         held = sum(chunk.length for chunk in inventory.chunks) - sum(chunk.length for chunk in missing)
         self._show(held - inventory.shown)
         self._queue = deque(missing)
@@ -98,12 +97,15 @@ class Delivery:
             return None
 
     def begin(self, chunk: Chunk) -> Arrival:
-        return Arrival(chunk, self.data, self._seal, self._advance)
+        if not self._is_open:
+            raise ValueError("the delivery is over")
+        return Arrival(chunk, self.memory.landing(chunk.offset, chunk.length), self._seal, self._advance)
 
     def finish(self, arrival: Arrival) -> None:
         """Takes in a chunk of which all bytes have arrived. Raises Damaged when it was so once too often."""
         chunk = arrival.chunk
         if arrival.passes():
+            arrival.landing.settle()
             with self._lock:
                 self._inventory.add(chunk, self._seal)
             return
@@ -123,8 +125,8 @@ class Delivery:
         return self._damaged.total()
 
     def close(self) -> None:
-        """Lets go of the arena's memory. Nothing may arrive any more."""
-        self.data.release()
+        """Nothing may arrive any more."""
+        self._is_open = False
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
@@ -139,26 +141,22 @@ class Delivery:
 class Arrival:
     """One chunk on its way in, digested as it comes."""
 
-    def __init__(self, chunk: Chunk, data: memoryview, seal: Seal | None, progress: Callable[[int], None]) -> None:
+    def __init__(self, chunk: Chunk, landing: Landing, seal: Seal | None, progress: Callable[[int], None]) -> None:
         self.chunk = chunk
-        self._data = data
+        self.landing = landing
         self._expected = seal.digests[chunk.number] if seal is not None else None
         self._digest = seal.algorithm.start(chunk.number) if seal is not None else None
         self._progress = progress
-        self._arrived = chunk.offset
-        self._digested = chunk.offset
+        self.nbytes = 0
+        """That have arrived."""
+        self._digested = 0
 
     def advance(self, nbytes: int) -> None:
-        """Notes that the next `nbytes` of the chunk lie in the arena."""
-        self._arrived += nbytes
+        """Notes that the next `nbytes` of the chunk have landed."""
+        self.nbytes += nbytes
         self._progress(nbytes)
-        if self._arrived - self._digested >= PIECE_BYTES:
+        if self.nbytes - self._digested >= PIECE_BYTES:
             self._catch_up()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that have arrived."""
-        return self._arrived - self.chunk.offset
 
     def passes(self) -> bool:
         """Whether all bytes are there and are the ones that the source has told of."""
@@ -168,12 +166,12 @@ class Arrival:
         return self._digest is None or self._digest.finish() == self._expected
 
     def _catch_up(self) -> None:
-        if self._digest is not None and self._arrived > self._digested:
-            self._digest.update(self._data[self._digested : self._arrived])
-        self._digested = self._arrived
+        if self._digest is not None and self.nbytes > self._digested:
+            self._digest.update(self.landing.arrived(self._digested, self.nbytes))
+        self._digested = self.nbytes
 
 
-def _holds(data: memoryview, chunk: Chunk, passed_by: Seal | None, seal: Seal | None) -> bool:
+def _holds(data: Readable, chunk: Chunk, passed_by: Seal | None, seal: Seal | None) -> bool:
     """Whether what passed by one seal passes by another too."""
     if passed_by is None or seal is None:
         return False

@@ -5,9 +5,9 @@ AES-256-GMAC (NIST SP 800-38D with all data as additional data) under a key that
 the store, so that nobody without the token can make bytes that pass. A salt belongs to one set of contents, and the
 number of the chunk is the nonce: no key meets the same nonce with other data.
 
-A store's digests are made once, from its sealed memory: ahead by a thread of low priority, or when first asked for.
-Whoever has verified a whole store serves it on with the digests that it was verified by, so that damage in between
-would be seen at the next station.
+A store's digests are made once, from memory that stays as it is: ahead by a thread, or when first asked for. Whoever
+has verified a whole store serves it on with the digests that it was verified by, so that damage in between would be
+seen at the next station.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from vllm_ascend.model_loader.netloader.access import derive_key
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
+from vllm_ascend.model_loader.netloader.memory import Readable
 from vllm_ascend.model_loader.netloader.pacing import give_way
 
 XXH3: Final = "xxh3_128"
@@ -115,21 +116,31 @@ class Seal:
 class StoreDigests:
     """The digests of the chunks of `data`, which must not change. `known` spares making them."""
 
-    def __init__(self, data: memoryview, algorithm: Algorithm, known: Sequence[bytes] = ()) -> None:
+    def __init__(self, data: Readable, algorithm: Algorithm, known: Sequence[bytes] = ()) -> None:
         self.algorithm = algorithm
         self._data = data
         self._chunks = tuple(chunks(data.nbytes, CHUNK_BYTES))
         self._digests: list[bytes | None] = list(known) or [None] * len(self._chunks)
         assert len(self._digests) == len(self._chunks), "the digests are those of other data"
         self._stop = threading.Event()
+        self._maker: threading.Thread | None = None
 
     def make_ahead(self) -> None:
-        """Makes them all in a thread, which `stop` ends."""
+        """Makes those that there are not in a thread, which `stop` ends."""
         if None in self._digests:
-            threading.Thread(target=self._make_all, name="netloader-digests", daemon=True).start()
+            self._stop.clear()
+            self._maker = threading.Thread(target=self._make_all, name="netloader-digests", daemon=True)
+            self._maker.start()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
 
     def stop(self) -> None:
+        """Returns when the thread no longer reads the data; `make_ahead` goes on where it was."""
         self._stop.set()
+        if self._maker is not None and self._maker is not threading.current_thread():
+            self._maker.join()
 
     def part(self, first: int, count: int) -> tuple[bytes, ...]:
         """The digests of `count` chunks from number `first`, of those that exist."""
@@ -149,6 +160,6 @@ class StoreDigests:
     def _make_all(self) -> None:
         give_way()
         for number in range(len(self._chunks)):
-            if self._stop.is_set():
+            if self.stopped:
                 return
             self._digest(number)

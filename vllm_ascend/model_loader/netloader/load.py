@@ -1,6 +1,7 @@
 """One load of one model into one process, from the question where from to the report.
 
-Sources come first, then the disk; both fill the same untouched model, in an arena that can be served afterwards.
+Sources come first, then the disk; both fill the same untouched model, in memory that can be served afterwards:
+an arena in host memory, or on an accelerator the parameters themselves.
 Serving is a by-product: whatever stands in its way is logged, reported and told to clients, and the load goes on.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
+import torch
 from torch import nn
 from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig
@@ -22,17 +24,25 @@ from vllm.utils.network_utils import get_ip
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader import attributes, serving
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.live import LiveMemory
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
 from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
 from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
-from vllm_ascend.model_loader.netloader.weights import ModelWeights, Request, changed_tensors
+from vllm_ascend.model_loader.netloader.weights import (
+    LiveWeights,
+    ModelWeights,
+    Request,
+    changed_tensors,
+    current_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +50,25 @@ logger = logging.getLogger(__name__)
 class Load:
     """Call `fill`, post-process the model, then `serve` and `report`."""
 
-    def __init__(self, config: NetLoaderConfig, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    def __init__(
+        self, config: NetLoaderConfig, vllm_config: VllmConfig, model_config: ModelConfig, *, on_host: bool = False
+    ) -> None:
+        """`on_host` is for a model that is filled in host memory, wherever the instance computes."""
         self._config = config
+        self._computes_on = _device(vllm_config)
+        self._device = torch.device("cpu") if on_host else self._computes_on
         self._vllm_config = vllm_config
         self._model_config = model_config
         self._rank = global_rank(vllm_config)
         self._phases = Phases()
         self._request: Request | None = None
-        self._arena: Arena | None = None
+        self._memory: Memory | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
         self._server: WeightServer | None = None
         self._fetched: Fetched | None = None
         self._access = Access.configured(config)
+        self._transports = transports(config.transports_for(self._computes_on.type), self._computes_on)
+        self._terms = serving.Terms(config, self._access, self._transports, self._rank)
         self._report = LoadReport(
             role_of(model_config),
             self._rank,
@@ -60,13 +77,13 @@ class Load:
             not_served=None if config.serve else "SERVE is false",
         )
         # What cannot be served as it is configured must stop the start before anything is loaded.
-        serving.require_same_access(self._report.role, config, self._access, self._rank)
+        serving.require_same_access(self._report.role, self._terms)
 
     def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
         weights: ModelWeights | None = None
         try:
-            weights = ModelWeights(model)
+            weights = self._weights_of(model)
             self._fill_from_sources(model, weights)
             return
         except UnsupportedModel as error:
@@ -92,39 +109,50 @@ class Load:
         try:
             with self._phases("serve"):
                 self._publish(model)
+                serving.resume()
         except OSError as error:
-            self._cannot_serve(str(error), self._arena)
+            self._cannot_serve(str(error), self._memory)
+
+    def suspend(self) -> None:
+        """Before a model in use changes: what is served from its own parameters is not served meanwhile."""
+        if self._computes_on.type != "cpu":
+            serving.suspend("its weights are being replaced")
 
     def _publish(self, model: nn.Module) -> None:
         if not self._config.serve:
             serving.withdraw(self._report.role)
             return
-        if self._request is None or self._arena is None:
+        self._note_changes(model)
+        if self._request is None or self._memory is None:
             reason = str(self._report.not_served)
-            self._server = serving.decline(self._report.role, reason, self._config, self._access, self._rank)
+            self._server = serving.decline(self._report.role, reason, self._terms)
             return
         seal = self._fetched.seal if self._fetched is not None else None
-        weights = serving.Weights(self._request, self._arena, self._attributes, seal)
-        self._server = serving.serve(model, weights, self._config, self._access, self._rank)
+        weights = serving.Weights(self._request, self._memory, self._attributes, seal)
+        self._server = serving.serve(model, weights, self._terms)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
         self._write_address(self._report.listening)
         if self._fetched is not None:
             timeout = self._config.connect_timeout
             serving.tell_source(self._fetched.source, self._fetched.session, self._server.port, timeout, self._access)
 
-    def note_changes(self, model: nn.Module) -> None:
-        """Tells whoever sets INT8_CACHE which weights post-processing has changed, and that they are kept anyway."""
-        if self._config.int8_cache == "no" or self._request is None or self._arena is None:
-            return
-        changed = changed_tensors(model, self._request.manifest, self._arena, self._config.int8_cache_name)
-        self._report.changed = changed
-        logger.info(
-            "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, so "
-            "INT8_CACHE %r keeps nothing beside them",
-            len(changed),
-            self._report.role,
-            self._config.int8_cache,
-        )
+    def _note_changes(self, model: nn.Module) -> None:
+        """Which weights post-processing has changed: on an accelerator that decides what can be served."""
+        cache, names = self._config.int8_cache, self._config.int8_cache_name
+        if isinstance(self._memory, LiveMemory):
+            try:
+                self._report.changed = self._memory.reconcile(current_tensors(model))
+            except UnsupportedModel as error:
+                self._cannot_serve(str(error), self._memory)
+        elif cache != "no" and self._computes_on.type == "cpu" and self._request and isinstance(self._memory, Arena):
+            changed = self._report.changed = changed_tensors(model, self._request.manifest, self._memory, names)
+            logger.info(
+                "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "
+                "so INT8_CACHE %r keeps nothing beside them",
+                len(changed),
+                self._report.role,
+                cache,
+            )
 
     def _write_address(self, address: str) -> None:
         if self._config.output_prefix is None:
@@ -162,7 +190,7 @@ class Load:
             yield
         except BaseException:
             if self._server is None:
-                self._arena = None  # not published, so nobody needs the memory any more
+                self._memory = None  # not published, so nobody needs the memory any more
             self._report.outcome = "failed"
             self.report()
             raise
@@ -193,17 +221,18 @@ class Load:
                 self._access,
                 self._config.verify,
                 self._config.wait_timeout,
+                allocate=lambda _: weights.allocate(),
                 check_attributes=lambda received: attributes.require_settable(model, received),
                 progress=progress,
             )
-            client = Client(terms, transports(self._config.transport), self._phases, self._report.attempts)
+            client = Client(terms, self._transports, self._phases, self._report.attempts)
             fetched = client.fetch(self._config.sources_for(self._rank))
         with self._phases("transfer"):
-            weights.bind(fetched.arena)
+            weights.bind(fetched.memory)
             attributes.apply(model, fetched.attributes)
             self._attributes = fetched.attributes
             self._request = _as_known_to_the_source(request, fetched.fingerprint)
-            self._keep(fetched.arena)
+            self._keep(fetched.memory)
         self._fetched = fetched
         self._note_fetched(fetched, weights.manifest.nbytes, client.received)
 
@@ -226,22 +255,22 @@ class Load:
             return
         self._report.bytes = weights.manifest.nbytes
         try:
-            arena = allocate(weights.manifest)
+            memory = weights.allocate()
         except UnsupportedModel as error:
             self._cannot_serve(str(error))
             load_from_disk(model, self._model_config)
             return
-        weights.move_into(arena)
+        weights.move_into(memory)
         before = attributes.Snapshot.of(model)
         load_from_disk(model, self._model_config)
         try:
-            weights.collect_into(model, arena)
+            weights.collect_into(model, memory)
             self._attributes = before.changes(model)
         except UnsupportedModel as error:
-            self._cannot_serve(str(error), arena)
+            self._cannot_serve(str(error), memory)
             return
         self._describe(weights)
-        self._keep(arena)
+        self._keep(memory)
 
     def _describe(self, weights: ModelWeights) -> Request:
         if self._request is None:
@@ -249,27 +278,32 @@ class Load:
             self._request = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
         return self._request
 
-    def _keep(self, arena: Arena) -> None:
+    def _keep(self, memory: Memory) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""
         if not self._config.serve:
-            arena.free_with_tensors()
-            arena.close()
+            memory.free_with_tensors()
+            memory.close()
             return
         try:
-            if not arena.servable:
-                arena.seal()
+            if not memory.servable:
+                memory.seal()
         except OSError as error:
-            self._cannot_serve(f"the arena cannot be sealed: {error}", arena)
+            self._cannot_serve(f"the arena cannot be sealed: {error}", memory)
             return
-        self._arena = arena
+        if isinstance(memory, LiveMemory):
+            memory.remember(self._config.int8_cache, self._config.int8_cache_name)
+        self._memory = memory
 
-    def _cannot_serve(self, reason: str, arena: Arena | None = None) -> None:
-        if arena is not None:
-            arena.free_with_tensors()
-            arena.close()
-        self._arena = None
+    def _cannot_serve(self, reason: str, memory: Memory | None = None) -> None:
+        if memory is not None:
+            memory.free_with_tensors()
+            memory.close()
+        self._memory = None
         self._report.not_served = reason
         logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
+
+    def _weights_of(self, model: nn.Module) -> ModelWeights:
+        return ModelWeights(model) if self._device.type == "cpu" else LiveWeights(model, self._device)
 
 
 def _as_known_to_the_source(request: Request, fingerprint: str) -> Request:
@@ -298,6 +332,12 @@ def _progress_bar(nbytes: int, enabled: bool) -> Iterator[Callable[[int], None]]
                 bar.update(moved)
 
         yield advance
+
+
+def _device(vllm_config: VllmConfig) -> torch.device:
+    """Where the model computes: this rank's, for which vLLM's configuration has only a type."""
+    kind = torch.device(vllm_config.device_config.device).type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
 def _own_address() -> str:

@@ -49,7 +49,6 @@ class NetLoader(BaseModelLoader):
             with load.failure_reported():
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.serve(model)
-                load.note_changes(model)
                 load.share_endpoints()
         finally:
             self._load = None
@@ -85,7 +84,7 @@ class NetLoader(BaseModelLoader):
         UnsupportedModel where loading does more than a model in use can be told, or what `load_model` raises.
         """
         vllm_config = get_current_vllm_config()
-        load = Load(self._config, vllm_config, model_config)
+        load = Load(self._config, vllm_config, model_config, on_host=True)
         with load.failure_reported(), all_or_none():
             require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
@@ -98,7 +97,7 @@ class NetLoader(BaseModelLoader):
             load.serve(model)
             load.report()
 
-        return hand_over(scratch, model, model_config.dtype, finish)
+        return hand_over(scratch, model, model_config.dtype, load.suspend, finish)
 
     def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> None:
         load_config = copy.copy(self.load_config)

@@ -1,4 +1,9 @@
-"""Serving weights stays out of the way of serving requests: a limit on bytes per second, and a low priority."""
+"""Serving weights stays out of the way of serving requests: a limit on bytes per second, and other processors.
+
+Threads that serve do not get a lower priority. They need Python's interpreter lock for a moment after each system call,
+and CPython makes whoever holds it wait until the thread that asked has run: with a low priority that is when the
+processor is free of everybody else, and until then inference would stand still.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-NICENESS: Final = 19
 _PIECES_PER_SECOND: Final = 20
 _LARGEST_PIECE: Final = 1 << 20
 _CREDIT_SECONDS: Final = 0.05
@@ -54,11 +58,10 @@ class Pacer:
 
 
 def give_way() -> None:
-    """Lets this thread run where and when nobody else wants the processor. It cannot be taken back.
+    """Lets this thread run beside the processors that compute, too.
 
     vLLM binds the threads of a worker to the processors that compute, and threads made later inherit that. Those that
     serve may run on all that the parent process may use, too.
     """
-    with contextlib.suppress(OSError):  # a sandbox may forbid it; then it competes
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; then it stays where it is
         os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))

@@ -2,9 +2,10 @@
 
 Post-processing may have replaced a model's parameters, so new raw weights cannot be written over them. A second,
 scratch model of the same configuration takes them first, exactly as at the first load: from a source or from disk, in
-an arena that is served afterwards. Only when it is complete does the model in use change, layer by layer: vLLM gives
-a layer its raw tensors back, they are filled, post-processed, and copied into the memory that the model computes with.
-So whatever goes wrong while weights are fetched leaves the instance as it was, and it goes on serving what it has.
+host memory, in an arena that is served afterwards. Only when it is complete does the model in use change, layer by
+layer: vLLM gives a layer its raw tensors back, they are filled, post-processed, and copied into the memory that the
+model computes with. So whatever goes wrong while weights are fetched leaves the instance as it was, and it goes on
+serving what it has.
 
 vLLM's `reload_weights` knows checkpoints only: it takes an iterator from the loader's `get_all_weights` and gives it
 to the model's `load_weights`. `hand_over` lends the model a `load_weights` for that one iterator.
@@ -59,22 +60,23 @@ def all_or_none() -> Iterator[None]:
 
 
 def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module:
-    """A model like the one in use, before loading, unknown to the engine."""
+    """A model like the one in use, before loading, unknown to the engine; in host memory, which has room for it."""
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}  # where layers register, each name once
     config.compilation_config.static_all_moe_layers = []
-    with set_default_torch_dtype(model_config.dtype), torch.device(vllm_config.device_config.device):
+    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model: nn.Module = initialize_model(vllm_config=config, model_config=model_config)
     return model
 
 
 def hand_over(
-    complete: nn.Module, model: nn.Module, dtype: torch.dtype, then: Callable[[], None]
+    complete: nn.Module, model: nn.Module, dtype: torch.dtype, first: Callable[[], None], then: Callable[[], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `complete`, and `then` runs.
+    """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `complete`.
 
-    Given any other, it does what it always does, and the weights are given up. `dtype` is the model's.
+    `first` runs before, and `then` after it. Given any other iterator, it does what it always does, and the weights
+    are given up. `dtype` is the model's.
     """
 
     def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,6 +91,7 @@ def hand_over(
         if weights is not nothing_to_read:
             load_checkpoint: Any = model.load_weights  # the class's own
             return load_checkpoint(weights)
+        first()
         with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
             loaded = take_over(complete, model)
         then()

@@ -18,8 +18,9 @@ import math
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 import msgspec
@@ -32,6 +33,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
 from vllm_ascend.model_loader.netloader.protocol import (
     REFERRALS_LIMIT,
@@ -103,10 +105,12 @@ class WeightServer:
         self._port = port
         self._lock = threading.RLock()  # a finalizer may withdraw within any of its blocks
         self._publications: dict[str, Publication] = {}
+        self._suspended: dict[str, Publication] = {}
         self._declined: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._peers: tuple[Peer, ...] = ()
         self._sessions: dict[bytes, Session] = {}
+        self._session_over = threading.Condition(self._lock)
         self._replicas = Replicas()
         self._connections: dict[Channel, _Connection] = {}
         self._guard = Guard()
@@ -148,7 +152,7 @@ class WeightServer:
             channel.shut_down()
         for connection in connections.values():
             connection.thread.join(self._settings.timeouts.stall)
-        for role in list(self._publications):
+        for role in [*self._publications, *self._suspended]:
             self.withdraw(role)
 
     @property
@@ -188,11 +192,12 @@ class WeightServer:
     def publish(self, publication: Publication) -> None:
         """Serves the store from now on, in place of an earlier one of its role. Takes ownership of it."""
         with self._lock:
-            previous = self._publications.get(publication.role)
+            replaced = [held.pop(publication.role, None) for held in (self._publications, self._suspended)]
             self._publications[publication.role] = publication
             self._declined.pop(publication.role, None)
-        if previous is not None:
-            self._give_up(previous, "its weights were replaced by new ones")
+        for previous in replaced:
+            if previous is not None:
+                self._give_up(previous, "its weights were replaced by new ones")
 
     def decline(self, role: str, reason: str) -> None:
         """From now on, clients that want `role` are refused with `reason`; what was served of it no longer is."""
@@ -200,25 +205,64 @@ class WeightServer:
             self._declined[role] = reason
             self.withdraw(role)
 
+    def suspend(self, reason: str) -> None:
+        """Ends all sessions, and refuses clients with `reason`, until `resume`, `publish` or `give_up`.
+
+        When it returns nothing reads the weights any more. Raises TimeoutError where a session does not end.
+        """
+        with self._lock:
+            self._suspended |= self._publications
+            self._publications = {}
+            self._declined |= dict.fromkeys(self._suspended, reason)
+            suspended = list(self._suspended.values())
+        for publication in suspended:
+            self._end_sessions(publication, reason)
+            if publication.store.digests is not None:
+                publication.store.digests.stop()
+        with self._session_over:
+            if not self._session_over.wait_for(lambda: not self._sessions, 2 * self._settings.timeouts.stall):
+                raise TimeoutError(f"{len(self._sessions)} sessions that read the weights did not end")
+
+    def resume(self) -> None:
+        """Serves again what was suspended. Its generation is another one: nobody may mix the two."""
+        with self._lock:
+            for role, publication in self._suspended.items():
+                self._declined.pop(role, None)
+                store = replace(publication.store, generation=self.next_generation(role))
+                if store.digests is not None:
+                    store.digests.make_ahead()
+                self._publications[role] = replace(publication, store=store)
+            self._suspended = {}
+
+    def give_up(self, reason: str) -> None:
+        """Declines all roles that are served or suspended, for `reason`."""
+        with self._lock:
+            for role in self._publications.keys() | self._suspended.keys():
+                self.decline(role, reason)
+
     def refer_to(self, peers: Iterable[Peer]) -> None:
         """From now on, a client that wants the part of one of `peers` is told where it is."""
         self._peers = tuple(peers)
 
-    def withdraw(self, role: str, generation: int | None = None) -> None:
-        """Stops serving `role`, where given only if it is still of that `generation`."""
+    def withdraw(self, role: str, memory: weakref.ref[Memory] | None = None) -> None:
+        """Stops serving `role`, where given only if it is still served from `memory`."""
         with self._lock:
-            publication = self._publications.get(role)
-            if publication is None or generation not in (None, publication.store.generation):
+            held = self._publications if role in self._publications else self._suspended
+            publication = held.get(role)
+            if publication is None or (memory is not None and memory() is not publication.store.memory):
                 return
-            del self._publications[role]
+            del held[role]
         self._give_up(publication, "it does not serve these weights any more")
 
     def _give_up(self, publication: Publication, reason: str) -> None:
+        self._end_sessions(publication, reason)
+        publication.store.close()
+
+    def _end_sessions(self, publication: Publication, reason: str) -> None:
         with self._lock:
             concerned = [session for session in self._sessions.values() if session.publication is publication]
         for session in concerned:
             session.end(reason)
-        publication.store.close()
 
     def _accept_forever(self) -> None:
         listener = self._listener
@@ -350,7 +394,9 @@ class WeightServer:
         self, channel: Channel, peer: Endpoint, publication: Publication, transport: Transport, turn: Turn | None
     ) -> None:
         timeouts, server_host = self._settings.timeouts, _unmapped(channel.socket.getsockname()[0])
-        with transport.sender(publication.store, server_host, timeouts, self._pacer) as sender:
+        with contextlib.ExitStack() as ended:
+            forget = ended.enter_context(contextlib.ExitStack())  # the last: by then nothing reads the weights
+            sender = ended.enter_context(transport.sender(publication.store, server_host, timeouts, self._pacer))
             if turn is not None:
                 turn.is_slow = lambda: sender.is_slow(self._slow_rate)
             session = Session(
@@ -358,17 +404,19 @@ class WeightServer:
             )
             with self._lock:
                 self._sessions[session.id] = session
-            try:
-                if self._publications.get(publication.role) is not publication:
-                    session.end("its weights were replaced by new ones")
-                if session.run():
-                    taken = Copy(peer.host, publication.role, publication.store.generation)
-                    self._replicas.note_taken(session.id, taken)
-                    current = self._publications.get(publication.role)
-                    session.confirm(current.store.generation if current is not None else 0)
-            finally:
-                with self._lock:
-                    del self._sessions[session.id]
+            forget.callback(self._forget_session, session)
+            if self._publications.get(publication.role) is not publication:
+                session.end("its weights were replaced by new ones")
+            if session.run():
+                taken = Copy(peer.host, publication.role, publication.store.generation)
+                self._replicas.note_taken(session.id, taken)
+                current = self._publications.get(publication.role)
+                session.confirm(current.store.generation if current is not None else 0)
+
+    def _forget_session(self, session: Session) -> None:
+        with self._session_over:
+            del self._sessions[session.id]
+            self._session_over.notify_all()
 
     def _answer(self, join: Join) -> Refuse | tuple[Publication, Transport]:
         with self._lock:

@@ -13,17 +13,17 @@ from typing import Final
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.client import announce
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
-from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
+from vllm_ascend.model_loader.netloader.transport import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
 logger = logging.getLogger(__name__)
@@ -34,44 +34,54 @@ _lock: Final = threading.Lock()
 
 @dataclass(frozen=True)
 class Weights:
-    """What a load has brought: the bytes asked for in a sealed arena, and what else it set on the model.
+    """What a load has brought: the bytes asked for in servable memory, and what else it set on the model.
 
     `seal` is what they were verified by on their way here, if they were.
     """
 
     request: Request
-    arena: Arena
+    memory: Memory
     attributes: Mapping[str, Plain]
     seal: Seal | None = None
 
 
-def serve(model: nn.Module, weights: Weights, config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
+@dataclass(frozen=True)
+class Terms:
+    """How a rank serves."""
+
+    config: NetLoaderConfig
+    access: Access
+    transports: tuple[Transport, ...]
+    rank: int
+
+
+def serve(model: nn.Module, weights: Weights, terms: Terms) -> WeightServer:
     """Publishes `weights` for as long as `model` lives, in place of what was served of their role.
 
     Raises OSError where no listener can be had.
     """
-    server = _server(config, access, rank)
+    server = _server(terms)
     request, role = weights.request, weights.request.identity.role
     generation = server.next_generation(role)
-    digests = _digests(weights, access.token) if config.verify else None
-    store = WeightStore(request.manifest, weights.arena, generation, weights.attributes, digests)
+    digests = _digests(weights, terms.access.token) if terms.config.verify else None
+    store = WeightStore(request.manifest, weights.memory, generation, weights.attributes, digests)
     server.publish(Publication(request.identity, request.coordinates, store))
     _withdraw(role, [other for other in _servers.values() if other is not server])
-    weakref.finalize(model, server.withdraw, role, generation).atexit = False
+    weakref.finalize(model, server.withdraw, role, weakref.ref(weights.memory)).atexit = False
     return server
 
 
 def _digests(weights: Weights, token: bytes | None) -> StoreDigests:
     if weights.seal is not None:
-        return StoreDigests(weights.arena.reader(), weights.seal.algorithm, weights.seal.digests)
-    digests = StoreDigests(weights.arena.reader(), Algorithm.of_new_store(token))
+        return StoreDigests(weights.memory.reader(), weights.seal.algorithm, weights.seal.digests)
+    digests = StoreDigests(weights.memory.reader(), Algorithm.of_new_store(token))
     digests.make_ahead()
     return digests
 
 
-def decline(role: str, reason: str, config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
+def decline(role: str, reason: str, terms: Terms) -> WeightServer:
     """Answers whoever asks for `role` with `reason`. Raises OSError where no listener can be had."""
-    server = _server(config, access, rank)
+    server = _server(terms)
     server.decline(role, reason)
     _withdraw(role, [other for other in _servers.values() if other is not server])
     return server
@@ -107,17 +117,36 @@ def write_address(prefix: str, rank: int, address: str) -> None:
     write_whole(path, f"{address}\n".encode())
 
 
-def require_same_access(role: str, config: NetLoaderConfig, access: Access, rank: int) -> None:
+def require_same_access(role: str, terms: Terms) -> None:
     """Raises ConfigError where another model of this process is served on the same port to others."""
-    server = _servers.get((config.listen_host, config.listen_port_for(rank)))
+    server = _servers.get((terms.config.listen_host, terms.config.listen_port_for(terms.rank)))
     if server is not None:
-        server.require_access(access, role)
+        server.require_access(terms.access, role)
 
 
-def _server(config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
+def suspend(reason: str) -> None:
+    """Ends what is served, telling clients `reason`, until `resume`; for weights that are about to move or change."""
+    for server in list(_servers.values()):
+        server.suspend(reason)
+
+
+def resume() -> None:
+    """Serves again what `suspend` has ended and nothing has replaced: its contents are what they were."""
+    for server in list(_servers.values()):
+        server.resume()
+
+
+def give_up(reason: str) -> None:
+    """Serves nothing any more of what there is: its contents are other ones now. Clients are told `reason`."""
+    for server in list(_servers.values()):
+        server.give_up(reason)
+
+
+def _server(terms: Terms) -> WeightServer:
+    config, access, rank = terms.config, terms.access, terms.rank
     address = (config.listen_host, config.listen_port_for(rank))
     settings = Settings(
-        transports(config.transport),
+        terms.transports,
         Timeouts(config.connect_timeout, config.stall_timeout),
         access,
         config.max_clients,
@@ -127,7 +156,7 @@ def _server(config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
         server = _servers.get(address)
         if server is None:
             if rank == 0:
-                _warn_of_strangers(config, access)
+                _warn_of_strangers(terms)
             server = WeightServer(*address, settings)
             server.start()
             _servers[address] = server
@@ -135,7 +164,8 @@ def _server(config: NetLoaderConfig, access: Access, rank: int) -> WeightServer:
         return server
 
 
-def _warn_of_strangers(config: NetLoaderConfig, access: Access) -> None:
+def _warn_of_strangers(terms: Terms) -> None:
+    config, access = terms.config, terms.access
     if not access.restricted:
         reachable = f"the listener on {config.listen_host}" if config.listen_host is not None else "this host"
         logger.warning(
@@ -143,5 +173,5 @@ def _warn_of_strangers(config: NetLoaderConfig, access: Access) -> None:
             "TLS_CA",
             reachable,
         )
-    if access.server_tls is not None and "process_group" in config.transport:
+    if access.server_tls is not None and any(each.name == "process_group" for each in terms.transports):
         logger.warning("TLS does not cover the transport process_group: its bytes travel unencrypted")

@@ -2,10 +2,11 @@
 
 `ModelWeights` knows which tensors of a model are weights and moves them into an arena: parameters are rebound to views
 of it before anything is loaded, so that the disk loader, too, writes straight into it and the bytes exist once.
-Persistent buffers count as weights; they are small and stay where they are, their contents are copied.
+Persistent buffers count as weights; they are small and stay where they are, their contents are copied. `LiveWeights`
+are those on an accelerator: they are served from where they are, and filled there.
 
-`WeightStore` is what a server hands out: an immutable arena, its manifest, and a generation that grows whenever the
-process replaces the weights of that role.
+`WeightStore` is what a server hands out: memory that stays as it is, its manifest, and a generation that grows whenever
+the process replaces the weights of that role.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Final
 
 import numpy
 import numpy.typing
@@ -26,12 +28,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vllm_ascend.model_loader.netloader.arena import Arena, bind_alias
+from vllm_ascend.model_loader.netloader.arena import Arena, allocate, bind_alias
 from vllm_ascend.model_loader.netloader.attributes import Plain, own_tensors, qualified
 from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.live import LiveMemory
 from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense, span
+from vllm_ascend.model_loader.netloader.memory import Memory, Readable, flat, has_plain_format
+
+_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -45,39 +51,40 @@ class Request:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """Complete weights that may be served. `arena` must be sealed; whoever publishes the store closes it.
+    """Complete weights that may be served. `memory` must be servable; whoever publishes the store closes it.
 
     `attributes` is what else loading has set on the model; without `digests`, clients cannot verify what they get.
     """
 
     manifest: Manifest
-    arena: Arena
+    memory: Memory
     generation: int
     attributes: Mapping[str, Plain] = field(default_factory=dict)
     digests: StoreDigests | None = None
 
     @cached_property
-    def bytes(self) -> memoryview:
+    def bytes(self) -> Readable:
         """All bytes, read-only, in the manifest's address space."""
-        return self.arena.reader()
+        return self.memory.reader()
 
     def close(self) -> None:
-        """Gives up the descriptor; a session that still reads keeps its mapping. Idempotent."""
+        """Gives up the memory; a session that still reads from an arena keeps its mapping. Idempotent."""
         if self.digests is not None:
             self.digests.stop()
-        self.arena.close()
+        self.memory.close()
 
 
 class ModelWeights:
     """The weights of `model` before post-processing, in the order in which the model names them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device = _CPU) -> None:
         """Raises UnsupportedModel, naming the tensor, where the memory cannot be described by a manifest."""
+        self.device = device
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(_persistent_buffers(model))
         tensors = {name: tensor.data for name, tensor in (self._parameters | self._buffers).items()}
         for name, tensor in tensors.items():
-            _require_plain_memory(name, self._parameters.get(name, tensor))
+            _require_plain_memory(name, self._parameters.get(name, tensor), device)
         bases, aliases = _separate_aliases(tensors)
         self.manifest = Manifest.layout(((name, tensors[name]) for name in bases), aliases)
         travelling = {id(tensor) for tensor in (*self._parameters.values(), *self._buffers.values())}
@@ -85,36 +92,52 @@ class ModelWeights:
         aliased = [((self._parameters | self._buffers)[alias.name], alias) for alias in aliases]
         self._followers = [*aliased, *_views_of([tensors[name] for name in bases], others)]
 
-    def bind(self, arena: Arena) -> None:
-        """Makes the parameters views of `arena`, which holds all bytes, and copies the buffers out of it."""
+    def allocate(self) -> Memory:
+        """Memory for all of it. Raises UnsupportedModel where there is none."""
+        return allocate(self.manifest)
+
+    def bind(self, memory: Memory) -> None:
+        """Makes the parameters views of `memory`, which holds all bytes, and copies the buffers out of it."""
         for spec in self.manifest.tensors:
-            view = arena.tensor(spec)
+            view = memory.tensor(spec)
             if spec.name in self._buffers:
-                _memory(self._buffers[spec.name]).copy_(_memory(view))
+                flat(self._buffers[spec.name]).copy_(flat(view))
             else:
                 self._parameters[spec.name].data = view
         self._bind_aliases()
 
-    def move_into(self, arena: Arena) -> None:
-        """Makes the parameters views of the empty `arena`, keeping what the model has initialised so far.
+    def move_into(self, memory: Memory) -> None:
+        """Makes the parameters views of the empty `memory`, keeping what the model has initialised so far.
 
         Memory that was never touched is not copied: it holds nothing.
         """
         files = list(_mapped_files())
         for spec in self.manifest.tensors:
-            view = arena.tensor(spec)
+            view = memory.tensor(spec)
             if spec.name in self._parameters:
                 _copy_touched_pages(view, self._parameters[spec.name].data, files)
                 self._parameters[spec.name].data = view
         self._bind_aliases()
 
-    def collect_into(self, model: nn.Module, arena: Arena) -> None:
-        """Brings into `arena` what a weight loader put elsewhere, and the buffers. Call it after loading.
+    def collect_into(self, model: nn.Module, memory: Memory) -> None:
+        """Brings into `memory` what a weight loader put elsewhere, and the buffers. Call it after loading.
 
         Raises UnsupportedModel where loading replaced parameters, changed a type or shape, or parted shared memory.
         """
-        tensors = self._parameters | self._buffers
-        loaded = dict(model.named_parameters()) | dict(_persistent_buffers(model))
+        for spec, tensor in self._loaded(model):
+            view = memory.tensor(spec)
+            if tensor.data_ptr() != view.data_ptr():
+                if tensor.stride() == view.stride():
+                    flat(view).copy_(flat(tensor.data))
+                else:
+                    view.copy_(tensor.data)
+                if spec.name in self._parameters:
+                    tensor.data = view
+        self._bind_aliases()
+
+    def _loaded(self, model: nn.Module) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """The tensors that own their memory. Raises as `collect_into`."""
+        tensors, loaded = self._parameters | self._buffers, current_tensors(model)
         for name in tensors.keys() | loaded.keys():
             if tensors.get(name) is not loaded.get(name):
                 raise UnsupportedModel(f"loading replaced, added or removed {name}")
@@ -123,21 +146,13 @@ class ModelWeights:
             if tensors[alias.name].data_ptr() != base.data_ptr() + alias.start:
                 raise UnsupportedModel(f"loading parted {alias.name} from the memory that it shared")
         for spec in self.manifest.tensors:
-            view = arena.tensor(spec)
             tensor = tensors[spec.name]
-            if tensor.data.dtype != view.dtype or tensor.shape != view.shape:
+            if tensor.data.dtype != DTYPES[spec.dtype] or tensor.shape != spec.shape:
                 raise UnsupportedModel(
                     f"loading changed {spec.name} from {spec.dtype} {list(spec.shape)} "
                     f"to {tensor.dtype} {list(tensor.shape)}"
                 )
-            if tensor.data_ptr() != view.data_ptr():
-                if tensor.stride() == view.stride():
-                    _memory(view).copy_(_memory(tensor.data))
-                else:
-                    view.copy_(tensor.data)
-                if spec.name in self._parameters:
-                    tensor.data = view
-        self._bind_aliases()
+            yield spec, tensor
 
     def _bind_aliases(self) -> None:
         for follower, alias in self._followers:
@@ -146,12 +161,40 @@ class ModelWeights:
                 follower.data = bind_alias(self._parameters[base].data, alias)
 
 
+class LiveWeights(ModelWeights):
+    """Those of a model on an accelerator: `allocate` takes the parameters and buffers as they are."""
+
+    def allocate(self) -> LiveMemory:
+        return LiveMemory(self.manifest, self._parameters | self._buffers, self.device)
+
+    def bind(self, memory: Memory) -> None:
+        """What arrives is in its place already."""
+
+    def move_into(self, memory: Memory) -> None:
+        """It is loaded where it is."""
+
+    def collect_into(self, model: nn.Module, memory: Memory) -> None:
+        """Notes where a weight loader has put tensors. Raises as that of ModelWeights."""
+        assert isinstance(memory, LiveMemory)
+        loaded = dict(self._loaded(model))
+        for spec, tensor in loaded.items():
+            if tensor.stride() != spec.strides:
+                raise UnsupportedModel(f"loading changed the strides of {spec.name} to {tensor.stride()}")
+            _require_plain_memory(spec.name, tensor, self.device)
+        memory.hold({spec.name: tensor for spec, tensor in loaded.items()})
+
+
+def current_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `model` holds as its weights by now, by name."""
+    return dict(model.named_parameters()) | dict(_persistent_buffers(model))
+
+
 def changed_tensors(model: nn.Module, manifest: Manifest, arena: Arena, names: Sequence[str] | None) -> list[str]:
     """Weights whose contents, type or shape in `model` are no longer those of the sealed `arena`, by name.
 
     `names` restricts it to tensors whose name contains one of them.
     """
-    current = dict(model.named_parameters()) | dict(_persistent_buffers(model))
+    current = current_tensors(model)
     wanted = (spec for spec in manifest.tensors if names is None or any(name in spec.name for name in names))
     original = numpy.frombuffer(arena.reader(), numpy.uint8)
     return [spec.name for spec in wanted if not _holds(current.get(spec.name), spec, original[spec.offset : spec.end])]
@@ -166,7 +209,7 @@ def _holds(tensor: torch.Tensor | None, spec: TensorSpec, contents: numpy.typing
         spec.strides,
     ):
         return False
-    return numpy.array_equal(_memory(tensor.data).numpy(), contents)
+    return numpy.array_equal(flat(tensor.data).numpy(), contents)
 
 
 def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -205,14 +248,7 @@ def _views_of(
             yield tensor, _alias(name, tensor, number, base)
 
 
-def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor in the order in which they lie."""
-    start = tensor.storage_offset() * tensor.itemsize
-    nbytes = tensor.numel() * tensor.itemsize
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (nbytes,), (1,))
-
-
-def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
+def _require_plain_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if is_lazy(tensor):
         raise UnsupportedModel(f"{name} gets its shape only while it is loaded")
     if tensor.is_meta:
@@ -224,8 +260,10 @@ def _require_plain_memory(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedModel(f"{name} is quantized by torch, nested, or a view that changes signs")
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
         raise UnsupportedModel(f"{name} has the dtype {tensor.dtype}, of which no tensor can be made over given memory")
-    if tensor.device.type != "cpu":
-        raise UnsupportedModel(f"{name} is on {tensor.device}: this version serves weights in host memory only")
+    if tensor.device != device:
+        raise UnsupportedModel(f"{name} is on {tensor.device}: weights are served from one device, here {device}")
+    if not has_plain_format(tensor):
+        raise UnsupportedModel(f"{name} lies in a private format of the device, whose bytes mean nothing elsewhere")
 
 
 def _separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[Alias]]:

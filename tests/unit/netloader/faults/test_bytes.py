@@ -167,7 +167,7 @@ def seeds(access: Access, number: int = SEEDS_PER_KIND) -> range:
 
 
 def assert_repaired(client: Client, fetched: Fetched, damage: Damage, warnings: Sequence[str]) -> None:
-    assert contents_of(fetched.arena) == ORIGINAL
+    assert contents_of(fetched.memory) == ORIGINAL
     assert client.attempts == []
     assert sum(client.received.values()) == NBYTES + sum(map(len, damage.values()))
     seen = sorted(int(warning.split()[1]) for warning in warnings if "arrived damaged" in warning)
@@ -193,7 +193,7 @@ def test_a_damaged_chunk_is_fetched_again(
             error.add_note(f"seed {seed}: chunks {sorted(damage)}")
             raise
         finally:
-            fetched.arena.close()
+            fetched.memory.close()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not truncated], ids=names)
@@ -206,14 +206,14 @@ def test_without_verification_the_same_faults_go_through(
         expected = bytearray(ORIGINAL)
         for number, content in damage.items():
             expected[CHUNKS[number].offset : CHUNKS[number].offset + CHUNKS[number].length] = content
-        assert contents_of(fetched.arena) == expected != ORIGINAL
+        assert contents_of(fetched.memory) == expected != ORIGINAL
     assert not any("arrived damaged" in message for message in caplog.messages)
 
 
 def test_a_truncated_chunk_is_fetched_again_even_without_verification(access: Access, source: Endpoint) -> None:
     damage = truncated(random.Random(0))
     _, fetched = fetch(WEIGHTS, (Tampering(damage),), source, access=access, verify=False)
-    assert contents_of(fetched.arena) == ORIGINAL
+    assert contents_of(fetched.memory) == ORIGINAL
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=names)
@@ -225,7 +225,7 @@ def test_a_source_that_always_damages_a_chunk_is_left_for_the_next(
     always, never = AlwaysTampering(damage), MemoryTransport()
     with serving(WEIGHTS, (always,), access=access) as (_, bad):
         client, fetched = fetch(WEIGHTS, (always, never), bad, source, access=access)
-    assert contents_of(fetched.arena) == ORIGINAL
+    assert contents_of(fetched.memory) == ORIGINAL
     assert (fetched.source, fetched.transport) == (source, "memory")
     (attempt,) = client.attempts
     assert (attempt.source, attempt.transport) == (str(bad), "tampering")

@@ -112,7 +112,7 @@ def assert_little_came_twice(received: int) -> None:
 def test_a_connection_without_faults_passes() -> None:
     with source() as (proxy, _, _):
         client, fetched = fetch(WEIGHTS, TCP, proxy.endpoint)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert client.attempts == []
     assert proxy.payload == client.received[str(proxy.endpoint)] == NBYTES
     assert proxy.connections == 1 + CONNECTIONS
@@ -136,7 +136,7 @@ def test_the_second_source_brings_what_the_first_did_not(death: Effect, reason: 
     timeouts = IMPATIENT if reason == SILENT else SHORT
     with source(payload(percent, death)) as (first, _, _), source() as (second, _, _):
         client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint, timeouts=timeouts)
-        WEIGHTS.assert_in(fetched.arena)
+        WEIGHTS.assert_in(fetched.memory)
         assert fetched.source == second.endpoint
         assert first.struck
     assert_little_came_twice(client.received.total())
@@ -154,7 +154,7 @@ def test_with_a_token_too_the_second_source_brings_only_what_is_missing() -> Non
         source(access=WITH_TOKEN) as (second, _, _),
     ):
         client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint, access=WITH_TOKEN)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert (fetched.source, len(client.attempts)) == (second.endpoint, 1)
     assert_little_came_twice(client.received.total())
 
@@ -163,7 +163,7 @@ def test_each_of_three_sources_brings_a_part() -> None:
     with source(payload(30, kill)) as (first, _, _), source(payload(30, kill)) as (second, _, _):
         with source() as (third, _, _):
             client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint, third.endpoint)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert fetched.source == third.endpoint
     assert [attempt.source for attempt in client.attempts] == [str(first.endpoint), str(second.endpoint)]
     assert all(client.received.values())
@@ -173,7 +173,7 @@ def test_each_of_three_sources_brings_a_part() -> None:
 def test_the_only_source_is_asked_again_for_what_is_missing() -> None:
     with source(payload(50, reset), payload(80, reset)) as (proxy, _, _):
         client, fetched = fetch(WEIGHTS, TCP, proxy.endpoint)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert len(client.attempts) == 2
     assert client.received.total() <= NBYTES * 1.01 + 2 * CONNECTIONS * CHUNK
 
@@ -184,13 +184,13 @@ def test_a_server_whose_clients_were_cut_off_serves_the_next() -> None:
             fetch(WEIGHTS, TCP, proxy.endpoint)
         wait_until(lambda: inquire(address, 5).sessions == 0)
         _, fetched = fetch(WEIGHTS, TCP, address)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
 
 
 def test_delay_only_slows() -> None:
     with source(delay=0.002) as (proxy, _, _):
         client, fetched = fetch(WEIGHTS, TCP, proxy.endpoint)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert (client.attempts, client.received.total()) == ([], NBYTES)
 
 
@@ -233,7 +233,7 @@ def test_a_server_that_ends_the_session_midway_says_why(
         ending.start()
         client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint)
         ending.join()
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert fetched.source == second.endpoint
     assert [attempt.reason for attempt in client.attempts] == [f"it ended the session: {reason}"]
     assert_little_came_twice(client.received.total())
@@ -254,8 +254,8 @@ def why_left(fault: Fault, healthy: Endpoint, access: Access | None = None) -> s
     with source(fault, tensors=SMALL, access=access) as (proxy, _, _):
         client, fetched = fetch(SMALL, TCP, proxy.endpoint, healthy, access=access or Access())
         assert proxy.struck
-    SMALL.assert_in(fetched.arena)
-    fetched.arena.close()
+    SMALL.assert_in(fetched.memory)
+    fetched.memory.close()
     assert fetched.source == healthy
     (attempt,) = client.attempts
     assert attempt.source == str(proxy.endpoint)
@@ -301,7 +301,7 @@ def test_a_source_that_breaks_before_confirming_has_brought_everything() -> None
     with source(Fault(Stream.TO_CLIENT, last, reset), tensors=SMALL) as (first, _, _):
         with source(tensors=SMALL) as (second, _, _):
             client, fetched = fetch(SMALL, TCP, first.endpoint, second.endpoint)
-    SMALL.assert_in(fetched.arena)
+    SMALL.assert_in(fetched.memory)
     assert (fetched.source, len(client.attempts)) == (second.endpoint, 1)
     assert (first.payload, second.payload) == (SMALL.manifest.nbytes, 0)
 
@@ -319,7 +319,7 @@ def test_a_source_that_falls_silent_in_the_handshake_is_left(stream: Stream, at:
     silent = Fault(stream, at, silence_all)
     with source(silent, tensors=SMALL) as (first, _, _), source(tensors=SMALL) as (second, _, _):
         client, fetched = fetch(SMALL, TCP, first.endpoint, second.endpoint, timeouts=Timeouts(1.0, 1.0))
-    SMALL.assert_in(fetched.arena)
+    SMALL.assert_in(fetched.memory)
     assert client.attempts[0].source == str(first.endpoint)
     assert client.attempts[0].reason.startswith(reason)
 
@@ -341,8 +341,8 @@ def test_weights_that_are_altered_on_the_way_are_fetched_again(
         fault = Fault(Stream.PAYLOAD, generator.randrange(NBYTES), flip(mask(generator)))
         with source(fault, access=access) as (proxy, _, _):
             client, fetched = fetch(WEIGHTS, TCP, proxy.endpoint, access=access)
-        WEIGHTS.assert_in(fetched.arena)
-        fetched.arena.close()
+        WEIGHTS.assert_in(fetched.memory)
+        fetched.memory.close()
         assert (proxy.struck, client.attempts) == (True, [])
         assert len([message for message in caplog.messages if "arrived damaged" in message]) == 1
         assert NBYTES < client.received.total() <= NBYTES + CHUNK
@@ -353,7 +353,7 @@ def test_without_verification_altered_weights_go_through() -> None:
     with source(Fault(Stream.PAYLOAD, at, flip(1))) as (proxy, _, _):
         client, fetched = fetch(WEIGHTS, TCP, proxy.endpoint, verify=False)
     with pytest.raises(AssertionError):
-        WEIGHTS.assert_in(fetched.arena)
+        WEIGHTS.assert_in(fetched.memory)
     assert client.attempts == []
 
 
@@ -362,7 +362,7 @@ def test_a_source_on_a_line_that_alters_all_weights_is_left(access: Access) -> N
     all_along = [Fault(Stream.PAYLOAD, at, flip(1)) for at in range(0, 8 * NBYTES, CHUNK // 4)]
     with source(*all_along, access=access) as (first, _, _), source(access=access) as (second, _, _):
         client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint, access=access)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert fetched.source == second.endpoint
     assert client.received[str(second.endpoint)] == NBYTES
     (attempt,) = client.attempts
@@ -379,7 +379,7 @@ def test_weights_among_which_bytes_appear_or_vanish_are_never_taken(
     """All that follows on that connection is out of place; whether the other one can repair it is chance."""
     with source(payload(30, shift)) as (first, _, _), source() as (second, _, _):
         client, fetched = fetch(WEIGHTS, TCP, first.endpoint, second.endpoint, timeouts=IMPATIENT)
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert any("arrived damaged" in message for message in caplog.messages)
     assert {attempt.source for attempt in client.attempts} <= {str(first.endpoint)}
 
@@ -428,8 +428,8 @@ def test_without_a_token_no_altered_frame_goes_unnoticed(stream: Stream, caplog:
             with source(fault, tensors=SMALL) as (first, _, _):
                 client, fetched = fetch(SMALL, TCP, first.endpoint, second.endpoint, timeouts=Timeouts(2.0, 1.0))
                 assert first.struck
-            SMALL.assert_in(fetched.arena)
-            fetched.arena.close()
+            SMALL.assert_in(fetched.memory)
+            fetched.memory.close()
             assert {attempt.source for attempt in client.attempts} == {str(first.endpoint)}, f"byte {at}"
     assert not any("an error of this server" in message for message in caplog.messages)
 
@@ -458,7 +458,7 @@ def test_a_process_group_whose_control_connection_dies_leads_to_the_next_source(
             kinds = (*PROCESS_GROUP, *TCP)
             client, fetched = fetch(WEIGHTS, kinds, first.endpoint, second.endpoint, timeouts=timeouts)
         assert first.struck
-    WEIGHTS.assert_in(fetched.arena)
+    WEIGHTS.assert_in(fetched.memory)
     assert (fetched.source, fetched.transport) == (second.endpoint, "tcp")
     attempt = client.attempts[0]
     assert (attempt.source, attempt.transport) == (str(first.endpoint), "process_group")

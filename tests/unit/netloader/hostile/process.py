@@ -64,7 +64,7 @@ def fetch(options: argparse.Namespace) -> None:
             say("moving")
 
     def run(client: Client) -> None:
-        arenas.append(client.fetch([source]).arena)
+        arenas.append(client.fetch([source]).memory)
 
     arenas: list[Arena] = []
     clients = [client_for(request, kinds, timeouts=PATIENT, progress=progress) for _ in range(options.clients)]

@@ -270,7 +270,7 @@ def test_a_server_outlives_whatever_is_said_to_it(access: Access, caplog: pytest
                 corpus.random.choice((line.reset, line.socket.close, lambda line=line: _finish(line)))()
         wait_until(lambda: is_idle(server))
         _, fetched = fetch(SMALL, TCP, source, access=access)
-        SMALL.assert_in(fetched.arena)
+        SMALL.assert_in(fetched.memory)
     assert_orderly(caplog)
 
 
@@ -317,8 +317,8 @@ def outlives(impostor: Impostor, tensors: Tensors = SMALL, kinds: Sequence[Trans
     except SourcesExhausted as error:
         reasons = error.reasons
     else:
-        tensors.assert_in(fetched.arena)
-        fetched.arena.close()
+        tensors.assert_in(fetched.memory)
+        fetched.memory.close()
     assert not [reason[:200] for reason in reasons if len(reason) > LINE_LIMIT or not reason.isprintable()]
     wait_until(lambda: not netloader_threads())
     return "\n".join(reasons)

@@ -75,7 +75,7 @@ def test_descriptors_and_threads_return_after_hundreds_of_sessions(
                     with pytest.raises(SourcesExhausted):
                         fetch(SMALL, (failing,), source)
                 case _:
-                    fetch(SMALL, (working,), source, timeouts=PATIENT)[1].arena.close()
+                    fetch(SMALL, (working,), source, timeouts=PATIENT)[1].memory.close()
 
         for number in range(20):
             run(number)
@@ -299,8 +299,8 @@ def test_a_server_that_is_killed_leaves_nothing_and_its_client_goes_on(kind: sig
 
         client = client_for(tensors, transports(["tcp"]), timeouts=PATIENT, progress=kill_at_the_first_bytes)
         fetched = client.fetch([first, second])
-        tensors.assert_in(fetched.arena)
-        fetched.arena.close()
+        tensors.assert_in(fetched.memory)
+        fetched.memory.close()
         assert fetched.source == second
         assert [attempt.source for attempt in client.attempts] == [str(first)]
         server.assert_killed_by(kind)
@@ -330,5 +330,5 @@ def test_a_client_that_is_killed_leaves_nothing_and_its_server_goes_on(
         assert any("went away" in record.getMessage() for record in caplog.records)
         server.configure(replace(server._settings, max_bandwidth=None))
         fetched = fetch(tensors, tcp, source, timeouts=PATIENT)[1]
-        tensors.assert_in(fetched.arena)
-        fetched.arena.close()
+        tensors.assert_in(fetched.memory)
+        fetched.memory.close()

@@ -87,8 +87,8 @@ def opened() -> Iterator[contextlib.ExitStack]:
 def assert_serves(source: Endpoint, tensors: Tensors = SMALL, **terms: Any) -> None:
     """Whether a client on an address of its own gets everything."""
     _, fetched = fetch(tensors, TCP, source, **{"timeouts": PATIENT, **terms})
-    tensors.assert_in(fetched.arena)
-    fetched.arena.close()
+    tensors.assert_in(fetched.memory)
+    fetched.memory.close()
 
 
 def assert_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,23 +14,58 @@ from netloader.sources import SHORT, SMALL, Tensors, fetch, serving
 
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Fetch, Hello, frame
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
 
-KINDS = {
-    "memory": (MemoryTransport(),),
-    "shared_memory": transports(["shared_memory"]),
-    "tcp": transports(["tcp"]),
-    "process_group": transports(["process_group"]),
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where weights are served and wanted, by which transports; None for an arena."""
+
+    kind: Sequence[Transport]
+    served_on: torch.device | None = None
+    wanted_on: torch.device | None = None
+
+    def tensors(self, by_name: dict[str, torch.Tensor]) -> Tensors:
+        return Tensors(by_name, self.served_on, self.wanted_on)
+
+    def of_shapes(self, *shapes: tuple[int, ...]) -> Tensors:
+        return self.tensors(Tensors.of_shapes(*shapes).by_name)
+
+    @property
+    def small(self) -> Tensors:
+        return self.tensors(SMALL.by_name)
+
+
+SETTINGS = {
+    "memory": Setting((MemoryTransport(),)),
+    "shared_memory": Setting(transports(["shared_memory"])),
+    "tcp": Setting(transports(["tcp"])),
+    "process_group": Setting(transports(["process_group"])),
+    "memory, live": Setting((MemoryTransport(),), CPU, CPU),
+    "tcp, live": Setting(transports(["tcp"]), CPU, CPU),
+    "tcp, from live to an arena": Setting(transports(["tcp"]), CPU, None),
+    "tcp, from an arena to live": Setting(transports(["tcp"]), None, CPU),
+    "process_group, live": Setting(transports(["process_group"]), CPU, CPU),
 }
+if importlib.util.find_spec("torch_npu") and torch.accelerator.is_available():
+    NPU, OTHER_NPU = (torch.device("npu", index) for index in range(2))
+    SETTINGS = {
+        "tcp, NPU to NPU": Setting(transports(["tcp"]), NPU, OTHER_NPU),
+        "tcp, NPU to arena": Setting(transports(["tcp"]), NPU, None),
+        "tcp, arena to NPU": Setting(transports(["tcp"]), None, NPU),
+    }
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
-def kind(request: pytest.FixtureRequest) -> Sequence[Transport]:
-    chosen: Sequence[Transport] = request.param
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+def setting(request: pytest.FixtureRequest) -> Setting:
+    chosen: Setting = request.param
     return chosen
 
 
@@ -43,83 +80,85 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
-def test_all_bytes_arrive(kind: Sequence[Transport], shapes: list[tuple[int, ...]]) -> None:
-    tensors = Tensors.of_shapes(*shapes)
-    with serving(tensors, kind) as (_, source):
-        client, fetched = fetch(tensors, kind, source)
-    tensors.assert_in(fetched.arena)
-    assert (fetched.transport, fetched.source) == (kind[0].name, source)
+def test_all_bytes_arrive(setting: Setting, shapes: list[tuple[int, ...]]) -> None:
+    tensors = setting.of_shapes(*shapes)
+    with serving(tensors, setting.kind) as (_, source):
+        client, fetched = fetch(tensors, setting.kind, source)
+    tensors.assert_in(fetched.memory)
+    assert (fetched.transport, fetched.source) == (setting.kind[0].name, source)
     assert client.attempts == []
 
 
-def test_a_transposed_tensor_keeps_its_memory_order(kind: Sequence[Transport]) -> None:
-    tensors = Tensors({"weight": torch.arange(35.0).reshape(5, 7).t(), "bias": torch.ones(5)})
-    with serving(tensors, kind) as (_, source):
-        _, fetched = fetch(tensors, kind, source)
-    tensors.assert_in(fetched.arena)
-    assert fetched.arena.tensor(tensors.manifest.tensors[0]).stride() == (1, 7)
+def test_a_transposed_tensor_keeps_its_memory_order(setting: Setting) -> None:
+    tensors = setting.tensors({"weight": torch.arange(35.0).reshape(5, 7).t(), "bias": torch.ones(5)})
+    with serving(tensors, setting.kind) as (_, source):
+        _, fetched = fetch(tensors, setting.kind, source)
+    tensors.assert_in(fetched.memory)
+    assert fetched.memory.tensor(tensors.manifest.tensors[0]).stride() == (1, 7)
 
 
-def test_progress_adds_up_to_all_bytes(kind: Sequence[Transport]) -> None:
-    tensors = Tensors.of_shapes((CHUNK_BYTES // 4 + 5,), (3,))
+def test_progress_adds_up_to_all_bytes(setting: Setting) -> None:
+    tensors = setting.of_shapes((CHUNK_BYTES // 4 + 5,), (3,))
     moved: list[int] = []
-    with serving(tensors, kind) as (_, source):
-        fetch(tensors, kind, source, progress=moved.append)
+    with serving(tensors, setting.kind) as (_, source):
+        fetch(tensors, setting.kind, source, progress=moved.append)
     assert sum(moved) == tensors.manifest.nbytes
 
 
-def test_the_received_arena_is_served_in_turn(kind: Sequence[Transport]) -> None:
-    with serving(SMALL, kind) as (_, source):
-        _, fetched = fetch(SMALL, kind, source)
-    if not fetched.arena.servable:
-        fetched.arena.seal()
-    assert fetched.arena.servable
-    SMALL.assert_in(fetched.arena)
+def test_what_was_received_is_served_in_turn(setting: Setting) -> None:
+    with serving(setting.small, setting.kind) as (_, source):
+        _, fetched = fetch(setting.small, setting.kind, source)
+    if not fetched.memory.servable:
+        fetched.memory.seal()
+    assert fetched.memory.servable
+    setting.small.assert_in(fetched.memory)
 
 
-def test_sessions_follow_one_another(kind: Sequence[Transport]) -> None:
-    with serving(SMALL, kind) as (_, source):
+def test_sessions_follow_one_another(setting: Setting) -> None:
+    with serving(setting.small, setting.kind) as (_, source):
         for _ in range(5):
-            _, fetched = fetch(SMALL, kind, source)
-            SMALL.assert_in(fetched.arena)
+            _, fetched = fetch(setting.small, setting.kind, source)
+            setting.small.assert_in(fetched.memory)
 
 
-def test_clients_are_served_at_the_same_time(kind: Sequence[Transport]) -> None:
-    tensors = Tensors.of_shapes((200_000,), (3,))
-    arenas = []
-    with serving(tensors, kind) as (_, source):
-        threads = [
-            threading.Thread(target=lambda: arenas.append(fetch(tensors, kind, source)[1].arena)) for _ in range(4)
-        ]
+def test_clients_are_served_at_the_same_time(setting: Setting) -> None:
+    tensors = setting.of_shapes((200_000,), (3,))
+    memories: list[Memory] = []
+    with serving(tensors, setting.kind) as (_, source):
+
+        def run() -> None:
+            memories.append(fetch(tensors, setting.kind, source)[1].memory)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(arenas) == 4
-    for arena in arenas:
-        tensors.assert_in(arena)
+    assert len(memories) == 4
+    for memory in memories:
+        tensors.assert_in(memory)
 
 
-def test_a_server_that_closes_fails_the_source_and_not_the_client(kind: Sequence[Transport]) -> None:
-    with serving(SMALL, kind) as (_, source):
+def test_a_server_that_closes_fails_the_source_and_not_the_client(setting: Setting) -> None:
+    with serving(setting.small, setting.kind) as (_, source):
         pass
     with pytest.raises(SourcesExhausted, match="no connection"):
-        fetch(SMALL, kind, source)
+        fetch(setting.small, setting.kind, source)
 
 
-def test_the_sender_closes_twice(kind: Sequence[Transport]) -> None:
-    store = SMALL.store()
-    sender = kind[0].sender(store, "127.0.0.1", SHORT, Pacer(None))
+def test_the_sender_closes_twice(setting: Setting) -> None:
+    store = setting.small.store()
+    sender = setting.kind[0].sender(store, "127.0.0.1", SHORT, Pacer(None))
     sender.close()
     sender.close()
     store.close()
 
 
-def test_descriptors_return_to_their_start(kind: Sequence[Transport]) -> None:
+def test_descriptors_return_to_their_start(setting: Setting) -> None:
     def run() -> None:
-        with serving(SMALL, kind) as (_, source):
-            _, fetched = fetch(SMALL, kind, source)
-            fetched.arena.close()
+        with serving(setting.small, setting.kind) as (_, source):
+            _, fetched = fetch(setting.small, setting.kind, source)
+            fetched.memory.close()
 
     run()
     before = len(os.listdir("/proc/self/fd"))
@@ -139,7 +178,7 @@ def test_tcp_refuses_a_range_beyond_the_weights() -> None:
             connection.sendall(frame(Fetch(SMALL.manifest.nbytes, 1)))
             assert connection.recv(4096) == b""  # Fetch before Attach ends the connection
         _, fetched = fetch(SMALL, kind, source)
-        SMALL.assert_in(fetched.arena)
+        SMALL.assert_in(fetched.memory)
 
 
 def test_groups_that_are_made_at_the_same_time_leave_standard_output_alone() -> None:

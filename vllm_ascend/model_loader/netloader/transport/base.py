@@ -1,4 +1,4 @@
-"""What a transport is: one way to bring an address space of bytes from a server's arena into a client's.
+"""What a transport is: one way to bring an address space of bytes from a server's memory into a client's.
 
 A transport has two halves. The client says in Join what it can use (`offer`); the server makes a `Sender` for the
 session, whose `parameters` travel in Accept; the client calls `receive` with them. Whether the client pulls
@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel
 from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
 from vllm_ascend.model_loader.netloader.weights import WeightStore
@@ -40,7 +40,7 @@ class Reception:
     """All that a client's half needs.
 
     `control` is the session's own connection and `connect` makes further ones to the same source. `deliver` makes the
-    arena to fill and says which chunks of it are missing; `progress` is told the bytes that come without it.
+    memory to fill and says which chunks of it are missing; `progress` is told the bytes that come without it.
     """
 
     parameters: Mapping[str, str | int]
@@ -156,6 +156,8 @@ class Transport(ABC):
     """Stateless; one object serves all sessions of a process."""
 
     name: ClassVar[str]
+    on_host_only: ClassVar[bool] = False
+    """Whether it is of no use to weights on an accelerator."""
     copies: ClassVar[bool] = True
     """Whether bytes move, so that they need a turn, time, and verification."""
 
@@ -172,9 +174,9 @@ class Transport(ABC):
         """The server's half. `server_host` is the address under which the client reached this server."""
 
     @abstractmethod
-    def receive(self, reception: Reception) -> Arena:
-        """Returns an arena that holds all bytes.
+    def receive(self, reception: Reception) -> Memory:
+        """Returns memory that holds all bytes.
 
         Raises TransportError where this way does not work between these machines, ProtocolError or OSError where the
-        source failed. On failure, nothing writes into the allocated arena any more.
+        source failed. On failure, nothing writes into the allocated memory any more.
         """

@@ -10,9 +10,9 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
 from vllm_ascend.model_loader.netloader.delivery import Chunk
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
@@ -29,19 +29,19 @@ class MemoryTransport(Transport):
     def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _MemorySender(store)
 
-    def receive(self, reception: Reception) -> Arena:
+    def receive(self, reception: Reception) -> Memory:
         source = _senders.get(reception.text("key"))
         if source is None:
             raise ConnectionLost("the sender is gone")
         delivery = reception.deliver()
         while chunk := delivery.take():
             content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
-            delivery.data[chunk.offset : chunk.offset + len(content)] = content
             arrival = delivery.begin(chunk)
+            arrival.landing.host[: len(content)] = content
             arrival.advance(len(content))
             delivery.finish(arrival)
             source.note_progress(len(content))
-        return delivery.arena
+        return delivery.memory
 
 
 class _MemorySender(Sender):

@@ -4,6 +4,9 @@ For each session the server binds a port for the group's store before it tells t
 Fetch on the control connection the client begins to make a group of two, and so does the server. Each Fetch is answered
 by one send of a chunk, which small tensors share and large ones span; several are in flight at once, so that neither
 side waits for the other after each tensor.
+
+Between NPUs the bytes never touch host memory, except to be digested. What a session takes there is IN_FLIGHT buckets
+of a chunk on each side, and what HCCL itself takes for a group.
 """
 
 from __future__ import annotations
@@ -11,21 +14,21 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-import warnings
+import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup, Work
 
 from vllm_ascend.distributed import process_group
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
-from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.delivery import Arrival, Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError
+from vllm_ascend.model_loader.netloader.memory import Memory, own_stream
 from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Fetch
+from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -33,34 +36,52 @@ IN_FLIGHT: Final = 4
 
 
 class ProcessGroupTransport(Transport):
+    """`device` is where the weights are computed with, so that the backend is the one that reaches it."""
+
     name = "process_group"
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        return _GroupSender(store, server_host, timeouts, pacer)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-    def receive(self, reception: Reception) -> Arena:
+    def offer(self) -> Offer:
+        return Offer(self.name, process_group.BACKENDS[self._device.type])
+
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        return _GroupSender(store, self._device, server_host, timeouts, pacer)
+
+    def receive(self, reception: Reception) -> Memory:
         delivery = reception.deliver()
         if delivery.remaining:
-            _Receiver(reception, delivery).run()
-        return delivery.arena
+            with own_stream(self._device):
+                _Receiver(reception, delivery, self._device).run()
+        return delivery.memory
+
+
+class _Incoming(NamedTuple):
+    """A chunk on its way into `buffer`, which is where it lands unless that is on another device."""
+
+    arrival: Arrival
+    buffer: torch.Tensor
+    work: Work
 
 
 class _Receiver:
     """The client's half of one session."""
 
-    def __init__(self, reception: Reception, delivery: Delivery) -> None:
+    def __init__(self, reception: Reception, delivery: Delivery, device: torch.device) -> None:
         self._reception = reception
         self._delivery = delivery
+        self._device = device
         self._timeout = reception.timeouts.stall
         self._requested: deque[Chunk] = deque()
-        self._receiving: deque[tuple[Chunk, Work]] = deque()
+        self._receiving: deque[_Incoming] = deque()
 
     def run(self) -> None:
         host, port = self._meeting_place()
         self._request_ahead()
         with contextlib.ExitStack() as group_scope:
-            try:  # torch.distributed raises RuntimeError for every failure of a group
-                group = group_scope.enter_context(process_group.receiver_group(host, port, self._timeout))
+            try:
+                group = group_scope.enter_context(process_group.receiver_group(host, port, self._device, self._timeout))
             except RuntimeError as error:
                 raise TransportError(f"no process group with {host}, port {port}: {_first_line(error)}") from error
             try:
@@ -87,66 +108,75 @@ class _Receiver:
             self._requested.append(chunk)
 
     def _receive_chunks(self, group: ProcessGroup) -> None:
-        destination = _as_tensor(self._delivery.arena.writable())
         while self._requested or self._receiving:
             while self._requested:
-                chunk = self._requested.popleft()
-                target = destination[chunk.offset : chunk.offset + chunk.length]
-                self._receiving.append((chunk, process_group.receive(group, target)))
-            chunk, work = self._receiving.popleft()
-            work.wait()
-            arrival = self._delivery.begin(chunk)
-            arrival.advance(chunk.length)
+                self._receiving.append(self._begin(group, self._delivery.begin(self._requested.popleft())))
+            arrival, buffer, work = self._receiving.popleft()
+            process_group.finish(work, self._device, self._timeout)
+            if buffer.device != arrival.landing.tensor.device:
+                arrival.landing.tensor.copy_(buffer)
+            arrival.advance(arrival.chunk.length)
             self._delivery.finish(arrival)
             self._request_ahead()
 
+    def _begin(self, group: ProcessGroup, arrival: Arrival) -> _Incoming:
+        buffer = arrival.landing.tensor
+        if buffer.device != self._device:
+            buffer = torch.empty_like(buffer, device=self._device)
+        return _Incoming(arrival, buffer, process_group.receive(group, buffer))
+
+
+class _Outgoing(NamedTuple):
+    content: torch.Tensor
+    work: Work
+
 
 class _GroupSender(Sender):
-    def __init__(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> None:
+    def __init__(
+        self, store: WeightStore, device: torch.device, server_host: str, timeouts: Timeouts, pacer: Pacer
+    ) -> None:
         super().__init__()
         self._host = server_host
+        self._device = device
         self._timeout = timeouts.stall
         self._pacer = pacer
         self._listener = process_group.listen(server_host)
         self._port = self._listener.getsockname()[1]
-        self._bytes = _as_tensor(store.bytes)
+        self._memory = store.memory
         self._group_scope = contextlib.ExitStack()
         self._group: ProcessGroup | None = None
-        self._sending: deque[tuple[int, Work]] = deque()
+        self._sending: deque[_Outgoing] = deque()
+        self._aborted = threading.Event()
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
         return {"host": self._host, "port": self._port}
 
     def push(self, fetch: Fetch) -> None:
-        self.check(fetch, self._bytes.nbytes)
+        self.check(fetch, self._memory.nbytes)
         try:
             if self._group is None:
-                group = process_group.sender_group(self._host, self._listener, self._timeout)
+                group = process_group.sender_group(self._host, self._listener, self._device, self._timeout)
                 self._group = self._group_scope.enter_context(group)
             self._pacer.wait_for(fetch.length)
-            content = self._bytes[fetch.offset : fetch.offset + fetch.length]
-            self._sending.append((fetch.length, process_group.send(self._group, content)))
+            with own_stream(self._device):
+                content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
+                self._sending.append(_Outgoing(content, process_group.send(self._group, content)))
             if len(self._sending) >= IN_FLIGHT:
-                length, work = self._sending.popleft()
-                work.wait()
-                self.note_progress(length)
+                content, work = self._sending.popleft()
+                process_group.finish(work, self._device, self._timeout, self._aborted)
+                self.note_progress(content.nbytes)
         except RuntimeError as error:
             raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
 
+    def abort(self) -> None:
+        self._aborted.set()
+
     def close(self) -> None:
-        self._sending.clear()
         self._group = None
         self._group_scope.close()
+        self._sending.clear()  # not before: the device reads the content for as long as there is a group
         self._listener.close()
-
-
-def _as_tensor(memory: memoryview) -> torch.Tensor:
-    if not memory.nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; what is read-only is only sent
-        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 class SharedMemoryTransport(Transport):
     name = "shared_memory"
+    on_host_only = True
     copies = False
 
     def offer(self) -> Offer:
@@ -62,7 +63,8 @@ class _DescriptorSender(Sender):
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind("\0" + self._name)
         self._listener.listen(1)
-        self._descriptor = os.dup(store.arena.descriptor)  # the last that can fail: nobody would close it
+        assert store.memory.descriptor is not None, "this transport is for host memory"
+        self._descriptor = os.dup(store.memory.descriptor)  # the last that can fail: nobody would close it
 
     @property
     def parameters(self) -> Mapping[str, str | int]:

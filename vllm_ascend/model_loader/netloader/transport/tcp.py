@@ -1,4 +1,5 @@
-"""Other hosts: the client pulls byte ranges over several connections, straight into the pages of its arena.
+"""Other hosts: the client pulls byte ranges over several connections, straight into the pages of its arena,
+or by way of a bucket onto its accelerator.
 
 All connections go to the port of the server's listener, so one open port is enough. The missing chunks are a queue that
 the connections share: a slow one takes fewer. Each asks for its next chunk before the current one has arrived, so that
@@ -13,10 +14,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, FileRange
 from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
@@ -34,11 +35,11 @@ class TcpTransport(Transport):
     def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _RangeSender(store, timeouts, pacer)
 
-    def receive(self, reception: Reception) -> Arena:
+    def receive(self, reception: Reception) -> Memory:
         delivery = reception.deliver()
         if delivery.remaining:
             _Pull(reception, delivery).run()
-        return delivery.arena
+        return delivery.memory
 
 
 class _RangeSender(Sender):
@@ -46,10 +47,12 @@ class _RangeSender(Sender):
         super().__init__()
         self._nbytes = store.manifest.nbytes
         self._bytes = store.bytes
-        self._descriptor = os.dup(store.arena.descriptor)
+        descriptor = store.memory.descriptor
+        self._descriptor = None if descriptor is None else os.dup(descriptor)
         self._timeout = timeouts.stall
         self._pacer = pacer
         self._lock = threading.Lock()
+        self._channel_over = threading.Condition(self._lock)
         self._channels: set[Channel] = set()
         self._closed = False
 
@@ -67,6 +70,7 @@ class _RangeSender(Sender):
         finally:
             with self._lock:
                 self._channels.discard(channel)
+                self._channel_over.notify_all()
                 self._close_unused_descriptor()
 
     def abort(self) -> None:
@@ -78,13 +82,15 @@ class _RangeSender(Sender):
     def close(self) -> None:
         self.abort()
         with self._lock:
+            if self._descriptor is None:  # what has no file is read where inference has it, and may be gone soon
+                self._channel_over.wait_for(lambda: not self._channels)
             self._close_unused_descriptor()
 
     def _close_unused_descriptor(self) -> None:
         """The last one out closes it: its number must not be reused while a connection still sends from it."""
-        if self._closed and not self._channels and self._descriptor >= 0:
+        if self._closed and not self._channels and self._descriptor is not None:
             os.close(self._descriptor)
-            self._descriptor = -1
+            self._descriptor = None
 
     def _serve(self, channel: Channel) -> None:
         while not self._closed:
@@ -141,9 +147,7 @@ class _Pull:
                 return
             chunk = requested.popleft()
             arrival = self._delivery.begin(chunk)
-            memory = self._delivery.data[chunk.offset : chunk.offset + chunk.length]
-            with memory:
-                channel.receive_into(memory, timeout, arrival.advance)
+            channel.receive_into(arrival.landing.host, timeout, arrival.advance)
             self._delivery.finish(arrival)
 
     def _fail(self, error: BaseException) -> None:

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Makes the virtual environment $2 on top of $1 (made by setup_environment.sh), with torch-npu and the simulated NPU.
+#
+# torch loads torch-npu by itself wherever it is installed, and fails without CANN's libraries: hence a second
+# environment. It sees the packages of the first, so that little is installed twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+base=$(cd "$1" && pwd)
+venv=$2
+
+say() { echo "setup: $*"; }
+
+if ! command -v cc >/dev/null || ! command -v c++ >/dev/null || ! command -v make >/dev/null; then
+    say "the simulated NPU needs C and C++ compilers: installing Debian's package for that"
+    "$([ "$(id -u)" = 0 ] && echo env || echo sudo)" apt-get install --yes --no-install-recommends build-essential
+fi
+"$base/bin/python" -m venv --clear "$venv"
+packages=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+own_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# As a site directory, because the editable install of this package is a .pth file there.
+echo "import site; site.addsitedir('$packages')" > "$own_packages/cpu_environment.pth"
+
+say "torch-npu"
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+"$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -r requirements-npu-sim.txt |
+    { grep --line-buffered -E '^ *(Collecting|Downloading|Building|Installing|Successfully)' || true; }
+say "the simulated CANN and its operators"
+make -C csrc/cann_sim all
+make -C csrc/cann_sim operators PYTHON="$(cd "$venv" && pwd)/bin/python"
+cat > "$venv/bin/vllm" <<EOF
+#!$(cd "$venv" && pwd)/bin/python
+import sys
+
+from vllm.entrypoints.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+EOF
+chmod +x "$venv/bin/vllm"
+say "done: source tools/npu_sim.sh"
