@@ -6,19 +6,8 @@ __version__ = "0.1.0"
 
 
 def register() -> str | None:
-    """`vllm.platform_plugins` entry point: the platform class for this machine, or None to let vLLM choose.
-
-    The NPU platform is not part of this version, so vLLM's own platform stands everywhere; on a machine that has
-    an Ascend NPU and torch_npu, a warning says so.
-    """
-    if _has_npu():
-        import logging
-
-        logging.getLogger(__name__).warning(
-            "an Ascend NPU is present, but this version of vllm-ascend has no NPU platform yet: vLLM's own platform "
-            "is used. Netloader works on it."
-        )
-    return None
+    """`vllm.platform_plugins` entry point: the NPU platform where there is an NPU, or None to let vLLM choose."""
+    return "vllm_ascend.platform.NPUPlatform" if _has_npu() else None
 
 
 def register_netloader() -> None:
@@ -29,7 +18,20 @@ def register_netloader() -> None:
 
 
 def _has_npu() -> bool:
-    import glob
+    """Whether torch_npu sees a device. Counting devices makes no context on any of them."""
     import importlib.util
 
-    return bool(glob.glob("/dev/davinci[0-9]*")) and importlib.util.find_spec("torch_npu") is not None
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    try:
+        import torch_npu
+    except ImportError as error:
+        import logging
+
+        logging.getLogger(__name__).warning(
+            "torch_npu is installed but cannot be imported (%s), so there is no NPU for vLLM: CANN's libraries are "
+            "found after sourcing its set_env.sh",
+            error,
+        )
+        return False
+    return bool(torch_npu.npu.device_count())

@@ -127,12 +127,15 @@ def finish(
 
     Raises RuntimeError where it failed, takes longer than `timeout`, or, between NPUs, as soon as it is `aborted`.
     """
-    if device.type != "cpu":
-        deadline = time.monotonic() + timeout
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"an operation of the process group is not done after {timeout:g} s")
-            if aborted is not None and aborted.is_set():
-                raise RuntimeError("the operation was given up")
-            time.sleep(_POLL_SECONDS)
+    if device.type == "cpu":
+        work.wait()
+        return
+    deadline = time.monotonic() + timeout
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"an operation of the process group is not done after {timeout:g} s")
+        if aborted is not None and aborted.is_set():
+            raise RuntimeError("the operation was given up")
+        time.sleep(_POLL_SECONDS)
     work.wait()
+    torch.accelerator.current_stream(device).synchronize()  # an operation that failed is completed, too

@@ -327,6 +327,61 @@ def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
             fetch(SMALL, MEMORY, source)
 
 
+def test_suspended_weights_are_refused_with_the_reason_and_served_again_as_another_generation() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.suspend("it sleeps")
+        with pytest.raises(SourcesExhausted, match="cannot serve its target weights: it sleeps"):
+            fetch(SMALL, MEMORY, source)
+        server.resume()
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+        assert inquire(source, 5).holdings[0].generation > 1
+
+
+def test_what_is_published_while_others_are_suspended_replaces_them() -> None:
+    newer = Tensors.of_shapes((16, 8), (5,), (33, 7), seed=1)
+    with serving(SMALL, MEMORY) as (server, source):
+        server.suspend("its weights are being replaced")
+        server.publish(Publication(IDENTITY, RankCoordinates(), newer.store(server.next_generation("target"))))
+        server.resume()
+        newer.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+
+
+def test_what_is_given_up_is_not_resumed() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.suspend("it sleeps")
+        server.give_up("its weights were dropped")
+        server.resume()
+        with pytest.raises(SourcesExhausted, match="its weights were dropped"):
+            fetch(SMALL, MEMORY, source)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["tcp", "process_group"])
+def test_when_serving_is_suspended_nothing_reads_the_weights_any_more(kind: str) -> None:
+    """The client is in the middle, and does not take what it has asked for."""
+    tensors = replace(Tensors.of_shapes((8 * CHUNK_BYTES // 4,)), served_on=torch.device("cpu"))
+    begun, suspended = threading.Event(), threading.Event()
+
+    def hold(moved: int) -> None:
+        if moved > 0:
+            begun.set()
+            suspended.wait()
+
+    with serving(tensors, transports([kind])) as (server, source):
+        client = threading.Thread(target=_fetch_in_vain, args=(tensors, kind, source, hold), daemon=True)
+        client.start()
+        begun.wait()
+        server.suspend("it sleeps")
+        assert inquire(source, 5).sessions == 0
+        suspended.set()
+        client.join()
+
+
+def _fetch_in_vain(tensors: Tensors, kind: str, source: Endpoint, progress: Callable[[int], None]) -> None:
+    with pytest.raises(SourcesExhausted, match="it sleeps"):
+        fetch(tensors, transports([kind]), source, progress=progress)
+
+
 def test_the_end_of_an_earlier_model_does_not_end_the_declining_of_its_role() -> None:
     with serving(SMALL, MEMORY) as (server, source):
         server.decline("target", "loading set table")

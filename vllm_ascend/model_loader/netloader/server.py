@@ -194,6 +194,7 @@ class WeightServer:
         with self._lock:
             replaced = [held.pop(publication.role, None) for held in (self._publications, self._suspended)]
             self._publications[publication.role] = publication
+            self._generations[publication.role] = publication.store.generation
             self._declined.pop(publication.role, None)
         for previous in replaced:
             if previous is not None:
@@ -235,9 +236,10 @@ class WeightServer:
             self._suspended = {}
 
     def give_up(self, reason: str) -> None:
-        """Declines all roles that are served or suspended, for `reason`."""
+        """Declines all roles that are served or suspended, for `reason`. Returns and raises as `suspend`."""
+        self.suspend(reason)
         with self._lock:
-            for role in self._publications.keys() | self._suspended.keys():
+            for role in list(self._suspended):
                 self.decline(role, reason)
 
     def refer_to(self, peers: Iterable[Peer]) -> None:

@@ -26,11 +26,19 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where weights are served and wanted, by which transports; None for an arena."""
+    """Where weights are served and wanted, by which transports; None for an arena.
+
+    `client_kind` is for transports that differ by device.
+    """
 
     kind: Sequence[Transport]
     served_on: torch.device | None = None
     wanted_on: torch.device | None = None
+    client_kind: Sequence[Transport] | None = None
+
+    @property
+    def wanting(self) -> Sequence[Transport]:
+        return self.client_kind or self.kind
 
     def tensors(self, by_name: dict[str, torch.Tensor]) -> Tensors:
         return Tensors(by_name, self.served_on, self.wanted_on)
@@ -60,6 +68,10 @@ if importlib.util.find_spec("torch_npu") and torch.accelerator.is_available():
         "tcp, NPU to NPU": Setting(transports(["tcp"]), NPU, OTHER_NPU),
         "tcp, NPU to arena": Setting(transports(["tcp"]), NPU, None),
         "tcp, arena to NPU": Setting(transports(["tcp"]), None, NPU),
+        "HCCL": Setting(transports(["process_group"], NPU), NPU, OTHER_NPU, transports(["process_group"], OTHER_NPU)),
+        "HCCL, from a reloaded arena": Setting(
+            transports(["process_group"], NPU), None, OTHER_NPU, transports(["process_group"], OTHER_NPU)
+        ),
     }
 
 
@@ -83,7 +95,7 @@ SHAPES = {
 def test_all_bytes_arrive(setting: Setting, shapes: list[tuple[int, ...]]) -> None:
     tensors = setting.of_shapes(*shapes)
     with serving(tensors, setting.kind) as (_, source):
-        client, fetched = fetch(tensors, setting.kind, source)
+        client, fetched = fetch(tensors, setting.wanting, source)
     tensors.assert_in(fetched.memory)
     assert (fetched.transport, fetched.source) == (setting.kind[0].name, source)
     assert client.attempts == []
@@ -92,7 +104,7 @@ def test_all_bytes_arrive(setting: Setting, shapes: list[tuple[int, ...]]) -> No
 def test_a_transposed_tensor_keeps_its_memory_order(setting: Setting) -> None:
     tensors = setting.tensors({"weight": torch.arange(35.0).reshape(5, 7).t(), "bias": torch.ones(5)})
     with serving(tensors, setting.kind) as (_, source):
-        _, fetched = fetch(tensors, setting.kind, source)
+        _, fetched = fetch(tensors, setting.wanting, source)
     tensors.assert_in(fetched.memory)
     assert fetched.memory.tensor(tensors.manifest.tensors[0]).stride() == (1, 7)
 
@@ -101,13 +113,13 @@ def test_progress_adds_up_to_all_bytes(setting: Setting) -> None:
     tensors = setting.of_shapes((CHUNK_BYTES // 4 + 5,), (3,))
     moved: list[int] = []
     with serving(tensors, setting.kind) as (_, source):
-        fetch(tensors, setting.kind, source, progress=moved.append)
+        fetch(tensors, setting.wanting, source, progress=moved.append)
     assert sum(moved) == tensors.manifest.nbytes
 
 
 def test_what_was_received_is_served_in_turn(setting: Setting) -> None:
     with serving(setting.small, setting.kind) as (_, source):
-        _, fetched = fetch(setting.small, setting.kind, source)
+        _, fetched = fetch(setting.small, setting.wanting, source)
     if not fetched.memory.servable:
         fetched.memory.seal()
     assert fetched.memory.servable
@@ -117,7 +129,7 @@ def test_what_was_received_is_served_in_turn(setting: Setting) -> None:
 def test_sessions_follow_one_another(setting: Setting) -> None:
     with serving(setting.small, setting.kind) as (_, source):
         for _ in range(5):
-            _, fetched = fetch(setting.small, setting.kind, source)
+            _, fetched = fetch(setting.small, setting.wanting, source)
             setting.small.assert_in(fetched.memory)
 
 
@@ -127,7 +139,7 @@ def test_clients_are_served_at_the_same_time(setting: Setting) -> None:
     with serving(tensors, setting.kind) as (_, source):
 
         def run() -> None:
-            memories.append(fetch(tensors, setting.kind, source)[1].memory)
+            memories.append(fetch(tensors, setting.wanting, source)[1].memory)
 
         threads = [threading.Thread(target=run) for _ in range(4)]
         for thread in threads:
@@ -143,7 +155,7 @@ def test_a_server_that_closes_fails_the_source_and_not_the_client(setting: Setti
     with serving(setting.small, setting.kind) as (_, source):
         pass
     with pytest.raises(SourcesExhausted, match="no connection"):
-        fetch(setting.small, setting.kind, source)
+        fetch(setting.small, setting.wanting, source)
 
 
 def test_the_sender_closes_twice(setting: Setting) -> None:
@@ -157,7 +169,7 @@ def test_the_sender_closes_twice(setting: Setting) -> None:
 def test_descriptors_return_to_their_start(setting: Setting) -> None:
     def run() -> None:
         with serving(setting.small, setting.kind) as (_, source):
-            _, fetched = fetch(setting.small, setting.kind, source)
+            _, fetched = fetch(setting.small, setting.wanting, source)
             fetched.memory.close()
 
     run()

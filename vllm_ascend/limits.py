@@ -1,0 +1,106 @@
+"""What this platform does not do, told before anything is loaded.
+
+vLLM offers more than has been written for NPUs. What is asked for and missing would fail late, in a worker, or be
+ignored; so a configuration is looked through when it is made, and everything that is missing is named at once. What a
+configuration does not tell (a layer with ALiBi, how a MoE layer routes) the layers refuse when the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+MAX_BLOCK_SIZE = 512
+BLOCK_SIZE_STEP = 128
+"""Tokens in a block of the KV cache: documented for npu_fused_infer_attention_score."""
+MAX_HEAD_SIZE = 512
+HEAD_SIZE_STEP = 16
+MAX_QUERIES_PER_KV_HEAD = 64
+MAX_KV_ROW = 65535
+"""Values that a token has in the key cache, and in the value cache."""
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raises ValueError that names everything in `vllm_config` which does not work on NPUs."""
+    reasons = [*_features(vllm_config), *_parallelism(vllm_config)]
+    if vllm_config.model_config is not None:
+        reasons += [*_model(vllm_config), *_heads(vllm_config)]
+    if reasons:
+        raise ValueError(f"not supported on NPUs: {'; '.join(reasons)}")
+
+
+def _features(config: Any) -> Iterator[str]:
+    if config.speculative_config is not None:
+        yield "speculative decoding (speculative_config)"
+    if config.lora_config is not None:
+        yield "LoRA adapters (enable_lora)"
+    if config.kv_transfer_config is not None:
+        yield "KV connectors (kv_transfer_config)"
+    if config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size:
+        yield "weights offloaded to host memory (cpu_offload_gb, offload_group_size)"
+    if config.kernel_config.moe_backend != "auto":
+        yield f"moe_backend={config.kernel_config.moe_backend!r} (there is one, 'auto')"
+    compilation = config.compilation_config
+    if compilation.backend not in ("", "eager"):
+        yield f"the compilation backend {compilation.backend!r} (there is 'eager')"
+    if compilation.splitting_ops and "vllm::unified_attention_with_output" not in compilation.splitting_ops:
+        yield "splitting_ops without attention: it is not captured in graphs"
+
+
+def _parallelism(config: Any) -> Iterator[str]:
+    parallel = config.parallel_config
+    if parallel.prefill_context_parallel_size > 1:
+        yield f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}"
+    if parallel.decode_context_parallel_size > 1:
+        yield f"decode_context_parallel_size={parallel.decode_context_parallel_size}"
+    if parallel.enable_dbo or parallel.ubatch_size > 1:
+        yield "microbatches (enable_dbo, ubatch_size)"
+    if parallel.enable_eplb or parallel.enable_elastic_ep:
+        yield "experts that move (enable_eplb, enable_elastic_ep)"
+    if parallel.all2all_backend != "allgather_reducescatter":
+        yield f"all2all_backend={parallel.all2all_backend!r} (there is 'allgather_reducescatter')"
+
+
+def _model(config: Any) -> Iterator[str]:
+    model, cache = config.model_config, config.cache_config
+    if model.quantization is not None:
+        yield f"quantization {model.quantization!r}"
+    if model.use_mla:
+        yield "multi-head latent attention (MLA)"
+    if model.multimodal_config is not None:
+        yield "multimodal models"
+    if model.attn_type != "decoder":
+        yield f"models with {model.attn_type.replace('_', ' ')} attention"
+    if model.get_sliding_window() is not None:
+        yield f"a sliding window of {model.get_sliding_window()} (disable_sliding_window shortens max_model_len to it)"
+    if windowed := sorted(set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}):
+        yield f"layers of type {', '.join(windowed)}"
+    if getattr(model.hf_text_config, "attn_logit_softcapping", None) is not None:
+        yield "soft-capped attention (attn_logit_softcapping)"
+    if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
+    if cache.user_specified_block_size and not usable_block_size(cache.block_size):
+        yield f"block_size={cache.block_size} (a multiple of {BLOCK_SIZE_STEP}, at most {MAX_BLOCK_SIZE})"
+
+
+def _heads(config: Any) -> Iterator[str]:
+    model, parallel = config.model_config, config.parallel_config
+    if model.use_mla or model.attn_type != "decoder":
+        return  # refused already, and these have no such heads
+    size = model.get_head_size()
+    key_values = model.get_num_kv_heads(parallel)
+    queries = model.get_num_attention_heads(parallel) // key_values
+    if not usable_head_size(size):
+        yield f"a head size of {size} (a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE})"
+    if queries > MAX_QUERIES_PER_KV_HEAD:
+        yield f"{queries} query heads for each KV head (at most {MAX_QUERIES_PER_KV_HEAD})"
+    if key_values * size > MAX_KV_ROW:
+        yield f"{key_values} KV heads of {size} on one device (together at most {MAX_KV_ROW})"
+
+
+def usable_block_size(tokens: int) -> bool:
+    return tokens % BLOCK_SIZE_STEP == 0 and tokens <= MAX_BLOCK_SIZE
+
+
+def usable_head_size(values: int) -> bool:
+    return values % HEAD_SIZE_STEP == 0 and values <= MAX_HEAD_SIZE

@@ -1,0 +1,277 @@
+"""vLLM's platform for Ascend NPUs: what differs from a GPU, answered hook by hook.
+
+The worker and the model runner are vLLM's own, which know devices through `torch.accelerator` and this class. What they
+still call `torch.cuda` is mapped in `worker.runner`. Models are computed by torch_npu's operators without a compiler of
+kernels: vLLM's compilation stops at splitting a model into pieces, which run as they are, or as captured graphs.
+
+Processes that only configure or schedule ask the class methods too, so these must not make a context on a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch_npu
+from vllm.logger import init_logger
+from vllm.platforms.interface import Platform, PlatformEnum
+
+from vllm_ascend import envs
+from vllm_ascend.limits import refuse_unsupported
+
+if TYPE_CHECKING:
+    from torch.distributed import PrefixStore, ProcessGroup
+
+logger = init_logger(__name__)
+
+
+class NPUPlatform(Platform):
+    _enum = PlatformEnum.OOT
+    device_name = "npu"
+    device_type = "npu"
+    dispatch_key = "PrivateUse1"
+    ray_device_key = "NPU"
+    dist_backend = "hccl"
+    device_control_env_var = "ASCEND_RT_VISIBLE_DEVICES"
+    ray_noset_device_env_vars = ("RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES",)
+    simple_compile_backend = "eager"
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        half = [torch.bfloat16, torch.float16]
+        return [*half, torch.float32] if envs.fp32_attention() else half
+
+    @classmethod
+    def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
+        if dtype not in cls().supported_dtypes:
+            raise ValueError(
+                f"{dtype} is not supported on NPUs, whose fused attention computes in float16 and bfloat16: "
+                f"choose --dtype bfloat16"
+            )
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        raise ValueError(f"quantization {quant!r} is not supported on NPUs: use a checkpoint in bfloat16 or float16")
+
+    # The device
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        torch_npu.npu.set_device(device)
+
+    @classmethod
+    def device_count(cls) -> int:
+        return int(torch_npu.npu.device_count())
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        torch_npu.npu.manual_seed_all(seed)
+
+    @classmethod
+    def get_device_name(cls, device_id: int = 0) -> str:
+        return str(torch_npu.npu.get_device_name(device_id))
+
+    @classmethod
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """Raises RuntimeError in a process that does not use NPUs, which vLLM takes for an unknown size."""
+        if not torch_npu.npu.is_initialized():
+            raise RuntimeError("asking an NPU for its memory would make a context on it")
+        return int(torch_npu.npu.get_device_properties(device_id).total_memory)
+
+    @classmethod
+    def get_current_memory_usage(cls, device: torch.types.Device | None = None) -> float:
+        torch_npu.npu.reset_peak_memory_stats(device)
+        return float(torch_npu.npu.max_memory_allocated(device))
+
+    @classmethod
+    def num_compute_units(cls, device_id: int = 0) -> int:
+        return int(torch_npu.npu.get_device_properties(device_id).cube_core_num)
+
+    # Configuration
+
+    @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        """vLLM's second model runner needs Triton; that choice must be known before a configuration is made."""
+        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+            raise ValueError("VLLM_USE_V2_MODEL_RUNNER: vLLM's model runner V2 needs Triton; on NPUs set it to 0")
+
+    @classmethod
+    def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
+        """Settles what vLLM would otherwise choose for GPUs: full graphs, kernels of Triton, fused passes."""
+        from vllm.config import CUDAGraphMode
+
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode is None:
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        for option in vars(compilation.pass_config):
+            if option.startswith(("fuse_", "enable_")):
+                setattr(compilation.pass_config, option, False)
+        vllm_config.kernel_config.enable_jit_warmup = False
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        refuse_unsupported(vllm_config)
+        model = vllm_config.model_config
+        if model is not None:
+            cls.check_if_supports_dtype(model.dtype)
+        _choose_graphs(vllm_config)
+        parallel = vllm_config.parallel_config
+        parallel.disable_custom_all_reduce = True
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = "vllm_ascend.worker.worker.NPUWorker"
+        # A device context does not survive a fork.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+    @classmethod
+    def is_sleep_mode_available(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_cumem_allocator_available(cls) -> bool:
+        return False
+
+    @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        return True
+
+    # What models are made of
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """The operators are torch_npu's, which is imported."""
+
+    @classmethod
+    def import_ir_kernels(cls) -> None:
+        super().import_ir_kernels()
+        import vllm_ascend.ops.norm  # noqa: F401
+
+    @classmethod
+    def get_default_ir_op_priority(cls, vllm_config: Any) -> Any:
+        from vllm.config.kernel import IrOpPriorityConfig
+
+        from vllm_ascend.ops.norm import PROVIDER
+
+        normalise = [PROVIDER, "native"]
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=normalise, fused_add_rms_norm=normalise)
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        from vllm.triton_utils.dispatcher import register_kernels
+
+        from vllm_ascend.ops.slot_mapping import compute_slot_mapping
+
+        register_kernels({"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping})
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        from vllm_ascend.attention.backend import NPUAttentionBackend
+
+        if selected_backend is not None and selected_backend.name != NPUAttentionBackend.get_name():
+            raise ValueError(f"the attention backend {selected_backend.name} is not for NPUs: leave the choice to vLLM")
+        reasons = NPUAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"{attn_selector_config} does not work on NPUs: {', '.join(reasons)}")
+        return "vllm_ascend.attention.backend.NPUAttentionBackend"
+
+    @classmethod
+    def opaque_attention_op(cls) -> bool:
+        """Attention is where models are split into pieces."""
+        return True
+
+    # Graphs
+
+    @classmethod
+    def support_static_graph_mode(cls) -> bool:
+        return True
+
+    @classmethod
+    def get_static_graph_wrapper_cls(cls) -> str:
+        return "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+
+    # Groups of processes
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        return "vllm_ascend.distributed.communicator.NPUCommunicator"
+
+    @classmethod
+    def stateless_init_device_torch_dist_pg(
+        cls, backend: str, prefix_store: PrefixStore, group_rank: int, group_size: int, timeout: timedelta
+    ) -> ProcessGroup:
+        """A group beside torch.distributed's own, with a name that no other has and a small buffer on the device.
+
+        The device is the one that is current in the calling thread when the first operation runs.
+        """
+        from torch.distributed import ProcessGroup
+
+        if backend != "hccl":
+            raise ValueError(f"process groups of NPUs have the backend 'hccl', not {backend!r}")
+        process_group_hccl = torch_npu._C._distributed_c10d.ProcessGroupHCCL
+        name = _agree_on_name(prefix_store, group_rank)
+        options = process_group_hccl.Options()
+        options._timeout = timeout
+        options.group_id = name
+        options.global_ranks_in_group = list(range(group_size))
+        options.hccl_config = {"group_name": name, "hccl_buffer_size": envs.stateless_group_buffer()}
+        group = ProcessGroup(prefix_store, group_rank, group_size)
+        group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
+        with _failures_left_to_the_caller():
+            implementation = process_group_hccl(prefix_store, group_rank, group_size, options)
+        implementation._set_sequence_number_for_group()
+        group._register_backend(torch.device("npu"), ProcessGroup.BackendType.CUSTOM, implementation)
+        group._set_group_name(name)
+        return group
+
+
+def _agree_on_name(store: PrefixStore, rank: int) -> str:
+    if rank == 0:
+        store.set("name", f"stateless-{uuid.uuid4().hex}")
+    return store.get("name").decode()
+
+
+@contextlib.contextmanager
+def _failures_left_to_the_caller() -> Iterator[None]:
+    """Groups made within do not end the process when a peer is gone, as torch-npu's watchdog does by default.
+
+    torch-npu reads this when it makes a group, so that the groups of inference keep what they have.
+    """
+    name = "TORCH_HCCL_ASYNC_ERROR_HANDLING"
+    with _environment:
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+
+_environment = threading.Lock()
+
+
+def _choose_graphs(vllm_config: Any) -> None:
+    """Graphs are captured of the pieces between attention, which takes the lengths of sequences from the host."""
+    from vllm.config import CUDAGraphMode
+
+    compilation, model = vllm_config.compilation_config, vllm_config.model_config
+    if compilation.compile_sizes is None:
+        compilation.compile_sizes = []
+    if compilation.cudagraph_mode.has_full_cudagraphs():
+        logger.warning(
+            "full graphs (cudagraph_mode=%s) are not supported on NPUs: using PIECEWISE",
+            compilation.cudagraph_mode.name,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if model is not None and model.enable_sleep_mode and compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        logger.warning("sleep mode moves weights, and graphs would go on reading where they were: using no graphs")
+        compilation.cudagraph_mode = CUDAGraphMode.NONE

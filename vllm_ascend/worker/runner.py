@@ -1,0 +1,64 @@
+"""vLLM's model runner on an NPU.
+
+It calls streams, events and graphs by their names in torch.cuda, which have the same meaning in torch.npu. A process
+with a runner uses no GPU, so these names lead to torch.npu from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch_npu
+from vllm.utils import torch_utils
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+_operators: list[torch.library.Library] = []
+"""What was registered with torch lives as long as this."""
+
+
+class NPUModelRunner(GPUModelRunner):
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        _lead_cuda_to_npu()
+        _define_weak_references()
+        super().__init__(vllm_config, device)
+
+
+def _lead_cuda_to_npu() -> None:
+    """Functions become objects of their own: Dynamo does not accept one function under two names."""
+    npu, names = torch_npu.npu, vars(torch.cuda)
+    names.update(Stream=npu.Stream, Event=npu.Event, CUDAGraph=npu.NPUGraph)
+    for name in ("current_stream", "default_stream", "graph", "graph_pool_handle", "is_current_stream_capturing"):
+        names[name] = functools.partial(getattr(npu, name))
+    names.update(set_stream=_set_stream, stream=_stream)
+
+
+def _set_stream(stream: Any) -> None:
+    """vLLM asks itself, not torch, for the current stream, which graphs are captured on."""
+    torch_utils._current_stream_tls.value = stream
+    torch_npu.npu.set_stream(stream)
+
+
+@contextlib.contextmanager
+def _stream(stream: Any) -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    previous = torch_npu.npu.current_stream()
+    _set_stream(stream)
+    try:
+        yield
+    finally:
+        _set_stream(previous)
+
+
+def _define_weak_references() -> None:
+    """The operator by which vLLM keeps the results of graphs without their memory; its CUDA kernels bring it."""
+    if not _operators:
+        library = torch.library.Library("_C", "FRAGMENT")
+        library.define("weak_ref_tensor(Tensor input) -> Tensor")
+        library.impl("weak_ref_tensor", torch_npu._C._weak_ref_tensor, "PrivateUse1")
+        _operators.append(library)
