@@ -25,10 +25,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a directory or a hub name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--transport", default="", help="shared_memory, tcp or process_group; default: the best")
+    parser.add_argument("--npu", action="store_true", help="on two simulated NPUs (make demo-npu)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return demonstrate(fetch_model(options.model), options.transport)
+        return demonstrate(fetch_model(options.model), options.transport, options.npu)
     except InstanceFailed as error:
         print(f"\ndemo failed: {error}", file=sys.stderr)
         return 1
@@ -37,17 +38,20 @@ def main() -> int:
         return 130
 
 
-def demonstrate(model: str, transport: str) -> int:
+def demonstrate(model: str, transport: str, on_npus: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="netloader-demo-") as scratch:
         directory = Path(scratch)
-        with Instance("server", model, directory) as server:
+        ours, theirs = ("0", "1") if on_npus else (None, None)
+        if on_npus:
+            say("on simulated NPUs: what works here has a chance on hardware, and times mean nothing")
+        with Instance("server", model, directory, npus=ours) as server:
             say(f"server: vllm serve {model} --load-format netloader")
             server.wait_until_ready(progress("server"))
             say(f"server: ready, its weights are served on {server.address}")
             extra: dict[str, Any] = {"SOURCE": [server.address]}
             if transport:
                 extra["TRANSPORT"] = [transport]
-            with Instance("client", model, directory, extra) as client:
+            with Instance("client", model, directory, extra, npus=theirs) as client:
                 say(f'client: the same with --model-loader-extra-config \'{{"SOURCE": ["{server.address}"]}}\'')
                 client.wait_until_ready(progress("client"))
                 say("client: ready; asking both the same prompts")

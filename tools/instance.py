@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Self
 
 START_TIMEOUT = 300.0
+KV_CACHE_ON_NPU = 1 << 28
+"""Bytes; measuring how much there is room for would take long on the simulator."""
 
 
 class InstanceFailed(Exception):
@@ -24,13 +26,20 @@ class InstanceFailed(Exception):
 
 
 class Instance:
-    """One `vllm serve MODEL --load-format netloader` on CPUs. `directory` gets its log, report and address.
+    """One `vllm serve MODEL --load-format netloader`. `directory` gets its log, report and address.
 
-    Use it with `with`, or call `start` and `stop`; `stop` ends the whole process group.
+    It runs on CPUs, or with `npus` ("0", "2,3") on those of the simulated NPUs, whose environment this process must
+    have. Use it with `with`, or call `start` and `stop`; `stop` ends the whole process group.
     """
 
     def __init__(
-        self, name: str, model: str, directory: Path, extra: dict[str, Any] | None = None, *arguments: str
+        self,
+        name: str,
+        model: str,
+        directory: Path,
+        extra: dict[str, Any] | None = None,
+        *arguments: str,
+        npus: str | None = None,
     ) -> None:
         self.name = name
         self.log = directory / f"{name}.log"
@@ -39,6 +48,7 @@ class Instance:
         self._address = directory / f"{name}-address-"
         files = {"REPORT_PREFIX": str(self._report), "OUTPUT_PREFIX": str(self._address)}
         self._extra = {"LISTEN_HOST": "127.0.0.1", **files, **(extra or {})}
+        self._npus = npus
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -58,16 +68,18 @@ class Instance:
             *("--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", "model"),
             *("--load-format", "netloader", "--model-loader-extra-config", json.dumps(self._extra)),
             *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"),
+            *(() if self._npus is None else ("--kv-cache-memory-bytes", str(KV_CACHE_ON_NPU))),
             *self._arguments,
         ]
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "VLLM_NO_USAGE_STATS": "1"}
+        chosen = {} if self._npus is None else {"ASCEND_RT_VISIBLE_DEVICES": self._npus}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment, **os.environ},
+                env={**environment, **os.environ, **chosen},
                 start_new_session=True,
             )
 

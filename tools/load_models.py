@@ -55,7 +55,12 @@ class Loads:
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
         "directly" it is the loader's `load_weights` on the model in use.
+
+        {"call": name, "arguments": {...}} calls that method of the engine that is held.
         """
+        if "call" in request:
+            getattr(self._engine, request["call"])(**request.get("arguments", {}))
+            return {}
         if "reload" in request:
             if "prompts" not in request:
                 self._worker.reload_weights(**request["reload"])
@@ -205,7 +210,7 @@ def digests(model: Any) -> dict[str, str]:
     found: dict[str, str] = compute_tensor_digests(model)
     for name, tensor in model.state_dict().items():
         if name not in found:
-            contents = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            contents = tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
             found[name] = hashlib.sha256(contents).hexdigest()
     return found
 

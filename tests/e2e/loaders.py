@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ _REPLIES = (b'{"result":', b'{"error":')
 class VllmProcess:
     """tools/load_models.py, which answers requests in order."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, python: str = sys.executable, environment: Mapping[str, str] = {}) -> None:
         self.log = log
         self.unanswered = 0
         self._output = b""
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tools" / "load_models.py")],
+                [python, str(ROOT / "tools" / "load_models.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env={**os.environ, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+                env={**os.environ, **environment, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
             )
 
     @property
@@ -90,10 +90,12 @@ class VllmProcess:
 
 
 class Pool:
-    """Processes that are started when needed and kept for the next load."""
+    """Processes that are started when needed and kept for the next load; `python` runs them in `environment`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, python: str = sys.executable, environment: Mapping[str, str] = {}) -> None:
         self._directory = directory
+        self._python = python
+        self._environment = environment
         self._all: list[VllmProcess] = []
         self._idle: list[VllmProcess] = []
         self._loads = 0
@@ -108,7 +110,8 @@ class Pool:
             process = self._idle.pop()
             if process.alive:
                 return process
-        self._all.append(VllmProcess(self._directory / f"process-{len(self._all)}.log"))
+        log = self._directory / f"process-{len(self._all)}.log"
+        self._all.append(VllmProcess(log, self._python, self._environment))
         return self._all[-1]
 
     def give_back(self, process: VllmProcess) -> None:
@@ -180,6 +183,12 @@ class Loader:
         """Begins vLLM's `reload_weights`, or the loader's `load_weights`; `finish_loading` or `fails_with` waits."""
         asking = {"directly": directly} if prompts is None else {"directly": directly, "prompts": prompts}
         self.process.ask({"reload": arguments, **asking})
+
+    def call(self, method: str, **arguments: Any) -> None:
+        """Of the engine that is held. Returns when that has returned; fails the test, with the log, if it failed."""
+        self.process.ask({"call": method, "arguments": arguments})
+        reply = self.process.reply()
+        assert "result" in reply, f"{method} failed with {reply}:\n{self.log_text()[-4000:]}"
 
     @property
     def digests(self) -> dict[str, str]:

@@ -159,6 +159,8 @@ class _GroupSender(Sender):
                 group = process_group.sender_group(self._host, self._listener, self._device, self._timeout)
                 self._group = self._group_scope.enter_context(group)
             self._pacer.wait_for(fetch.length)
+            if self._aborted.is_set():
+                raise RuntimeError("the session has ended")
             with own_stream(self._device):
                 content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
                 self._sending.append(_Outgoing(content, process_group.send(self._group, content)))

@@ -1,0 +1,175 @@
+"""Weights go from one simulated NPU to another over HCCL: real vLLM workers and engines, one process for each NPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from fetch_model import fetch_model
+from loaders import Load, Loader, Pool, generation, two_free_ports
+
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
+from vllm_ascend.model_loader.netloader.weights import LiveWeights
+
+CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
+"""Of the environment below this one, which has no torch-npu: vLLM's CPU platform."""
+PROMPTS = [[5, 17, 31, 2], list(range(40, 200)), [7]]
+ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": 512, "max_num_seqs": 4}
+FP32 = {"CANN_SIM_FP32_ATTENTION": "1"}
+"""Hardware has its attention in 16 bits only; here 32 make answers comparable with those of other kernels."""
+FROM_PEERS = {"FALLBACK": "error"}
+SLOW = 4 << 20
+"""Bytes per second at which a transfer lasts long enough to be disturbed."""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Loader]]:
+    """start("0", model, extra, ...) loads on the NPUs of that number, start("cpu", ...) on vLLM's CPU platform."""
+    pools: dict[str, Pool] = {}
+
+    def begin(where: str, model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
+        if where not in pools:
+            directory = tmp_path_factory.mktemp(f"npu-{where.replace(',', '-')}")
+            pools[where] = (
+                Pool(directory, CPU_PYTHON)
+                if where == "cpu"
+                else Pool(directory, environment={"ASCEND_RT_VISIBLE_DEVICES": where, "CANN_SIM_ASYNC": "1", **FP32})
+            )
+        engine = ({} if where == "cpu" else ENGINE) | {"dtype": "float32"} | request.pop("engine", {})
+        return pools[where].load(model, extra, engine=engine, **request)
+
+    yield begin
+    for pool in pools.values():
+        pool.end()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+def tokens(loader: Loader) -> list[list[int]]:
+    return [[token for token, _ in answer] for answer in loader.answers]
+
+
+KINDS = {
+    "Llama": checkpoints.dense,
+    "Qwen3 with tied embeddings": checkpoints.tied,
+    "Qwen3-MoE": checkpoints.mixture_of_experts,
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_a_client_loads_by_hccl_and_answers_as_its_server_and_as_the_cpu_platform(
+    make: Callable[[Path], str], start: Load, models: Path
+) -> None:
+    model = make(models)
+    reference = start("cpu", model, {"SERVE": False}, prompts=PROMPTS)
+    server = start("0", model, prompts=PROMPTS).finish_loading()
+    client = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert server.report["outcome"] == "disk"
+    assert (client.report["outcome"], client.report["transport"]) == ("p2p", "process_group")
+    assert client.report["verified"] == "xxh3_128"
+    assert client.digests == server.digests
+    assert client.answers == server.answers
+    assert tokens(client) == tokens(reference.finish_loading())
+
+    in_turn = start("cpu", model, {"SOURCE": [client.address], **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert in_turn.report["transport"] == "tcp"
+    assert tokens(in_turn) == tokens(client)
+    for loader in (reference, server, client, in_turn):
+        loader.end()
+
+
+def test_each_tensor_parallel_rank_takes_its_part_from_its_peer(start: Load, models: Path, tmp_path: Path) -> None:
+    model, port = checkpoints.dense(models), two_free_ports()
+    engine = {"tensor_parallel_size": 2}
+
+    def ranks(devices: str, extra: dict[str, Any]) -> list[Loader]:
+        method = f"file://{tmp_path / devices.replace(',', '-')}"
+        return [start(devices, model, extra, engine=engine, rank=rank, init_method=method) for rank in range(2)]
+
+    servers = [server.finish_loading() for server in ranks("0,1", {"LISTEN_PORT": port})]
+    clients = [client.finish_loading() for client in ranks("2,3", {"SOURCE": [servers[1].address], **FROM_PEERS})]
+    assert servers[0].digests != servers[1].digests
+    for server, client in zip(servers, clients, strict=True):
+        assert client.digests == server.digests
+        assert (client.report["source"], client.report["transport"]) == (server.address, "process_group")
+    for loader in (*servers, *clients):
+        loader.end()
+
+
+def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_is_awake(
+    start: Load, models: Path
+) -> None:
+    model = checkpoints.dense(models)
+    engine = {"enable_sleep_mode": True}
+    server = start("0", model, {"MAX_BANDWIDTH": SLOW}, prompts=PROMPTS, engine=engine).finish_loading()
+    answers, first = server.answers, generation(server)
+    client = start("1", model, {"SOURCE": [server.address]})
+    wait_for_session(server)
+    server.call("sleep", level=1)
+    client.finish_loading()
+    assert client.report["outcome"] == "disk"
+    assert "it sleeps" in client.report["attempts"][0]["reason"]
+    client.end()
+
+    server.call("wake_up")
+    assert generation(server) > first
+    after = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert after.report["transport"] == "process_group"
+    assert after.answers == answers
+    after.end()
+
+    server.call("sleep", level=2)
+    refused = start("1", model, {"SOURCE": [server.address]}).finish_loading()
+    assert "its weights were dropped" in refused.report["attempts"][0]["reason"]
+    refused.end()
+    server.end()
+
+
+def test_when_a_server_dies_midway_the_next_one_brings_the_rest(start: Load) -> None:
+    model = fetch_model()
+    engine = {"max_model_len": 256}
+    killed = start("0", model, {"MAX_BANDWIDTH": 8 * SLOW}, engine=engine).finish_loading()
+    second = start("2", model, {"SOURCE": [killed.address], **FROM_PEERS}, engine=engine).finish_loading()
+    sources = [killed.address, second.address]
+    client = start("1", model, {"SOURCE": sources, **FROM_PEERS}, engine=engine)
+    wait_for_session(killed)
+    time.sleep(4)  # of the 17 that it takes for all
+    killed.process.process.kill()
+    client.finish_loading()
+    assert (client.report["source"], client.report["transport"]) == (second.address, "process_group")
+    assert client.digests == second.digests
+    assert 0 < client.report["received"][sources[0]] < client.report["bytes"]
+    assert sum(client.report["received"].values()) <= 1.01 * client.report["bytes"] + CHUNK_BYTES
+
+    second.process.process.kill()
+    alone = start("1", model, {"SOURCE": sources}, engine=engine).finish_loading()
+    assert alone.report["outcome"] == "disk"
+    assert alone.digests == client.digests
+    alone.end()
+    client.end()
+
+
+def wait_for_session(server: Loader) -> None:
+    """The test's own timeout is the deadline."""
+    while inquire(Endpoint.parse(server.address), 10).sessions == 0:
+        time.sleep(0.02)
+
+
+def test_weights_in_a_private_format_are_not_served_as_if_they_were_plain() -> None:
+    import torch_npu
+
+    model = torch.nn.Linear(64, 64, bias=False, device="npu:0", dtype=torch.float16)
+    model.weight.data = torch_npu.npu_format_cast(model.weight.data, 29)
+    with pytest.raises(UnsupportedModel, match="weight lies in a private format"):
+        LiveWeights(model, torch.device("npu", 0))
