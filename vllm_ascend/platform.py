@@ -9,13 +9,10 @@ Processes that only configure or schedule ask the class methods too, so these mu
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch_npu
@@ -29,6 +26,9 @@ if TYPE_CHECKING:
     from torch.distributed import PrefixStore, ProcessGroup
 
 logger = init_logger(__name__)
+
+_STOPPED: Final = 2
+"""Of torch-npu's watchdog (WatchdogStatus in ProcessGroupHCCL.hpp), which would end the process when a peer is gone."""
 
 
 class NPUPlatform(Platform):
@@ -208,6 +208,7 @@ class NPUPlatform(Platform):
     ) -> ProcessGroup:
         """A group beside torch.distributed's own, with a name that no other has and a small buffer on the device.
 
+        Its failures are for the caller to see, at the next synchronisation: they do not end the process.
         The device is the one that is current in the calling thread when the first operation runs.
         """
         from torch.distributed import ProcessGroup
@@ -223,8 +224,8 @@ class NPUPlatform(Platform):
         options.hccl_config = {"group_name": name, "hccl_buffer_size": envs.stateless_group_buffer()}
         group = ProcessGroup(prefix_store, group_rank, group_size)
         group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
-        with _failures_left_to_the_caller():
-            implementation = process_group_hccl(prefix_store, group_rank, group_size, options)
+        implementation = process_group_hccl(prefix_store, group_rank, group_size, options)
+        implementation.set_watchdog_status(_STOPPED)
         implementation._set_sequence_number_for_group()
         group._register_backend(torch.device("npu"), ProcessGroup.BackendType.CUSTOM, implementation)
         group._set_group_name(name)
@@ -235,28 +236,6 @@ def _agree_on_name(store: PrefixStore, rank: int) -> str:
     if rank == 0:
         store.set("name", f"stateless-{uuid.uuid4().hex}")
     return store.get("name").decode()
-
-
-@contextlib.contextmanager
-def _failures_left_to_the_caller() -> Iterator[None]:
-    """Groups made within do not end the process when a peer is gone, as torch-npu's watchdog does by default.
-
-    torch-npu reads this when it makes a group, so that the groups of inference keep what they have.
-    """
-    name = "TORCH_HCCL_ASYNC_ERROR_HANDLING"
-    with _environment:
-        before = os.environ.get(name)
-        os.environ[name] = "0"
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
-
-
-_environment = threading.Lock()
 
 
 def _choose_graphs(vllm_config: Any) -> None:

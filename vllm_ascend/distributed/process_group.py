@@ -4,14 +4,16 @@
 in a thread while inference goes on. The backend is Gloo between CPUs, and HCCL between NPUs, through the platform's
 hook.
 
-An HCCL operation is done by the device: what `wait` of its work waits for is only the stream. So `finish` watches the
-work from the host, with a deadline, and a group of HCCL is aborted: shutting down could wait for what never comes, and
-whoever leaves has finished what counts.
+An HCCL operation is done by the device: what `wait` of its work waits for is only the stream. So `Pair.finish` watches
+the work from the host, with a deadline. A group of HCCL is aborted in the end: shutting down could wait for what never
+comes, and whoever leaves has finished what counts. What failed in it is reported by the next synchronisation of the
+device, whoever that is; so whoever leaves a group in which something failed takes the report with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -21,7 +23,9 @@ from datetime import timedelta
 from typing import Any, Final
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
+
+logger = logging.getLogger(__name__)
 
 SENDER: Final = 0
 RECEIVER: Final = 1
@@ -36,30 +40,99 @@ def listen(host: str) -> socket.socket:
     return socket.create_server((host, 0), family=family)
 
 
+class Pair:
+    """Sender and receiver. For one thread, in which a stream of the thread's own is current if the device has streams.
+
+    Whatever fails raises RuntimeError, as everything of torch.distributed does.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, timeout: float) -> None:
+        self._group = group
+        self._device = device
+        self._timeout = timeout
+        self._unfinished: list[Work] = []
+
+    def send(self, tensor: torch.Tensor) -> Work:
+        """Starts sending `tensor` to the receiver; it must stay unchanged until the work is finished."""
+        return self._begun(self._group.send([tensor], RECEIVER, 0))
+
+    def receive(self, tensor: torch.Tensor) -> Work:
+        """Starts receiving into `tensor`."""
+        return self._begun(self._group.recv([tensor], SENDER, 0))
+
+    def finish(self, work: Work, aborted: threading.Event | None = None) -> None:
+        """Returns when `work` is done, not only queued.
+
+        Raises RuntimeError where it failed, takes longer than the timeout, or, between NPUs, as soon as it is
+        `aborted`.
+        """
+        if self._device.type != "cpu":
+            self._wait_for(work, aborted)
+        work.wait()
+        if self._device.type != "cpu":
+            self._raise_failures()
+        self._unfinished.remove(work)
+
+    def leave(self) -> None:
+        """Nothing of it reads or writes tensors afterwards."""
+        if self._device.type == "cpu":
+            self._group.shutdown()
+            return
+        failed = any(not work.is_completed() for work in self._unfinished)
+        try:
+            for work in [] if failed else self._unfinished:
+                work.wait()
+            self._raise_failures()
+        except RuntimeError:
+            failed = True
+        self._group.abort()
+        if failed:
+            try:
+                torch.accelerator.synchronize(self._device)
+            except RuntimeError as error:
+                logger.warning("left a process group in which an operation had failed: %s", error)
+
+    def _begun(self, work: Work) -> Work:
+        self._unfinished.append(work)
+        return work
+
+    def _wait_for(self, work: Work, aborted: threading.Event | None) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"an operation of the process group is not done after {self._timeout:g} s")
+            if aborted is not None and aborted.is_set():
+                raise RuntimeError("the operation was given up")
+            time.sleep(_POLL_SECONDS)
+
+    def _raise_failures(self) -> None:
+        """An operation that has failed is completed, too; the stream that waited for it knows."""
+        torch.accelerator.current_stream(self._device).synchronize()
+
+
 @contextlib.contextmanager
-def sender_group(host: str, listener: socket.socket, device: torch.device, timeout: float) -> Iterator[ProcessGroup]:
+def sender_group(host: str, listener: socket.socket, device: torch.device, timeout: float) -> Iterator[Pair]:
     """The sending rank's group. `listener` comes from `listen` and is taken over; `timeout` in seconds."""
     port = listener.getsockname()[1]
-    with _stateless_group((host, port), SENDER, listener, device, timeout) as group:
-        yield group
+    with _stateless_group((host, port), SENDER, listener, device, timeout) as pair:
+        yield pair
 
 
 @contextlib.contextmanager
-def receiver_group(host: str, port: int, device: torch.device, timeout: float) -> Iterator[ProcessGroup]:
+def receiver_group(host: str, port: int, device: torch.device, timeout: float) -> Iterator[Pair]:
     """The receiving rank's group, meeting the sender's at `host` and `port`."""
-    with _stateless_group((host, port), RECEIVER, None, device, timeout) as group:
-        yield group
+    with _stateless_group((host, port), RECEIVER, None, device, timeout) as pair:
+        yield pair
 
 
 @contextlib.contextmanager
 def _stateless_group(
     address: tuple[str, int], rank: int, listener: socket.socket | None, device: torch.device, timeout: float
-) -> Iterator[ProcessGroup]:
-    """Raises RuntimeError, as torch.distributed does for every failure of a group."""
+) -> Iterator[Pair]:
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
     with _stdout.kept():
-        pair: Any = stateless_init_torch_distributed_process_group(
+        made: Any = stateless_init_torch_distributed_process_group(
             host=address[0],
             port=address[1],
             rank=rank,
@@ -69,14 +142,12 @@ def _stateless_group(
             listen_socket=listener,
             timeout=timedelta(seconds=timeout),
         )
-    group, _store = pair  # the store must outlive the group's last operation
+    group, _store = made  # the store must outlive the group's last operation
+    pair = Pair(group, device, timeout)
     try:
-        yield group
+        yield pair
     finally:
-        if device.type == "cpu":
-            group.shutdown()
-        else:
-            group.abort()
+        pair.leave()
 
 
 class _Stdout:
@@ -108,34 +179,3 @@ class _Stdout:
 
 
 _stdout = _Stdout()
-
-
-def send(group: ProcessGroup, tensor: torch.Tensor) -> torch.distributed.Work:
-    """Starts sending `tensor` to the receiver; it must stay unchanged until the work is finished."""
-    return group.send([tensor], RECEIVER, 0)
-
-
-def receive(group: ProcessGroup, tensor: torch.Tensor) -> torch.distributed.Work:
-    """Starts receiving into `tensor`."""
-    return group.recv([tensor], SENDER, 0)
-
-
-def finish(
-    work: torch.distributed.Work, device: torch.device, timeout: float, aborted: threading.Event | None = None
-) -> None:
-    """Returns when `work` is done, not only queued.
-
-    Raises RuntimeError where it failed, takes longer than `timeout`, or, between NPUs, as soon as it is `aborted`.
-    """
-    if device.type == "cpu":
-        work.wait()
-        return
-    deadline = time.monotonic() + timeout
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"an operation of the process group is not done after {timeout:g} s")
-        if aborted is not None and aborted.is_set():
-            raise RuntimeError("the operation was given up")
-        time.sleep(_POLL_SECONDS)
-    work.wait()
-    torch.accelerator.current_stream(device).synchronize()  # an operation that failed is completed, too

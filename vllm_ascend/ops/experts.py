@@ -47,7 +47,7 @@ class NPUUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         if layer.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if layer.expert_map is not None:
-            here = layer.expert_map[experts].to(experts.dtype)
+            here = layer.expert_map.index_select(0, experts.flatten()).view(experts.shape).to(experts.dtype)
             weights = weights.masked_fill(here < 0, 0)
             experts = torch.where(here < 0, experts % layer.local_num_experts, here)
         return run_experts(x, weights, experts, layer.w13_weight, layer.w2_weight)

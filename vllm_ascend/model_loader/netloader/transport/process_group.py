@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import torch
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
@@ -81,11 +81,11 @@ class _Receiver:
         self._request_ahead()
         with contextlib.ExitStack() as group_scope:
             try:
-                group = group_scope.enter_context(process_group.receiver_group(host, port, self._device, self._timeout))
+                pair = group_scope.enter_context(process_group.receiver_group(host, port, self._device, self._timeout))
             except RuntimeError as error:
                 raise TransportError(f"no process group with {host}, port {port}: {_first_line(error)}") from error
             try:
-                self._receive_chunks(group)
+                self._receive_chunks(pair)
             except RuntimeError as error:
                 raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
             finally:
@@ -107,23 +107,23 @@ class _Receiver:
             self._reception.control.send(Fetch(chunk.offset, chunk.length), self._timeout)
             self._requested.append(chunk)
 
-    def _receive_chunks(self, group: ProcessGroup) -> None:
+    def _receive_chunks(self, pair: process_group.Pair) -> None:
         while self._requested or self._receiving:
             while self._requested:
-                self._receiving.append(self._begin(group, self._delivery.begin(self._requested.popleft())))
+                self._receiving.append(self._begin(pair, self._delivery.begin(self._requested.popleft())))
             arrival, buffer, work = self._receiving.popleft()
-            process_group.finish(work, self._device, self._timeout)
+            pair.finish(work)
             if buffer.device != arrival.landing.tensor.device:
                 arrival.landing.tensor.copy_(buffer)
             arrival.advance(arrival.chunk.length)
             self._delivery.finish(arrival)
             self._request_ahead()
 
-    def _begin(self, group: ProcessGroup, arrival: Arrival) -> _Incoming:
+    def _begin(self, pair: process_group.Pair, arrival: Arrival) -> _Incoming:
         buffer = arrival.landing.tensor
         if buffer.device != self._device:
             buffer = torch.empty_like(buffer, device=self._device)
-        return _Incoming(arrival, buffer, process_group.receive(group, buffer))
+        return _Incoming(arrival, buffer, pair.receive(buffer))
 
 
 class _Outgoing(NamedTuple):
@@ -144,7 +144,7 @@ class _GroupSender(Sender):
         self._port = self._listener.getsockname()[1]
         self._memory = store.memory
         self._group_scope = contextlib.ExitStack()
-        self._group: ProcessGroup | None = None
+        self._pair: process_group.Pair | None = None
         self._sending: deque[_Outgoing] = deque()
         self._aborted = threading.Event()
 
@@ -155,19 +155,19 @@ class _GroupSender(Sender):
     def push(self, fetch: Fetch) -> None:
         self.check(fetch, self._memory.nbytes)
         try:
-            if self._group is None:
+            if self._pair is None:
                 group = process_group.sender_group(self._host, self._listener, self._device, self._timeout)
-                self._group = self._group_scope.enter_context(group)
+                self._pair = self._group_scope.enter_context(group)
             self._pacer.wait_for(fetch.length)
             if self._aborted.is_set():
                 raise RuntimeError("the session has ended")
             with own_stream(self._device):
                 content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
-                self._sending.append(_Outgoing(content, process_group.send(self._group, content)))
-            if len(self._sending) >= IN_FLIGHT:
-                content, work = self._sending.popleft()
-                process_group.finish(work, self._device, self._timeout, self._aborted)
-                self.note_progress(content.nbytes)
+                self._sending.append(_Outgoing(content, self._pair.send(content)))
+                if len(self._sending) >= IN_FLIGHT:
+                    content, work = self._sending.popleft()
+                    self._pair.finish(work, self._aborted)
+                    self.note_progress(content.nbytes)
         except RuntimeError as error:
             raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
 
@@ -175,8 +175,9 @@ class _GroupSender(Sender):
         self._aborted.set()
 
     def close(self) -> None:
-        self._group = None
-        self._group_scope.close()
+        self._pair = None
+        with own_stream(self._device):
+            self._group_scope.close()
         self._sending.clear()  # not before: the device reads the content for as long as there is a group
         self._listener.close()
 
