@@ -37,8 +37,12 @@ $(INSTALLED): requirements.txt requirements-cpu.txt requirements-dev.txt pyproje
 
 npu-sim: $(NPU_INSTALLED)
 
-$(NPU_INSTALLED): $(INSTALLED) requirements-npu-sim.txt tools/setup_npu_sim.sh $(NPU_SOURCES)
+$(NPU_VENV)/.packages: $(INSTALLED) requirements-npu-sim.txt tools/setup_npu_sim.sh
 	tools/setup_npu_sim.sh $(VENV) $(NPU_VENV)
+	touch $@
+
+$(NPU_INSTALLED): $(NPU_VENV)/.packages $(NPU_SOURCES)
+	$(MAKE) -C csrc/cann_sim all operators PYTHON=$(abspath $(NPU_VENV))/bin/python
 	touch $@
 
 demo: $(INSTALLED)

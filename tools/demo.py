@@ -56,10 +56,12 @@ def demonstrate(model: str, transport: str, on_npus: bool) -> int:
                 client.wait_until_ready(progress("client"))
                 say("client: ready; asking both the same prompts")
                 answers = [(prompt, server.complete(prompt), client.complete(prompt)) for prompt in PROMPTS]
-                return show(answers, server.report(), client.report())
+                return show(answers, server.report(), client.report(), with_times=not on_npus)
 
 
-def show(answers: list[tuple[str, str, str]], server: dict[str, Any], client: dict[str, Any]) -> int:
+def show(
+    answers: list[tuple[str, str, str]], server: dict[str, Any], client: dict[str, Any], *, with_times: bool
+) -> int:
     """Prints the comparison and returns the exit status."""
     print("\nprompt                              answers  text")
     for prompt, ours, theirs in answers:
@@ -75,7 +77,9 @@ def show(answers: list[tuple[str, str, str]], server: dict[str, Any], client: di
         )
     equal = all(ours == theirs for _, ours, theirs in answers)
     loaded = client["outcome"] == "p2p"
-    print(f"\nweight phase, disk : client = {weight_seconds(server) / weight_seconds(client):.1f} : 1")
+    print()
+    if with_times:
+        print(f"weight phase, disk : client = {weight_seconds(server) / weight_seconds(client):.1f} : 1")
     print("answers are equal" if equal else "ANSWERS DIFFER", end="; ")
     print("the client loaded from the server" if loaded else f"the client loaded by {client['outcome']}: {client}")
     return 0 if equal and loaded else 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment $2 on top of $1 (made by setup_environment.sh), with torch-npu and the simulated NPU.
+# Makes the virtual environment $2 on top of $1 (made by setup_environment.sh), with torch-npu.
 #
 # torch loads torch-npu by itself wherever it is installed, and fails without CANN's libraries: hence a second
 # environment. It sees the packages of the first, so that little is installed twice.
@@ -24,9 +24,6 @@ say "torch-npu"
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -r requirements-npu-sim.txt |
     { grep --line-buffered -E '^ *(Collecting|Downloading|Building|Installing|Successfully)' || true; }
-say "the simulated CANN and its operators"
-make -C csrc/cann_sim all
-make -C csrc/cann_sim operators PYTHON="$(cd "$venv" && pwd)/bin/python"
 cat > "$venv/bin/vllm" <<EOF
 #!$(cd "$venv" && pwd)/bin/python
 import sys
@@ -37,4 +34,3 @@ if __name__ == "__main__":
     sys.exit(main())
 EOF
 chmod +x "$venv/bin/vllm"
-say "done: source tools/npu_sim.sh"

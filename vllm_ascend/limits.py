@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+ATTENTION_BACKEND = "CUSTOM"
+"""The name that vLLM keeps for backends from elsewhere."""
 MAX_BLOCK_SIZE = 512
 BLOCK_SIZE_STEP = 128
 """Tokens in a block of the KV cache: documented for npu_fused_infer_attention_score."""
@@ -34,12 +36,15 @@ def _features(config: Any) -> Iterator[str]:
         yield "speculative decoding (speculative_config)"
     if config.lora_config is not None:
         yield "LoRA adapters (enable_lora)"
-    if config.kv_transfer_config is not None:
-        yield "KV connectors (kv_transfer_config)"
+    if config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None:
+        yield "KV connectors (kv_transfer_config, kv_offloading_size)"
     if config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size:
         yield "weights offloaded to host memory (cpu_offload_gb, offload_group_size)"
     if config.kernel_config.moe_backend != "auto":
         yield f"moe_backend={config.kernel_config.moe_backend!r} (there is one, 'auto')"
+    backends = {config.attention_config.backend, *config.attention_config.backend_per_kind.values()} - {None}
+    if others := sorted(each.name for each in backends if each.name != ATTENTION_BACKEND):
+        yield f"the attention backend {', '.join(others)} (leave the choice to vLLM)"
     compilation = config.compilation_config
     if compilation.backend not in ("", "eager"):
         yield f"the compilation backend {compilation.backend!r} (there is 'eager')"
@@ -70,7 +75,7 @@ def _model(config: Any) -> Iterator[str]:
     if model.multimodal_config is not None:
         yield "multimodal models"
     if model.attn_type != "decoder":
-        yield f"models with {model.attn_type.replace('_', ' ')} attention"
+        yield f"models whose attention is of type {model.attn_type}"
     if model.get_sliding_window() is not None:
         yield f"a sliding window of {model.get_sliding_window()} (disable_sliding_window shortens max_model_len to it)"
     if windowed := sorted(set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}):

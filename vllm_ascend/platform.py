@@ -9,6 +9,7 @@ Processes that only configure or schedule ask the class methods too, so these mu
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 from datetime import timedelta
@@ -161,7 +162,9 @@ class NPUPlatform(Platform):
         return IrOpPriorityConfig.with_default(["native"], rms_norm=normalise, fused_add_rms_norm=normalise)
 
     @classmethod
+    @functools.cache
     def register_triton_kernel_overrides(cls) -> None:
+        """Once in a process: vLLM would take the replacement for a kernel."""
         from vllm.triton_utils.dispatcher import register_kernels
 
         from vllm_ascend.ops.slot_mapping import compute_slot_mapping
@@ -174,8 +177,6 @@ class NPUPlatform(Platform):
     ) -> str:
         from vllm_ascend.attention.backend import NPUAttentionBackend
 
-        if selected_backend is not None and selected_backend.name != NPUAttentionBackend.get_name():
-            raise ValueError(f"the attention backend {selected_backend.name} is not for NPUs: leave the choice to vLLM")
         reasons = NPUAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(f"{attn_selector_config} does not work on NPUs: {', '.join(reasons)}")

@@ -29,7 +29,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend.limits import BLOCK_SIZE_STEP, usable_block_size, usable_head_size
+from vllm_ascend.limits import ATTENTION_BACKEND, BLOCK_SIZE_STEP, usable_block_size, usable_head_size
 
 LOWER_RIGHT_CAUSAL = 3
 MASK_SIZE = 2048
@@ -41,7 +41,7 @@ class NPUAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"  # the name that vLLM keeps for backends from elsewhere
+        return ATTENTION_BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[NPUAttentionImpl]:
