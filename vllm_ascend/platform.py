@@ -24,7 +24,8 @@ from vllm_ascend import envs
 from vllm_ascend.limits import refuse_unsupported
 
 if TYPE_CHECKING:
-    from torch.distributed import PrefixStore, ProcessGroup
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed import ProcessGroup
 
 logger = init_logger(__name__)
 
@@ -213,6 +214,7 @@ class NPUPlatform(Platform):
         The device is the one that is current in the calling thread when the first operation runs.
         """
         from torch.distributed import ProcessGroup
+        from torch.distributed.distributed_c10d import GroupName
 
         if backend != "hccl":
             raise ValueError(f"process groups of NPUs have the backend 'hccl', not {backend!r}")
@@ -229,7 +231,7 @@ class NPUPlatform(Platform):
         implementation.set_watchdog_status(_STOPPED)
         implementation._set_sequence_number_for_group()
         group._register_backend(torch.device("npu"), ProcessGroup.BackendType.CUSTOM, implementation)
-        group._set_group_name(name)
+        group._set_group_name(GroupName(name))
         return group
 
 

@@ -166,6 +166,15 @@ def wait_for_session(server: Loader) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def private_formats() -> Iterator[None]:
+    config: Any = torch.get_device_module("npu").config
+    config.allow_internal_format = True
+    yield
+    config.allow_internal_format = False
+
+
+@pytest.mark.usefixtures("private_formats")
 def test_weights_in_a_private_format_are_not_served_as_if_they_were_plain() -> None:
     import torch_npu
 

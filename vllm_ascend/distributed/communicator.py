@@ -43,5 +43,5 @@ class NPUCommunicator(XpuCommunicator):
         if sizes is None or len(set(sizes)) == 1:
             scattered: torch.Tensor = self.reduce_scatter(input_, dim)
             return scattered
-        own = self.all_reduce(input_).split(sizes, dim)[self.rank_in_group]
+        own: torch.Tensor = self.all_reduce(input_).split(sizes, dim)[self.rank_in_group]
         return own.contiguous()

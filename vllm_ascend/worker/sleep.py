@@ -49,7 +49,7 @@ class NPUSleepMode(SleepModeBackend):
             for each in self._asleep.pop(tag, []):
                 each.storage.resize_(each.size)
                 if each.content is None:
-                    each.storage.fill_(0)
+                    each.storage.fill_(0)  # type: ignore[attr-defined]
                 else:
                     each.storage.copy_(each.content)
         self._state = "SUSPENDED" if self._asleep else "RUNNING"

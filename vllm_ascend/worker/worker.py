@@ -35,6 +35,9 @@ gpu_worker.kernel_warmup = _warm_no_kernels_up
 
 
 class NPUWorker(WorkerThatServes):
+    local_rank: int
+    _sleep_mode_backend: NPUSleepMode | None
+
     def init_device(self) -> None:
         # vLLM takes the local rank for the number of the device where it makes groups of processes.
         self.local_rank = _visible_device(self.parallel_config, self.local_rank)
@@ -69,8 +72,7 @@ class NPUWorker(WorkerThatServes):
             self._sleep_mode_backend = NPUSleepMode(
                 {WEIGHTS: lambda: device_tensors([runner.get_model()]), KV_CACHE: lambda: runner.kv_caches}
             )
-        backend: NPUSleepMode = self._sleep_mode_backend
-        return backend
+        return self._sleep_mode_backend
 
 
 def _run_finalizers_before_torch_npu_ends() -> None:

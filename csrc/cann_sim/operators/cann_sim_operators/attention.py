@@ -1,0 +1,227 @@
+"""Attention over keys and values in a paged cache or side by side, each request's tokens in a row (layout TND).
+
+The documentation of torch-npu contradicts itself about TND: it excludes paging in one place and describes it in
+another. The latter is followed, as inference engines do.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cann_sim_operators.registry import implements, require, require_contiguous, require_defaults, require_dtype
+
+OPERATOR = "npu_fused_infer_attention_score"
+FP32_SWITCH = "CANN_SIM_FP32_ATTENTION"
+MASK_SIZE = 2048
+MAX_HEADS, MAX_HEADS_PER_KEY_HEAD, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 256, 64, 512, 16
+MAX_BLOCK_SIZE, BLOCK_SIZE_STEP, DECODE_BLOCK_SIZE_STEP = 512, 128, 16
+MAX_ROW, MAX_ELEMENTS = 65535, 2**31 - 1
+
+KeysAndValues = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Of one request, each [heads, tokens, head size]."""
+
+
+@implements("npu::npu_fused_infer_attention_score")
+def fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    atten_mask: torch.Tensor | None = None,
+    actual_seq_lengths: list[int] | None = None,
+    actual_seq_lengths_kv: list[int] | None = None,
+    block_table: torch.Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    softmax_lse_flag: bool = False,
+    **others: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_defaults(OPERATOR, others)
+    if input_layout != "TND":
+        raise RuntimeError(f"{OPERATOR}: input_layout={input_layout!r} is not simulated; 'TND' is")
+    require(0 <= inner_precise <= 3, OPERATOR, "inner_precise", inner_precise, "from 0 to 3")
+    key_heads = num_key_value_heads or num_heads
+    _check_heads(query, num_heads, key_heads)
+    _check_tensors(query, key, value)
+    _check_mask(atten_mask, sparse_mode)
+    query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)
+    _check_ends("actual_seq_lengths", query_ends, query.shape[0])
+    key_lengths = _lengths("actual_seq_lengths_kv", actual_seq_lengths_kv)
+    expected = f"of {len(query_ends)} requests, as actual_seq_lengths"
+    require(len(key_lengths) == len(query_ends), OPERATOR, "actual_seq_lengths_kv", key_lengths, expected)
+    size = query.shape[2]
+    if block_table is None:
+        _check_ends("actual_seq_lengths_kv", key_lengths, key.shape[0])
+        ends, key_lengths = key_lengths, [length for _, length in _parts(key_lengths)]
+        read = _dense(key, value, ends, (key_heads, size))
+    else:
+        longest = max((length for _, length in _parts(query_ends)), default=0)
+        _check_paging(key, block_table, key_lengths, block_size, longest)
+        read = _paged(key, value, block_table, key_lengths, (key_heads, size))
+
+    output = torch.empty_like(query)
+    sums = torch.empty(*query.shape[:2], 1, dtype=torch.float32) if softmax_lse_flag else torch.empty(0)
+    for request, (start, length) in enumerate(_parts(query_ends)):
+        if not length:
+            continue
+        keys, values = read(request)
+        visible = _visible(atten_mask, length, key_lengths[request])
+        queries = query[start : start + length].transpose(0, 1)
+        attended = scaled_dot_product_attention(
+            queries[None], keys[None], values[None], attn_mask=visible, scale=scale, enable_gqa=True
+        )
+        output[start : start + length] = attended[0].transpose(0, 1)
+        if softmax_lse_flag:
+            sums[start : start + length] = _log_sum_exp(queries, keys, visible, scale)
+    return output, sums
+
+
+def _check_heads(query: torch.Tensor, heads: int, key_heads: int) -> None:
+    require(query.dim() == 3, OPERATOR, "the shape of query", tuple(query.shape), "[tokens, heads, head size]")
+    require(query.shape[1] == heads, OPERATOR, "num_heads", heads, f"the heads of query, {query.shape[1]}")
+    require(heads <= MAX_HEADS, OPERATOR, "num_heads", heads, f"at most {MAX_HEADS}")
+    fits = key_heads > 0 and heads % key_heads == 0 and heads // key_heads <= MAX_HEADS_PER_KEY_HEAD
+    expected = f"a divisor of num_heads ({heads}), at least a {MAX_HEADS_PER_KEY_HEAD}th of it"
+    require(fits, OPERATOR, "num_key_value_heads", key_heads, expected)
+    size = query.shape[2]
+    fits = size <= MAX_HEAD_SIZE and size % HEAD_SIZE_STEP == 0
+    require(fits, OPERATOR, "the head size", size, f"a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE}")
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    if query.dtype == torch.float32:
+        allowed = os.environ.get(FP32_SWITCH) == "1"
+        require(allowed, OPERATOR, "the dtype of query", query.dtype, f"half or bfloat16 (unless {FP32_SWITCH}=1)")
+    else:
+        require_dtype(OPERATOR, "query", query, torch.float16, torch.bfloat16)
+    for argument, tensor in {"key": key, "value": value}.items():
+        require(tensor.dtype == query.dtype, OPERATOR, f"the dtype of {argument}", tensor.dtype, f"{query.dtype}")
+    require(value.shape == key.shape, OPERATOR, "the shape of value", tuple(value.shape), f"{tuple(key.shape)}")
+    require_contiguous(OPERATOR, query=query, key=key, value=value)
+
+
+def _check_mask(mask: torch.Tensor | None, sparse_mode: int) -> None:
+    require(sparse_mode in {0, 3}, OPERATOR, "sparse_mode", sparse_mode, "0 or 3 (others are not simulated)")
+    if sparse_mode == 0:
+        found = None if mask is None else f"a tensor of {tuple(mask.shape)}"
+        require(mask is None, OPERATOR, "atten_mask", found, "None in sparse mode 0 of layout TND")
+        return
+    shapes = [(1,) * leading + (MASK_SIZE, MASK_SIZE) for leading in range(3)]
+    found = None if mask is None else tuple(mask.shape)
+    require(found in shapes, OPERATOR, "the shape of atten_mask", found, f"one of {shapes} in sparse mode 3")
+    assert mask is not None
+    require_dtype(OPERATOR, "atten_mask", mask, torch.bool, torch.int8, torch.uint8)
+    require_contiguous(OPERATOR, atten_mask=mask)
+
+
+def _lengths(argument: str, lengths: list[int] | None) -> list[int]:
+    require(lengths is not None, OPERATOR, argument, lengths, "given in layout TND")
+    assert lengths is not None
+    require(min(lengths, default=0) >= 0, OPERATOR, argument, lengths, "not negative")
+    return lengths
+
+
+def _check_ends(argument: str, ends: list[int], tokens: int) -> None:
+    """Running totals, up to all tokens."""
+    fits = ends == sorted(ends) and (ends[-1] if ends else 0) == tokens
+    require(fits, OPERATOR, argument, ends, f"the running totals of lengths, up to {tokens}")
+
+
+def _check_paging(
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    key_lengths: list[int],
+    block_size: int,
+    longest: int,
+) -> None:
+    step = BLOCK_SIZE_STEP if longest > 1 else DECODE_BLOCK_SIZE_STEP
+    fits = 0 < block_size <= MAX_BLOCK_SIZE and block_size % step == 0
+    expected = f"a multiple of {step}, at most {MAX_BLOCK_SIZE}, where a request has {longest} queries"
+    require(fits, OPERATOR, "block_size", block_size, expected)
+    shapes = "[blocks, tokens of a block, heads x head size] or [blocks, heads, tokens of a block, head size]"
+    require(cache.dim() in {3, 4}, OPERATOR, "the shape of key", tuple(cache.shape), shapes)
+    require(cache.shape[-2] == block_size, OPERATOR, "the tokens of a block of key", cache.shape[-2], f"{block_size}")
+    require(cache.numel() <= MAX_ELEMENTS, OPERATOR, "the elements of key", cache.numel(), f"at most {MAX_ELEMENTS}")
+    if cache.dim() == 3:
+        expected = f"at most {MAX_ROW} where the cache is [blocks, tokens of a block, heads x head size]"
+        require(cache.shape[2] <= MAX_ROW, OPERATOR, "heads x head size of key", cache.shape[2], expected)
+    require_dtype(OPERATOR, "block_table", block_table, torch.int32)
+    blocks = max((math.ceil(length / block_size) for length in key_lengths), default=0)
+    fits = block_table.dim() == 2 and len(block_table) == len(key_lengths) and block_table.shape[1] >= blocks
+    expected = f"[{len(key_lengths)}, {blocks} or more]"
+    require(fits, OPERATOR, "the shape of block_table", tuple(block_table.shape), expected)
+
+
+def _dense(key: torch.Tensor, value: torch.Tensor, ends: list[int], row: tuple[int, int]) -> KeysAndValues:
+    require(
+        tuple(key.shape[1:]) == row, OPERATOR, "the shape of key", tuple(key.shape), f"[tokens, {row[0]}, {row[1]}]"
+    )
+    parts = list(_parts(ends))
+
+    def read(request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start, length = parts[request]
+        return tuple(each[start : start + length].transpose(0, 1) for each in (key, value))
+
+    return read
+
+
+def _paged(
+    key: torch.Tensor, value: torch.Tensor, block_table: torch.Tensor, lengths: list[int], row: tuple[int, int]
+) -> KeysAndValues:
+    heads, size = row
+    block_size = key.shape[-2]
+    block = (heads, block_size, size) if key.dim() == 4 else (block_size, heads * size)
+    require(tuple(key.shape[1:]) == block, OPERATOR, "the shape of a block of key", tuple(key.shape[1:]), f"{block}")
+
+    def read(request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = block_table[request, : math.ceil(lengths[request] / block_size)].long()
+        inside = bool(((blocks >= 0) & (blocks < len(key))).all())
+        require(inside, OPERATOR, f"block_table[{request}]", blocks.tolist(), f"of blocks below {len(key)}")
+        return tuple(in_order(cache[blocks])[:, : lengths[request]] for cache in (key, value))
+
+    def in_order(blocks: torch.Tensor) -> torch.Tensor:
+        if blocks.dim() == 4:
+            return blocks.transpose(0, 1).flatten(1, 2)
+        return blocks.flatten(0, 1).unflatten(-1, (heads, size)).transpose(0, 1)
+
+    return read
+
+
+def _visible(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
+    """Which keys each query sees: the mask's lower right corner is that of the last query and key. None: all."""
+    if mask is None or queries == 1:
+        return None
+    expected = f"at least {queries}, a key for each query, in sparse mode 3"
+    require(keys >= queries, OPERATOR, "a length of actual_seq_lengths_kv", keys, expected)
+    visible = torch.ones(queries, keys, dtype=torch.bool)
+    if queries > MASK_SIZE:
+        return visible.tril_(keys - queries)
+    corner = mask.reshape(MASK_SIZE, MASK_SIZE)[:queries, :queries]
+    visible[:, keys - queries :] = corner == 0
+    return visible
+
+
+def _log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
+    groups = queries.shape[0] // keys.shape[0]
+    scores = queries.float() @ keys.float().repeat_interleave(groups, 0).transpose(1, 2) * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return scores.logsumexp(dim=-1).transpose(0, 1).unsqueeze(-1)
+
+
+def _parts(ends: list[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of each request."""
+    start = 0
+    for end in ends:
+        yield start, end - start
+        start = end

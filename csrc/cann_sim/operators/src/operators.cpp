@@ -1,0 +1,10 @@
+// The library as one translation unit: nearly all the time of its compilation goes into torch's headers.
+#include "alias.cpp"
+#include "carry.cpp"
+#include "compiled.cpp"
+#include "copy.cpp"
+#include "format.cpp"
+#include "install.cpp"
+#include "memory.cpp"
+#include "random.cpp"
+#include "stream.cpp"

@@ -1,0 +1,39 @@
+"""Tests of the operators: small devices, and processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ.setdefault("CANN_SIM_MEMORY", "512M")  # read when a device is first used
+
+import torch
+
+if not hasattr(torch.ops.cann_sim, "install"):
+    pytest.exit("the simulator is not there: run `make check-operators PYTHON=...`", returncode=2)
+
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def first_device() -> Iterator[None]:
+    torch.npu.set_device(0)
+    yield
+    torch.npu.synchronize()
+
+
+@pytest.fixture
+def run_script() -> RunScript:
+    """Runs Python in a process of its own, with these variables set, or unset where they are None."""
+
+    def run(script: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name not in variables}
+        environment |= {name: value for name, value in variables.items() if value is not None}
+        command = [sys.executable, "-W", "ignore", "-c", script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    return run

@@ -1,0 +1,82 @@
+"""FRACTAL_NZ: a layout of the bytes, not only a name."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch_npu
+
+FRACTAL_NZ, ND = torch_npu.Format.FRACTAL_NZ, torch_npu.Format.ND
+COLUMNS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 16, torch.int8: 32}
+
+
+@pytest.fixture(autouse=True)
+def internal_formats() -> Iterator[None]:
+    torch.npu.config.allow_internal_format = True
+    yield
+    torch.npu.config.allow_internal_format = False
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return (torch.arange(torch.Size(shape).numel()) % 120 + 1).view(shape).to(dtype)
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What lies in the device's memory, as elements."""
+    size = tensor.untyped_storage().nbytes()
+    return torch.frombuffer(bytearray(ctypes.string_at(tensor.data_ptr(), size)), dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", COLUMNS, ids=str)
+@pytest.mark.parametrize("shape", [(20, 40), (16, 32), (6, 17, 33)], ids=str)
+def test_a_cast_there_and_back_restores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = matrix(*shape, dtype=dtype)
+    fractal = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ)
+    assert torch_npu.get_npu_format(fractal) == FRACTAL_NZ
+    assert fractal.shape == values.shape
+    plain = torch_npu.npu_format_cast(fractal, ND)
+    assert torch_npu.get_npu_format(plain) == ND
+    assert torch.equal(plain.cpu(), values)
+
+
+@pytest.mark.parametrize("dtype", COLUMNS, ids=str)
+def test_the_memory_holds_padded_blocks(dtype: torch.dtype) -> None:
+    values, columns = matrix(20, 40, dtype=dtype), COLUMNS[dtype]
+    fractal = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ)
+    across = -(-40 // columns)
+    expected = torch.zeros(across, 32, columns, dtype=dtype)
+    for block in range(across):
+        part = values[:, block * columns : (block + 1) * columns]
+        expected[block, :20, : part.shape[1]] = part
+    assert torch_npu.get_storage_size(fractal) == expected.numel()
+    held = bytes_of(fractal)[: expected.numel()]
+    assert torch.equal(held, expected.flatten())
+    assert not torch.equal(held[: values.numel()], values.flatten()), "sent as if it were ND it would be wrong"
+
+
+def test_operators_read_it_as_what_it_means() -> None:
+    values = matrix(20, 40)
+    fractal = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ)
+    rows = matrix(3, 40)
+    assert torch.equal((fractal * 2).cpu(), values * 2)
+    assert torch.equal(fractal.cpu(), values)
+    assert torch.equal(fractal.float().cpu(), values.float())
+    assert torch.equal((fractal.t() + 1).cpu(), values.t() + 1)
+    assert torch.equal(torch.nn.functional.linear(rows.npu(), fractal).cpu(), torch.nn.functional.linear(rows, values))
+
+
+def test_writing_into_it_is_refused_by_name() -> None:
+    fractal = torch_npu.npu_format_cast(matrix(20, 40).npu(), FRACTAL_NZ)
+    with pytest.raises(RuntimeError, match=r"aten::add_.*self is in FRACTAL_NZ"):
+        fractal.add_(1)
+    with pytest.raises(RuntimeError, match=r"aten::copy_.*FRACTAL_NZ"):
+        fractal.copy_(torch.zeros(20, 40))
+
+
+def test_without_internal_formats_a_cast_changes_nothing() -> None:
+    torch.npu.config.allow_internal_format = False
+    cast = torch_npu.npu_format_cast(matrix(20, 40).npu(), FRACTAL_NZ)
+    assert torch_npu.get_npu_format(cast) == ND

@@ -1,0 +1,382 @@
+"""torch-npu's operators: equal to plain torch, shaped as the wheel's own meta kernels say, strict as documented."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch_npu
+from torch.utils._pytree import tree_map
+
+npu, atb = torch.ops.npu, torch.ops.atb
+Tensors = tuple[torch.Tensor, ...]
+HEADS, KEY_HEADS, SIZE, BLOCK = 8, 2, 64, 128
+FLOATS = [torch.float16, torch.bfloat16]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="npu").to(dtype)
+
+
+def causal_mask() -> torch.Tensor:
+    return torch.ones(2048, 2048, dtype=torch.int8, device="npu").triu_(1)
+
+
+def expected_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, causal: bool) -> Tensors:
+    """Of one request in double precision, and the logarithm of the softmax's sum. [tokens, heads, size]."""
+    query, keys, values = (each.cpu().double().transpose(0, 1) for each in (query, keys, values))
+    groups = query.shape[0] // keys.shape[0]
+    scores = query @ keys.repeat_interleave(groups, 0).transpose(1, 2) / math.sqrt(query.shape[-1])
+    if causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + keys.shape[1] - query.shape[1])
+        scores = scores.masked_fill(hidden, -math.inf)
+    attended = scores.softmax(-1) @ values.repeat_interleave(groups, 0)
+    return attended.transpose(0, 1), scores.logsumexp(-1).transpose(0, 1).unsqueeze(-1)
+
+
+class Paged:
+    """A cache in which the blocks of several requests lie in any order."""
+
+    def __init__(self, lengths: list[int], *, dtype: torch.dtype = torch.bfloat16, block: int = BLOCK) -> None:
+        self.lengths = lengths
+        self.keys = [rand(length, KEY_HEADS, SIZE, dtype=dtype) for length in lengths]
+        self.values = [rand(length, KEY_HEADS, SIZE, dtype=dtype) for length in lengths]
+        counts = [math.ceil(length / block) for length in lengths]
+        order = torch.randperm(sum(counts) + 1).int()
+        self.table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+        self.key_cache = rand(len(order), block, KEY_HEADS, SIZE, dtype=dtype)
+        self.value_cache = rand(len(order), block, KEY_HEADS, SIZE, dtype=dtype)
+        for request, blocks in enumerate(order[1:].split(counts)):
+            self.table[request, : len(blocks)] = blocks
+            slots = (blocks[:, None] * block + torch.arange(block)).flatten()[: lengths[request]].npu()
+            rows = self.keys[request], self.values[request]
+            npu.npu_scatter_pa_kv_cache(*rows, self.key_cache, self.value_cache, slots, cache_mode="Norm")
+        self.arguments = {
+            "atten_mask": causal_mask(),
+            "actual_seq_lengths_kv": lengths,
+            "block_table": self.table.npu(),
+            "num_heads": HEADS,
+            "num_key_value_heads": KEY_HEADS,
+            "scale": 1 / math.sqrt(SIZE),
+            "input_layout": "TND",
+            "sparse_mode": 3,
+            "block_size": block,
+        }
+
+    def attend(self, query: torch.Tensor, ends: list[int], **other: object) -> Tensors:
+        arguments = self.arguments | {"actual_seq_lengths": ends} | other
+        key, value = self.key_cache.flatten(2), self.value_cache.flatten(2)
+        return npu.npu_fused_infer_attention_score(query, key, value, **arguments)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_paged_attention_of_a_mixed_batch(dtype: torch.dtype) -> None:
+    cache = Paged([300, 128, 5, 1], dtype=dtype)  # a chunk, a decode, a prompt, a first token
+    queries = [40, 1, 5, 1]
+    ends = torch.tensor(queries).cumsum(0).tolist()
+    query = rand(ends[-1], HEADS, SIZE, dtype=dtype)
+    output, sums = cache.attend(query, ends, softmax_lse_flag=True)
+    for part, lse, q, k, v in zip(
+        output.split(queries), sums.split(queries), query.split(queries), cache.keys, cache.values, strict=True
+    ):
+        attended, log_sum = expected_attention(q, k, v, causal=True)
+        torch.testing.assert_close(part.cpu().double(), attended, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(lse.cpu().double(), log_sum, rtol=1e-3, atol=1e-3)
+
+
+def test_both_layouts_of_the_cache_are_read_alike() -> None:
+    cache = Paged([200, 70])
+    query = rand(10, HEADS, SIZE, dtype=torch.bfloat16)
+    flat, _ = cache.attend(query, [6, 10])
+    of_heads = (each.transpose(1, 2).contiguous() for each in (cache.key_cache, cache.value_cache))
+    arguments = cache.arguments | {"actual_seq_lengths": [6, 10]}
+    by_heads, _ = npu.npu_fused_infer_attention_score(query, *of_heads, **arguments)
+    assert torch.equal(flat, by_heads)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_over_dense_keys(causal: bool) -> None:
+    query, key, value = (rand(50, heads, SIZE, dtype=torch.float16) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    output, sums = npu.npu_fused_infer_attention_score(
+        query,
+        key,
+        value,
+        actual_seq_lengths=[20, 50],
+        actual_seq_lengths_kv=[20, 50],
+        num_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        scale=1 / math.sqrt(SIZE),
+        input_layout="TND",
+        **({"atten_mask": causal_mask(), "sparse_mode": 3} if causal else {}),
+    )
+    assert sums.shape == (0,)
+    for part in (slice(0, 20), slice(20, 50)):
+        attended, _ = expected_attention(query[part], key[part], value[part], causal=causal)
+        torch.testing.assert_close(output[part].cpu().double(), attended, rtol=0.02, atol=0.02)
+
+
+def test_the_mask_is_what_hides() -> None:
+    cache = Paged([6])
+    query = rand(6, HEADS, SIZE, dtype=torch.bfloat16)
+    open_mask = torch.zeros(2048, 2048, dtype=torch.bool, device="npu")
+    output, _ = cache.attend(query, [6], atten_mask=open_mask)
+    attended, _ = expected_attention(query, cache.keys[0], cache.values[0], causal=False)
+    torch.testing.assert_close(output.cpu().double(), attended, rtol=0.02, atol=0.02)
+
+
+def test_single_precision_is_for_comparisons_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Paged([200], dtype=torch.float32)
+    query = rand(10, HEADS, SIZE)
+    with pytest.raises(RuntimeError, match=r"dtype of query is torch.float32.*CANN_SIM_FP32_ATTENTION"):
+        cache.attend(query, [10])
+    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
+    attended, _ = expected_attention(query, cache.keys[0], cache.values[0], causal=True)
+    torch.testing.assert_close(cache.attend(query, [10])[0].cpu().double(), attended, rtol=1e-5, atol=1e-5)
+
+
+WRONG_ATTENTION = {
+    "layout": ({"input_layout": "BSH"}, "input_layout='BSH' is not simulated"),
+    "quantised": ({"quant_scale1": torch.ones(1)}, "quant_scale1=a tensor"),
+    "window": ({"pre_tokens": 5}, "pre_tokens=5 is not simulated"),
+    "heads": ({"num_heads": 4}, "num_heads is 4"),
+    "key heads": ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+    "not running totals": ({"actual_seq_lengths": [10, 6]}, r"actual_seq_lengths is \[10, 6\]"),
+    "not all queries": ({"actual_seq_lengths": [4, 9]}, r"actual_seq_lengths is \[4, 9\].*up to 10"),
+    "no lengths of queries": ({"actual_seq_lengths": None}, "actual_seq_lengths is None"),
+    "no lengths of keys": ({"actual_seq_lengths_kv": None}, "actual_seq_lengths_kv is None"),
+    "requests": ({"actual_seq_lengths_kv": [200]}, r"actual_seq_lengths_kv is \[200\].*2 requests"),
+    "fewer keys than queries": ({"actual_seq_lengths_kv": [200, 3]}, "actual_seq_lengths_kv is 3.*at least 4"),
+    "no mask": ({"atten_mask": None}, "atten_mask is None.*2048"),
+    "small mask": ({"atten_mask": torch.ones(10, 200).bool()}, r"atten_mask is \(10, 200\)"),
+    "float mask": ({"atten_mask": torch.ones(2048, 2048)}, "dtype of atten_mask is torch.float32"),
+    "mask without use": ({"sparse_mode": 0}, "atten_mask is a tensor.*sparse mode 0"),
+    "sparse mode": ({"sparse_mode": 4}, "sparse_mode is 4"),
+    "block size": ({"block_size": 64}, "block_size is 64.*multiple of 128"),
+    "block size not the cache's": ({"block_size": 256}, "tokens of a block of key is 128.*256"),
+    "long table": ({"block_table": torch.zeros(2, 2, dtype=torch.int64)}, "dtype of block_table is torch.int64"),
+    "narrow table": ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, r"block_table is \(2, 1\).*\[2, 2"),
+    "wild table": ({"block_table": torch.full((2, 2), 99, dtype=torch.int32)}, r"block_table\[0\] is \[99, 99\]"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), WRONG_ATTENTION.values(), ids=WRONG_ATTENTION.keys())
+def test_attention_refuses_what_documentation_forbids(change: dict[str, object], complaint: str) -> None:
+    cache = Paged([200, 70])
+    change = {name: value.npu() if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    with pytest.raises(RuntimeError, match=complaint):
+        cache.attend(rand(10, HEADS, SIZE, dtype=torch.bfloat16), change.pop("actual_seq_lengths", [6, 10]), **change)
+
+
+def test_decoding_allows_smaller_blocks_than_prompts() -> None:
+    cache = Paged([20, 40], block=16)
+    query = rand(2, HEADS, SIZE, dtype=torch.bfloat16)
+    for row, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        attended, _ = expected_attention(query[row : row + 1], keys, values, causal=False)
+        found = cache.attend(query, [1, 2])[0][row : row + 1]
+        torch.testing.assert_close(found.cpu().double(), attended, rtol=0.02, atol=0.02)
+    with pytest.raises(RuntimeError, match=r"block_size is 16.*multiple of 128.*2 queries"):
+        cache.attend(query, [2, 2])
+
+
+def test_rows_of_the_cache_have_a_limit() -> None:
+    heads = 256
+    cache = torch.empty(1, BLOCK, heads * 256, dtype=torch.float16, device="npu")
+    query = rand(1, heads, 256, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"heads x head size of key is 65536.*65535"):
+        npu.npu_fused_infer_attention_score(
+            query,
+            cache,
+            cache,
+            actual_seq_lengths=[1],
+            actual_seq_lengths_kv=[1],
+            block_table=torch.zeros(1, 1, dtype=torch.int32, device="npu"),
+            num_heads=heads,
+            input_layout="TND",
+            block_size=BLOCK,
+        )
+
+
+def test_strided_tensors_are_refused() -> None:
+    cache = Paged([5])
+    query = rand(5, HEADS, 2 * SIZE, dtype=torch.bfloat16)[..., :SIZE]
+    with pytest.raises(RuntimeError, match="query is strided"):
+        cache.attend(query, [5])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_rows_are_written_where_the_slots_say(index: torch.dtype) -> None:
+    rows = rand(3, KEY_HEADS, SIZE, dtype=torch.float16)
+    slots = torch.tensor([9, 0, 4], dtype=index, device="npu")
+    key_cache, value_cache = (torch.zeros(3, 4, KEY_HEADS, SIZE, dtype=torch.float16, device="npu") for _ in range(2))
+    npu.npu_scatter_pa_kv_cache(rows, 2 * rows, key_cache, value_cache, slots, cache_mode="Norm")
+    assert torch.equal(key_cache.flatten(0, 1)[slots], rows)
+    assert torch.equal(value_cache.flatten(0, 1)[slots], 2 * rows)
+    assert key_cache.count_nonzero() == rows.count_nonzero()
+    again = torch.zeros_like(key_cache)
+    atb._npu_reshape_and_cache(rows, rows, again, torch.zeros_like(again), slots.int())
+    assert torch.equal(again, key_cache)
+
+
+@pytest.mark.parametrize(
+    ("slots", "options", "complaint"),
+    [
+        ([0, 12], {}, r"a slot is \[12\].*from 0 to 11"),
+        ([0, -1], {}, r"a slot is \[-1\]"),
+        ([5, 5], {}, r"a slot is \[5\] twice"),
+        ([5], {}, r"slots is \(1,\).*\[2\]"),
+        ([0, 1], {"cache_mode": "PA_NZ"}, "cache_mode='PA_NZ'"),
+        ([0, 1], {"seq_lens": torch.ones(1)}, "seq_lens=a tensor"),
+    ],
+    ids=["beyond", "negative", "twice", "too few", "mode", "compressed"],
+)
+def test_wrong_slots_are_refused(slots: list[int], options: dict[str, object], complaint: str) -> None:
+    rows, cache = rand(2, KEY_HEADS, SIZE), torch.zeros(3, 4, KEY_HEADS, SIZE, device="npu")
+    options = tree_map(lambda value: value.npu() if isinstance(value, torch.Tensor) else value, options)
+    with pytest.raises(RuntimeError, match=complaint):
+        npu.npu_scatter_pa_kv_cache(
+            rows, rows, cache, cache.clone(), torch.tensor(slots, device="npu"), **{"cache_mode": "Norm"} | options
+        )
+    assert not cache.any()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float32], ids=str)
+def test_normalisation(dtype: torch.dtype) -> None:
+    x, residual, weight = (rand(3, 5, 32, dtype=dtype) for _ in range(3))
+    weight = weight[0, 0].contiguous()
+    tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    normalised, reciprocal = npu.npu_rms_norm(x, weight)
+    torch.testing.assert_close(normalised.float(), rms_norm(x, weight), **tolerance)
+    torch.testing.assert_close(reciprocal, (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt())
+    normalised, _, total = npu.npu_add_rms_norm(x, residual, weight)
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normalised.float(), rms_norm(total, weight), **tolerance)
+
+
+def test_activation() -> None:
+    x = rand(4, 6, 10)
+    for dim in (-1, 1):
+        gate, up = x.chunk(2, dim)
+        assert torch.equal(npu.npu_swiglu(x, dim), torch.nn.functional.silu(gate) * up)
+
+
+def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """As complex numbers: pairs of a number in the first half and one in the second."""
+    pairs = torch.complex(*x.cpu().double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+def test_rotation_of_queries_and_keys_is_in_place() -> None:
+    query, key = rand(7, HEADS, SIZE), rand(7, KEY_HEADS, SIZE)
+    angle = torch.rand(7, 1, SIZE // 2, dtype=torch.float64) * 6
+    cos, sin = (torch.cat((each, each), -1).float().npu() for each in (angle.cos(), angle.sin()))
+    expected = turn(query, angle), turn(key, angle)
+    turned = npu.npu_apply_rotary_pos_emb(query, key, cos, sin, "TND")
+    for found, argument, wanted in zip(turned, (query, key), expected, strict=True):
+        torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-5, atol=1e-5)
+        assert found.data_ptr() == argument.data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["half", "interleave"])
+def test_rotation_of_one_tensor(mode: str) -> None:
+    x, angle = rand(2, 3, 4, SIZE), torch.rand(1, 3, 1, SIZE // 2, dtype=torch.float64) * 6
+    apart = (lambda t: t) if mode == "half" else (lambda t: torch.cat((t[..., ::2], t[..., 1::2]), -1))
+    double = torch.cat((angle, angle), -1) if mode == "half" else angle.repeat_interleave(2, -1)
+    found = npu.npu_rotary_mul(x, double.cos().float().npu(), double.sin().float().npu(), mode)
+    torch.testing.assert_close(apart(found).cpu().double(), turn(apart(x), angle), rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_products() -> None:
+    rows, matrices = rand(10, 16), rand(3, 8, 16)
+    ends = torch.tensor([4, 4, 10], device="npu")
+    for kind, groups in enumerate((ends, ends.diff(prepend=ends.new_zeros(1)))):
+        (found,) = npu.npu_grouped_matmul(
+            [rows], [matrices.transpose(1, 2)], group_list=groups, split_item=2, group_type=0, group_list_type=kind
+        )
+        expected = torch.cat([rows[:4] @ matrices[0].t(), rows[4:] @ matrices[2].t()])
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=r"end of group_list is 6.*10"):
+        npu.npu_grouped_matmul(
+            [rows], [matrices.transpose(1, 2)], group_list=ends[[0, 0, 0]] + 2, split_item=2, group_type=0
+        )
+
+
+WRONG_LAYERS: dict[str, tuple[Callable[[], object], str]] = {
+    "integers": (lambda: npu.npu_rms_norm(rand(2, 8).int(), rand(8).int()), "dtype of the input is torch.int32"),
+    "other gamma": (lambda: npu.npu_rms_norm(rand(2, 8), rand(8).half()), "dtype of gamma is torch.float16"),
+    "long gamma": (lambda: npu.npu_rms_norm(rand(2, 8), rand(9)), r"shape of gamma is \(9,\)"),
+    "residual": (lambda: npu.npu_add_rms_norm(rand(2, 8), rand(1, 8), rand(8)), r"shape of x2 is \(1, 8\)"),
+    "odd": (lambda: npu.npu_swiglu(rand(2, 7)), "size of dimension -1 is 7"),
+    "head size": (
+        lambda: npu.npu_apply_rotary_pos_emb(*(rand(2, 1, 32) for _ in range(4)), "TND"),
+        "last dimension of query is 32.*64 or 128",
+    ),
+    "rotary mode": (
+        lambda: npu.npu_apply_rotary_pos_emb(*(rand(2, 1, 64) for _ in range(4)), "TND", "interleave"),
+        "rotary_mode is interleave",
+    ),
+    "layout": (lambda: npu.npu_apply_rotary_pos_emb(*(rand(1, 2, 1, 64) for _ in range(4)), "SBND"), "layout is SBND"),
+    "angles": (
+        lambda: npu.npu_apply_rotary_pos_emb(rand(2, 3, 64), rand(2, 1, 64), rand(2, 3, 64), rand(2, 1, 64), "TND"),
+        "heads of cos is 3",
+    ),
+    "dimensions": (lambda: npu.npu_rotary_mul(rand(2, 3, 64), rand(2, 3, 64), rand(2, 3, 64)), "of 4 dimensions"),
+}
+
+
+@pytest.mark.parametrize(("call", "complaint"), WRONG_LAYERS.values(), ids=WRONG_LAYERS.keys())
+def test_layers_refuse_what_documentation_forbids(call: Callable[[], object], complaint: str) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        call()
+
+
+def attention_arguments() -> tuple[tuple[torch.Tensor, ...], dict[str, object]]:
+    cache = Paged([200, 70])
+    tensors = rand(10, HEADS, SIZE, dtype=torch.bfloat16), cache.key_cache.flatten(2), cache.value_cache.flatten(2)
+    return tensors, cache.arguments | {"actual_seq_lengths": [6, 10]}
+
+
+CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, ...], dict[str, object]]]]] = {
+    "npu_rms_norm": (npu.npu_rms_norm, lambda: ((rand(3, 5, 8), rand(5, 8)), {})),
+    "npu_add_rms_norm": (npu.npu_add_rms_norm, lambda: ((rand(3, 8), rand(3, 8), rand(8)), {})),
+    "npu_swiglu": (npu.npu_swiglu, lambda: ((rand(3, 8, 2), 1), {})),
+    "npu_rotary_mul": (npu.npu_rotary_mul, lambda: (tuple(rand(2, 3, 4, 8) for _ in range(3)), {})),
+    "npu_apply_rotary_pos_emb": (
+        npu.npu_apply_rotary_pos_emb,
+        lambda: ((rand(2, 3, 64), rand(2, 1, 64), rand(2, 1, 64), rand(2, 1, 64), "TND"), {}),
+    ),
+    "attention": (npu.npu_fused_infer_attention_score, attention_arguments),
+    "attention with sums": (
+        npu.npu_fused_infer_attention_score,
+        lambda: (attention_arguments()[0], attention_arguments()[1] | {"softmax_lse_flag": True}),
+    ),
+    "npu_grouped_matmul": (
+        npu.npu_grouped_matmul,
+        lambda: (
+            ([rand(4, 8)], [rand(2, 8, 6)]),
+            {"group_list": torch.tensor([1, 4], device="npu"), "split_item": 2, "group_type": 0},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("operator", "make_arguments"), CALLS.values(), ids=CALLS.keys())
+def test_results_are_shaped_as_the_wheels_meta_kernels_say(
+    operator: Callable[..., object], make_arguments: Callable[[], tuple[tuple[object, ...], dict[str, object]]]
+) -> None:
+    positional, named = make_arguments()
+    to_meta = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value  # noqa: E731
+    expected = operator(*tree_map(to_meta, positional), **tree_map(to_meta, named))
+    found = operator(*positional, **named)
+    describe = lambda value: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value  # noqa: E731
+    assert tree_map(describe, found) == tree_map(describe, expected)
+
+
+def test_an_operator_without_implementation_names_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match=r"aclnnFastGelu|FastGelu"):
+        torch_npu.fast_gelu(rand(4))
