@@ -186,15 +186,25 @@ VLLM = {
 }
 DISTRIBUTED = {"load", "reload", "transport.process_group"}
 DIGESTING = {"digests"}
+PLATFORM = (
+    "vllm_ascend.platform",
+    "vllm_ascend.graphs",
+    "vllm_ascend.worker",
+    "vllm_ascend.attention",
+    "vllm_ascend.ops",
+    "vllm_ascend.distributed.communicator",
+)
+"""What stands on vLLM and torch_npu, with all that is in these packages."""
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
     name = module.removeprefix(f"{NETLOADER}.")
     packages = imported_packages(module)
-    assert "torch" not in packages or name in TORCH
-    assert "vllm" not in packages or name in VLLM
-    assert "torch_npu" not in packages
+    is_platform = module.startswith(PLATFORM)
+    assert "torch" not in packages or name in TORCH or is_platform
+    assert "vllm" not in packages or name in VLLM or is_platform
+    assert "torch_npu" not in packages or is_platform or module == "vllm_ascend"  # which asks whether there is an NPU
     assert not packages & {"cryptography", "xxhash"} or name in DIGESTING
     if module.startswith("vllm_ascend.distributed"):
         assert imported_siblings(module) <= {"vllm_ascend.distributed"}, (
@@ -202,6 +212,12 @@ def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
         )
     elif any(sibling.startswith("vllm_ascend.distributed") for sibling in imported_siblings(module)):
         assert name in DISTRIBUTED
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith(PLATFORM)])
+def test_the_platform_and_netloader_meet_in_one_place(module: str) -> None:
+    netloader = {name for name in imports(module) if name.startswith(NETLOADER)}
+    assert netloader <= ({f"{NETLOADER}.serving"} if module == "vllm_ascend.worker.weight_changes" else set())
 
 
 def test_the_configuration_and_what_is_below_use_the_standard_library_only() -> None:
