@@ -18,7 +18,7 @@ NPU_VENV ?= .venv-npu
 MODEL ?=
 TRANSPORT ?=
 TESTS ?= tests/unit tests/e2e
-NPU_TESTS ?= csrc/cann_sim/operators/tests tests/unit/netloader/transport/test_conformance.py tests/npu
+NPU_TESTS ?= tests/unit/netloader/transport/test_conformance.py tests/npu
 CHOICE ?= not slow
 SOAK_SECONDS ?= 600
 BIN = $(VENV)/bin
@@ -79,9 +79,8 @@ check-tests: $(INSTALLED)
 	$(BIN)/python -m pytest -m "$(CHOICE)" $(TESTS)
 
 check-npu: $(NPU_INSTALLED)
-	$(MAKE) -C csrc/cann_sim test
-	$(ON_NPU) python csrc/cann_sim/check.py
-	$(ON_NPU) python -m pytest -m "$(CHOICE)" $(NPU_TESTS)
+	$(MAKE) -C csrc/cann_sim sanitize check check-operators PYTHON=$(abspath $(NPU_VENV))/bin/python
+	CANN_SIM_ASYNC=1 $(ON_NPU) python -m pytest -m "$(CHOICE)" $(NPU_TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch_npu
-from vllm.logger import init_logger
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import envs
+from vllm_ascend.graphs import choose_graphs
 from vllm_ascend.limits import refuse_unsupported
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import ProcessGroup
 
-logger = init_logger(__name__)
 
 _STOPPED: Final = 2
 """Of torch-npu's watchdog (WatchdogStatus in ProcessGroupHCCL.hpp), which would end the process when a peer is gone."""
@@ -122,7 +121,7 @@ class NPUPlatform(Platform):
         model = vllm_config.model_config
         if model is not None:
             cls.check_if_supports_dtype(model.dtype)
-        _choose_graphs(vllm_config)
+        choose_graphs(vllm_config)
         parallel = vllm_config.parallel_config
         parallel.disable_custom_all_reduce = True
         if parallel.worker_cls == "auto":
@@ -239,21 +238,3 @@ def _agree_on_name(store: PrefixStore, rank: int) -> str:
     if rank == 0:
         store.set("name", f"stateless-{uuid.uuid4().hex}")
     return store.get("name").decode()
-
-
-def _choose_graphs(vllm_config: Any) -> None:
-    """Graphs are captured of the pieces between attention, which takes the lengths of sequences from the host."""
-    from vllm.config import CUDAGraphMode
-
-    compilation, model = vllm_config.compilation_config, vllm_config.model_config
-    if compilation.compile_sizes is None:
-        compilation.compile_sizes = []
-    if compilation.cudagraph_mode.has_full_cudagraphs():
-        logger.warning(
-            "full graphs (cudagraph_mode=%s) are not supported on NPUs: using PIECEWISE",
-            compilation.cudagraph_mode.name,
-        )
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    if model is not None and model.enable_sleep_mode and compilation.cudagraph_mode != CUDAGraphMode.NONE:
-        logger.warning("sleep mode moves weights, and graphs would go on reading where they were: using no graphs")
-        compilation.cudagraph_mode = CUDAGraphMode.NONE

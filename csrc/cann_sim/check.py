@@ -26,6 +26,8 @@ os.environ |= {
     "CANN_SIM_DEVICES": str(DEVICES),
     "CANN_SIM_MEMORY": f"{MEMORY_MB}M",
     "CANN_SIM_HCCL_TIMEOUT": str(TIMEOUT),
+    # Operators, if installed, would be loaded; torch-npu is imported by name.
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     # Otherwise torch-npu's watchdog ends the whole process a second after a collective has failed.
     "TORCH_HCCL_ASYNC_ERROR_HANDLING": "0",
 }

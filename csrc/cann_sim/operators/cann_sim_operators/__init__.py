@@ -25,6 +25,8 @@ def _load(library: Path) -> None:
 
     if hasattr(torch.ops.cann_sim, "install"):
         return
+    if (queue := os.environ.get("TASK_QUEUE_ENABLE")) != "0":
+        raise RuntimeError(f"TASK_QUEUE_ENABLE is {queue}; with operators of the simulated CANN it must be 0 (env.sh)")
     torch.ops.load_library(str(library))
     torch.ops.cann_sim.install()
     from cann_sim_operators import attention, cache, experts, layers, rotary  # noqa: F401  registers them

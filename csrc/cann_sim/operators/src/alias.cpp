@@ -71,8 +71,6 @@ at::Tensor Aliases::to_host(const at::Tensor &device)
     for (const auto &each : tensors_)
         if (each.device.is_same(device))
             return each.host;
-    if (is_fractal(device))
-        return unpacked(device);
     for (const auto &each : storages_)
         if (each.device.is_alias_of(device.storage()))
             return tensors_.emplace_back(Tensors{device, alias_on(each.host, device)}).host;

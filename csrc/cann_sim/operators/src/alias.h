@@ -21,7 +21,7 @@ c10::IValue alias_all(const c10::IValue &value);
 class Aliases
 {
   public:
-    // The alias of an argument. Tensors that share memory have aliases that do.
+    // The alias of an argument in a plain format. Tensors that share memory have aliases that do.
     at::Tensor to_host(const at::Tensor &device);
 
     // After the call: what the operator resized is resized on the device.

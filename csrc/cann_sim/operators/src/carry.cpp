@@ -110,7 +110,17 @@ class Call
         TORCH_CHECK(!is_written || !is_fractal(tensor), name(), ": argument ", argument.name(),
                     " is in FRACTAL_NZ, into which the simulator writes by npu_format_cast only");
         device_ = tensor.device();
-        return aliases_.to_host(tensor);
+        return is_fractal(tensor) ? unpack(argument, tensor) : aliases_.to_host(tensor);
+    }
+
+    at::Tensor unpack(const c10::Argument &argument, const at::Tensor &tensor) const
+    {
+        c10::DeviceGuard device_guard(tensor.device());
+        wait_for_turn(tensor.device());
+        TORCH_CHECK(!is_captured(tensor.device()), name(), ": argument ", argument.name(),
+                    " is in FRACTAL_NZ, with which the simulator captures nothing");
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return unpacked(tensor);
     }
 
     void take_device(c10::IValue &value)

@@ -45,7 +45,10 @@ at::Tensor wait_and_alias(const at::Tensor &tensor)
         return tensor;
     c10::DeviceGuard guard(tensor.device());
     wait_for_turn(tensor.device());
-    return is_fractal(tensor) ? unpacked(tensor) : host_alias(tensor);
+    if (!is_fractal(tensor))
+        return host_alias(tensor);
+    TORCH_CHECK(!is_captured(tensor.device()), "aten::copy_ of a tensor in FRACTAL_NZ cannot be captured here");
+    return unpacked(tensor);
 }
 
 void convert(const at::Tensor &target, const at::Tensor &source)
@@ -97,7 +100,8 @@ at::Tensor copy_from_and_resize(const at::Tensor &source, const at::Tensor &targ
 
 void carry_copies()
 {
-    static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+    // Never destroyed: that would take the kernels away from who ends later.
+    auto &library = *new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
 
     plain_copy();
     library.impl("copy_", TORCH_FN(copy_));

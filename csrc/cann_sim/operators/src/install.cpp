@@ -1,6 +1,5 @@
 // Which operators are carried: loaded by Python, after torch-npu.
 #include <algorithm>
-#include <deque>
 #include <set>
 #include <string>
 #include <unordered_set>
@@ -18,8 +17,6 @@ namespace
 {
 
 using c10::DispatchKey;
-
-std::deque<torch::Library> libraries; // a registration lives as long as its library
 
 std::unordered_set<c10::OperatorName> registered(DispatchKey key, const std::string &name_space)
 {
@@ -60,8 +57,9 @@ void implement(const c10::OperatorName &name, DispatchKey key, torch::CppFunctio
     c10::WarningUtils::WarningHandlerGuard guard(&silence);
     const auto name_space = name.name.substr(0, name.name.find("::"));
 
-    libraries.emplace_back(torch::Library::IMPL, name_space, key, __FILE__, __LINE__);
-    libraries.back().impl(c10::toString(name).c_str(), std::move(function));
+    // Never destroyed: that would take the kernel away from who ends later.
+    auto &library = *new torch::Library(torch::Library::IMPL, name_space, key, __FILE__, __LINE__);
+    library.impl(c10::toString(name).c_str(), std::move(function));
 }
 
 void carry_aten()

@@ -56,10 +56,9 @@ class WrappedAllocator final : public c10::Allocator
 void wrap_cpu_allocator()
 {
     constexpr uint8_t above_all_others = 255;
-    static WrappedAllocator wrapped;
 
     host_allocator = c10::GetCPUAllocator();
-    c10::SetCPUAllocator(&wrapped, above_all_others);
+    c10::SetCPUAllocator(new WrappedAllocator, above_all_others); // for as long as anybody may free memory
 }
 
 DeviceAllocations::DeviceAllocations()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch_npu
+from torch.npu import NPUGraph
 
 FRACTAL_NZ, ND = torch_npu.Format.FRACTAL_NZ, torch_npu.Format.ND
 COLUMNS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 16, torch.int8: 32}
@@ -74,6 +75,20 @@ def test_writing_into_it_is_refused_by_name() -> None:
         fractal.add_(1)
     with pytest.raises(RuntimeError, match=r"aten::copy_.*FRACTAL_NZ"):
         fractal.copy_(torch.zeros(20, 40))
+
+
+def test_torch_npu_itself_copies_into_it() -> None:
+    values = matrix(20, 40)
+    fractal = torch_npu.npu_format_cast(torch.zeros(20, 40, dtype=torch.float16).npu(), FRACTAL_NZ)
+    fractal.copy_(values)
+    assert torch_npu.get_npu_format(fractal) == FRACTAL_NZ
+    assert torch.equal((fractal + 0).cpu(), values)
+
+
+def test_it_is_not_captured() -> None:
+    fractal = torch_npu.npu_format_cast(matrix(20, 40).npu(), FRACTAL_NZ)
+    with pytest.raises(RuntimeError, match=r"aten::add.*FRACTAL_NZ.*captures nothing"), torch.npu.graph(NPUGraph()):
+        fractal + 1
 
 
 def test_without_internal_formats_a_cast_changes_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 
@@ -61,5 +60,6 @@ def test_it_is_inert_where_no_library_lies(run_script: RunScript, home: str | No
     assert done.stdout.split() == ["False"], done.stderr
 
 
-def test_the_environment_is_the_one_of_the_simulator() -> None:
-    assert os.environ["TASK_QUEUE_ENABLE"] == "0"
+def test_torch_npus_queue_is_refused(run_script: RunScript) -> None:
+    done = run_script("import torch", TASK_QUEUE_ENABLE="1")
+    assert "TASK_QUEUE_ENABLE is 1" in done.stderr

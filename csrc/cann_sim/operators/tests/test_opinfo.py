@@ -11,6 +11,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.utils._pytree import tree_leaves, tree_map
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # some samples are of what is deprecated
+
 SAMPLES = 3
 """Of each operator and dtype: the first ones are the ordinary ones."""
 DTYPES = (torch.float32, torch.int64)

@@ -24,6 +24,18 @@ def test_operators_run_in_the_stream_that_is_current() -> None:
     assert bool((x + 1 == 3).all())
 
 
+def test_threads_work_on_devices_of_their_own() -> None:
+    def count(device: int) -> float:
+        torch.npu.set_device(device)
+        x = torch.zeros(1000, device=f"npu:{device}")
+        for _ in range(200):
+            x = x + 1
+        return x.sum().item()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(count, [0, 1, 0, 1])) == [200_000] * 4
+
+
 RANK = """
 import time, torch, torch.distributed as dist
 rank = RANK

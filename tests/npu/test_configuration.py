@@ -1,0 +1,191 @@
+"""What vLLM's configuration becomes on NPUs, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from random_model import make_random_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def configured(models: Path) -> Callable[..., Any]:
+    """vLLM's configuration for these engine arguments, of a small Llama if they name no model."""
+
+    def configure(**arguments: Any) -> Any:
+        from vllm.engine.arg_utils import EngineArgs
+
+        model = {} if "model" in arguments else {"model": checkpoints.dense(models)}
+        return EngineArgs(**{"skip_tokenizer_init": True, **model, **arguments}).create_engine_config()
+
+    return configure
+
+
+def with_a_sliding_window(root: Path) -> str:
+    return str(make_random_model(root / "window", {**checkpoints.DENSE, "sliding_window": 64}, architecture="mistral"))
+
+
+def with_heads_of_72(root: Path) -> str:
+    return str(make_random_model(root / "heads", {**checkpoints.DENSE, "head_dim": 72}, architecture="qwen3"))
+
+
+def gemma2(root: Path) -> str:
+    return str(make_random_model(root / "gemma2", checkpoints.DENSE, architecture="gemma2"))
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+REFUSED: dict[str, dict[str, Any]] = {
+    "quantization 'compressed-tensors'": {"model": checkpoints.w8a8},
+    "quantization 'auto_gptq'": {"model": checkpoints.gptq},
+    "quantization 'fp8'": {"quantization": "fp8"},
+    "multi-head latent attention (MLA)": {"model": checkpoints.latent_attention},
+    "models whose attention is of type encoder_only": {"model": checkpoints.encoder_only, "runner": "pooling"},
+    "multimodal models": {"model": checkpoints.encoder_decoder},
+    "models whose attention is of type attention_free": {"model": checkpoints.state_space},
+    "a sliding window of 64": {"model": with_a_sliding_window},
+    "soft-capped attention (attn_logit_softcapping)": {"model": gemma2},
+    "layers of type sliding_attention": {"model": gemma2},
+    "a head size of 72 (a multiple of 16, at most 512)": {"model": with_heads_of_72},
+    "speculative decoding (speculative_config)": {"speculative_config": NGRAM},
+    "LoRA adapters (enable_lora)": {"enable_lora": True},
+    "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
+    "kv_cache_dtype='float16'": {"kv_cache_dtype": "float16"},
+    "block_size=64 (a multiple of 128, at most 512)": {"block_size": 64},
+    "block_size=1024": {"block_size": 1024},
+    "KV connectors (kv_transfer_config": {"kv_transfer_config": CONNECTOR},
+    "KV connectors (kv_transfer_config, kv_offloading_size)": {"kv_offloading_size": 1},
+    "weights offloaded to host memory (cpu_offload_gb": {"cpu_offload_gb": 1},
+    "weights offloaded to host memory (cpu_offload_gb, offload_group_size)": {"offload_group_size": 2},
+    "prefill_context_parallel_size=2": {"prefill_context_parallel_size": 2},
+    "decode_context_parallel_size=2": {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+    "microbatches (enable_dbo": {"enable_dbo": True},
+    "all2all_backend='deepep_low_latency'": {"all2all_backend": "deepep_low_latency"},
+    "moe_backend='triton'": {"moe_backend": "triton"},
+    "the attention backend TRITON_ATTN": {"attention_backend": "TRITON_ATTN"},
+    "the compilation backend 'inductor'": {"compilation_config": {"backend": "inductor"}},
+    "splitting_ops without attention": {"compilation_config": {"splitting_ops": ["vllm::moe_forward"]}},
+}
+
+
+@pytest.mark.parametrize(("words", "arguments"), REFUSED.items(), ids=REFUSED.keys())
+def test_what_does_not_work_is_refused_by_name(
+    words: str, arguments: dict[str, Any], configured: Callable[..., Any], models: Path
+) -> None:
+    made = {"model": arguments["model"](models)} if "model" in arguments else {}
+    with pytest.raises(ValueError, match="not supported on NPUs") as refusal:
+        configured(**{**arguments, **made})
+    assert words in str(refusal.value)
+
+
+def test_everything_that_does_not_work_is_named_at_once(configured: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="speculative decoding .*; LoRA adapters .*; block_size=64"):
+        configured(speculative_config=NGRAM, enable_lora=True, block_size=64)
+
+
+def test_fp32_is_for_the_simulator_only(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "0")
+    with pytest.raises(ValueError, match=r"float32 is not supported on NPUs.*choose --dtype bfloat16"):
+        configured(dtype="float32")
+    assert str(configured(dtype="half").model_config.dtype) == "torch.float16"
+    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
+    assert str(configured(dtype="float32").model_config.dtype) == "torch.float32"
+    assert [str(dtype) for dtype in current_platform.supported_dtypes][:2] == ["torch.bfloat16", "torch.float16"]
+
+
+def test_what_is_not_chosen_suits_an_npu(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    config = configured()
+    assert config.parallel_config.worker_cls == "vllm_ascend.worker.worker.NPUWorker"
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert (config.compilation_config.cudagraph_mode.name, config.compilation_config.backend) == ("PIECEWISE", "eager")
+    assert config.kernel_config.ir_op_priority.rms_norm == ["torch_npu", "native"]
+    assert not config.use_v2_model_runner
+    assert configured(enforce_eager=True).compilation_config.cudagraph_mode.name == "NONE"
+    assert configured(block_size=256).cache_config.block_size == 256
+
+
+def test_the_second_model_runner_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER: .* on NPUs set it to 0"):
+        configured()
+
+
+@pytest.mark.parametrize("mode", ["FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_full_graphs_become_piecewise_with_a_notice(mode: str, configured: Callable[..., Any]) -> None:
+    with notices() as heard:
+        config = configured(compilation_config={"cudagraph_mode": mode})
+    assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert any(f"full graphs (cudagraph_mode={mode}) are not supported on NPUs" in line for line in heard)
+
+
+def test_sleep_mode_goes_without_graphs_with_a_notice(configured: Callable[..., Any]) -> None:
+    with notices() as heard:
+        config = configured(enable_sleep_mode=True)
+    assert config.compilation_config.cudagraph_mode.name == "NONE"
+    assert any("using no graphs" in line for line in heard)
+
+
+class notices(list[str]):  # noqa: N801
+    """What this package's graphs module logs meanwhile; vLLM keeps its loggers' messages from pytest."""
+
+    def __enter__(self) -> list[str]:
+        self._handler = logging.Handler()
+        self._handler.emit = lambda record: self.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("vllm_ascend.graphs").addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("vllm_ascend.graphs").removeHandler(self._handler)
+
+
+def test_a_deep_model_has_fewer_graphs_than_a_device_has_streams(
+    configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_ascend import graphs
+
+    def sizes(**arguments: Any) -> list[int]:
+        chosen: list[int] = configured(**arguments).compilation_config.cudagraph_capture_sizes
+        return chosen
+
+    everything = sizes()
+    assert len(everything) > 20
+    monkeypatch.setattr(graphs, "STREAMS", 3 * 20)  # the model's two layers make three pieces
+    alone, of_two = sizes(), sizes(tensor_parallel_size=2)
+    assert (len(alone), len(of_two)) == (20, 10)
+    for some in (alone, of_two):
+        assert set(some) < set(everything)
+        assert (some[0], some[-1]) == (everything[0], everything[-1])
+    monkeypatch.setattr(graphs, "STREAMS", 1)
+    assert sizes() == everything[-1:]
+
+
+def test_asking_the_platform_makes_no_context_on_a_device() -> None:
+    import subprocess
+    import sys
+
+    script = """
+import torch
+from vllm.platforms import current_platform
+from vllm.engine.arg_utils import EngineArgs
+assert (current_platform.device_name, current_platform.device_count() > 0) == ("npu", True)
+print(current_platform.get_device_name())
+try:
+    current_platform.get_device_total_memory()
+except RuntimeError as error:
+    assert "would make a context" in str(error)
+assert not torch.npu.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)

@@ -1,0 +1,179 @@
+"""Whole engines on simulated NPUs answer as vLLM's CPU platform does, in fp32 and greedily, token for token.
+
+An engine is a process that loads several models one after another; those of the CPU platform are in the environment
+below, without torch-npu. Engines of several ranks start a process for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from loaders import Load, Loader, Pool, two_free_ports
+from random_model import make_random_model
+
+CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
+PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128], list(range(3, 200))]
+"""The last has more tokens than a batch may have, so it is taken in chunks, with the others' decoding between."""
+BATCH = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
+ENGINE = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 25, **BATCH}
+GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+EAGER = {"enforce_eager": True}
+Make = Callable[[Path], str]
+
+
+def qwen3(root: Path) -> str:
+    return str(make_random_model(root / "qwen3", {**checkpoints.DENSE, "head_dim": 128}, architecture="qwen3"))
+
+
+def qwen2(root: Path) -> str:
+    configuration = {**checkpoints.DENSE, "tie_word_embeddings": True}
+    return str(make_random_model(root / "qwen2", configuration, architecture="qwen2"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pool]]:
+    """Of processes on NPUs, on CPUs, and of the two replicas of a data-parallel engine."""
+    directory = tmp_path_factory.mktemp("engines")
+    port = str(two_free_ports())
+    replicas = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
+    environments: dict[str, dict[str, str]] = {
+        "npu": {},
+        "replica 0": {**replicas, "VLLM_DP_RANK": "0", "VLLM_DP_RANK_LOCAL": "0"},
+        "replica 1": {**replicas, "VLLM_DP_RANK": "1", "VLLM_DP_RANK_LOCAL": "1"},
+    }
+    pools = {"cpu": Pool(directory / "cpu", CPU_PYTHON)}
+    pools |= {name: Pool(directory / name, environment=environment) for name, environment in environments.items()}
+    for name in pools:
+        (directory / name).mkdir()
+    yield pools
+    for pool in pools.values():
+        pool.end()
+
+
+@pytest.fixture
+def engine(pools: dict[str, Pool]) -> Iterator[Load]:
+    """engine("npu", model, arguments) makes an engine that answers PROMPTS, or other prompts."""
+    started: list[Loader] = []
+
+    def start(where: str, model: str, arguments: dict[str, Any] | None = None, **request: Any) -> Loader:
+        common = {"dtype": "float32"} if where == "cpu" else ENGINE
+        request = {"load_format": "auto", "prompts": PROMPTS, "digests": False, **request}
+        started.append(pools[where].load(model, engine={**common, **(arguments or {})}, **request))
+        return started[-1]
+
+    yield start
+    for loader in started:
+        loader.end()
+
+
+@pytest.fixture(scope="module")
+def on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], list[list[int]]]:
+    """The tokens that vLLM's CPU platform gives; each model answers once."""
+    known: dict[Make, list[list[int]]] = {}
+
+    def answer(make: Make) -> list[list[int]]:
+        if make not in known:
+            request = {"load_format": "auto", "prompts": PROMPTS, "digests": False, "engine": {"dtype": "float32"}}
+            loader = pools["cpu"].load(make(models), **request).finish_loading()
+            known[make] = tokens(loader.answers)
+            loader.end()
+        return known[make]
+
+    return answer
+
+
+def tokens(answers: list[Any]) -> list[list[int]]:
+    return [[token for token, _ in answer] for answer in answers]
+
+
+SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
+    "Llama": (checkpoints.dense, EAGER),
+    "Llama in graphs": (checkpoints.dense, GRAPHS),
+    "Qwen2 in graphs": (qwen2, GRAPHS),
+    "Qwen3 in graphs": (qwen3, GRAPHS),
+    "Qwen3-MoE in graphs": (checkpoints.mixture_of_experts, GRAPHS),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments"), SINGLE.values(), ids=SINGLE.keys())
+def test_one_npu_answers_as_the_cpu(
+    make: Make, arguments: dict[str, Any], engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    answering = engine("npu", make(models), arguments)
+    expected = on_cpu(make)
+    assert tokens(answering.finish_loading().answers) == expected
+    assert tokens(answering.ask(PROMPTS)) == expected, "with the beginnings of the prompts cached"
+
+
+EXPERTS = {"enable_expert_parallel": True}
+PARTITIONS: dict[str, tuple[Make, dict[str, Any]]] = {
+    "tensor parallel, in graphs": (checkpoints.dense, {"tensor_parallel_size": 2, **GRAPHS}),
+    "pipeline parallel": (checkpoints.dense, {"pipeline_parallel_size": 2, **EAGER}),
+    "expert parallel, in graphs": (checkpoints.mixture_of_experts, {"tensor_parallel_size": 2, **EXPERTS, **GRAPHS}),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments"), PARTITIONS.values(), ids=PARTITIONS.keys())
+def test_two_npus_answer_as_the_cpu(
+    make: Make, arguments: dict[str, Any], engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    answering = engine("npu", make(models), arguments)
+    expected = on_cpu(make)
+    assert tokens(answering.finish_loading().answers) == expected
+
+
+def test_data_parallel_replicas_share_experts(
+    engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    """With other prompts each, so that they exchange different numbers of tokens, and one waits for the other."""
+    model = checkpoints.mixture_of_experts(models)
+    arguments = {**EXPERTS, **EAGER, "distributed_executor_backend": "uni"}
+    replicas = [
+        engine(f"replica {rank}", model, arguments, prompts=prompts)
+        for rank, prompts in enumerate((PROMPTS, PROMPTS[:1]))
+    ]
+    expected = on_cpu(checkpoints.mixture_of_experts)
+    assert tokens(replicas[0].finish_loading().answers) == expected
+    assert tokens(replicas[1].finish_loading().answers) == expected[:1]
+
+
+def test_an_engine_sleeps_and_wakes(engine: Load, models: Path) -> None:
+    model = checkpoints.dense(models)
+    sleeper = engine("npu", model, {"enable_sleep_mode": True, **EAGER}).finish_loading()
+    answers = sleeper.answers
+    sleeper.call("sleep", level=1)
+    sleeper.call("wake_up")
+    assert sleeper.ask(PROMPTS) == answers
+    sleeper.call("sleep", level=1)
+    sleeper.call("wake_up", tags=["weights"])
+    sleeper.call("wake_up", tags=["kv_cache"])
+    assert sleeper.ask(PROMPTS) == answers
+    sleeper.call("sleep", level=2)
+    sleeper.call("wake_up", tags=["weights"])
+    sleeper.call("collective_rpc", method="reload_weights")
+    sleeper.call("wake_up", tags=["kv_cache"])
+    assert sleeper.ask(PROMPTS) == answers
+
+
+def test_an_engine_without_sleep_mode_says_so(engine: Load, models: Path) -> None:
+    awake = engine("npu", checkpoints.dense(models), EAGER).finish_loading()
+    awake.process.ask({"call": "sleep", "arguments": {}})
+    assert "start it with --enable-sleep-mode" in awake.fails_with()
+
+
+def test_a_decoder_gives_embeddings(engine: Load, models: Path) -> None:
+    model = checkpoints.pooling(models)
+    arguments = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}
+    ours = engine("npu", model, {**arguments, **EAGER})
+    expected = engine("cpu", model, arguments).finish_loading().answers
+    torch.testing.assert_close(torch.tensor(ours.finish_loading().answers), torch.tensor(expected))
