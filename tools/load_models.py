@@ -56,11 +56,14 @@ class Loads:
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
         "directly" it is the loader's `load_weights` on the model in use.
 
-        {"call": name, "arguments": {...}} calls that method of the engine that is held.
+        {"call": name, "arguments": {...}} calls that method of the engine that is held. {"ask": prompts} lets it
+        answer; the result has the answers.
         """
         if "call" in request:
             getattr(self._engine, request["call"])(**request.get("arguments", {}))
             return {}
+        if "ask" in request:
+            return {"answers": answers(self._engine, request["ask"])}
         if "reload" in request:
             if "prompts" not in request:
                 self._worker.reload_weights(**request["reload"])

@@ -30,7 +30,7 @@ _REPLIES = (b'{"result":', b'{"error":')
 class VllmProcess:
     """tools/load_models.py, which answers requests in order."""
 
-    def __init__(self, log: Path, python: str = sys.executable, environment: Mapping[str, str] = {}) -> None:
+    def __init__(self, log: Path, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         self.unanswered = 0
         self._output = b""
@@ -40,7 +40,7 @@ class VllmProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env={**os.environ, **environment, "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+                env={**os.environ, **(environment or {}), "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
             )
 
     @property
@@ -92,7 +92,9 @@ class VllmProcess:
 class Pool:
     """Processes that are started when needed and kept for the next load; `python` runs them in `environment`."""
 
-    def __init__(self, directory: Path, python: str = sys.executable, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, directory: Path, python: str = sys.executable, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._directory = directory
         self._python = python
         self._environment = environment
@@ -189,6 +191,12 @@ class Loader:
         self.process.ask({"call": method, "arguments": arguments})
         reply = self.process.reply()
         assert "result" in reply, f"{method} failed with {reply}:\n{self.log_text()[-4000:]}"
+
+    def ask(self, prompts: list[Any]) -> list[Any]:
+        """What the engine that is held answers now."""
+        self.process.ask({"ask": prompts})
+        answers: list[Any] = self.finish_loading().answers
+        return answers
 
     @property
     def digests(self) -> dict[str, str]:

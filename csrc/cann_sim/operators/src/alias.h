@@ -1,9 +1,6 @@
 // The host's view of device tensors during one call of an operator.
 #pragma once
 
-#include <optional>
-#include <utility>
-
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 

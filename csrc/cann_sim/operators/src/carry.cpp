@@ -6,11 +6,10 @@
 #include <c10/core/GradMode.h>
 
 #include "alias.h"
+#include "cann_sim.h"
 #include "format.h"
 #include "memory.h"
 #include "stream.h"
-
-#include "cann_sim.h"
 
 namespace cann_sim
 {

@@ -101,9 +101,10 @@ at::Tensor copy_from_and_resize(const at::Tensor &source, const at::Tensor &targ
 void carry_copies()
 {
     // Never destroyed: that would take the kernels away from who ends later.
-    auto &library = *new torch::Library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
+    constexpr auto key = c10::DispatchKey::PrivateUse1;
+    auto &library = *new torch::Library(torch::Library::IMPL, "aten", key, __FILE__, __LINE__);
 
-    plain_copy();
+    plain_copy(); // before it is replaced
     library.impl("copy_", TORCH_FN(copy_));
     library.impl("_to_copy", TORCH_FN(at::native::_to_copy));
     library.impl("_copy_from", TORCH_FN(copy_from));

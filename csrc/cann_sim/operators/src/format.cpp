@@ -24,8 +24,8 @@ aclFormat plain_format(int64_t dimensions)
 // [..., columns of blocks, rows of blocks, rows, columns] seen as the padded matrix.
 at::Tensor as_padded_matrix(const at::Tensor &fractal, const at::Tensor &plain)
 {
-    TORCH_CHECK(fractal.dim() == plain.dim() + 2, "FRACTAL_NZ: a tensor of ", plain.dim(), " dimensions in a storage of ",
-                fractal.dim());
+    TORCH_CHECK(fractal.dim() == plain.dim() + 2, "FRACTAL_NZ: a tensor of ", plain.dim(),
+                " dimensions in a storage of ", fractal.dim());
     return fractal.transpose(-4, -3).transpose(-3, -2);
 }
 

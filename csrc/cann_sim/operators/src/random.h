@@ -5,8 +5,6 @@
 // is, so that the first operator after a seed draws what it draws on the CPU.
 #pragma once
 
-#include <mutex>
-
 #include <ATen/core/Generator.h>
 
 #include "torch_npu/csrc/aten/NPUGeneratorImpl.h"

@@ -1,7 +1,6 @@
 #include "stream.h"
 
 #include <cstdio>
-#include <memory>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

@@ -69,6 +69,7 @@ def test_tensors_are_made_where_they_are_wanted() -> None:
     assert a.new_tensor([1, 2]).device == a.device
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copies_convert(dtype: torch.dtype) -> None:
     values = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
