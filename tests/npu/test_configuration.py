@@ -89,7 +89,7 @@ def test_what_does_not_work_is_refused_by_name(
 
 
 def test_everything_that_does_not_work_is_named_at_once(configured: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="speculative decoding .*; LoRA adapters .*; block_size=64"):
+    with pytest.raises(ValueError, match=r"speculative decoding .*; LoRA adapters .*; block_size=64"):
         configured(speculative_config=NGRAM, enable_lora=True, block_size=64)
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_chosen_suits_an_npu(configured: Callable[..., Any], monkeyp
 
 def test_the_second_model_runner_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER: .* on NPUs set it to 0"):
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER: .* on NPUs set it to 0"):
         configured()
 
 
