@@ -80,6 +80,8 @@ class _Receiver:
         host, port = self._meeting_place()
         self._request_ahead()
         with contextlib.ExitStack() as group_scope:
+            # The last: until the group is left, an operation could still write into its buffer.
+            group_scope.callback(self._receiving.clear)
             try:
                 pair = group_scope.enter_context(process_group.receiver_group(host, port, self._device, self._timeout))
             except RuntimeError as error:
@@ -88,8 +90,6 @@ class _Receiver:
                 self._receive_chunks(pair)
             except RuntimeError as error:
                 raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
-            finally:
-                self._receiving.clear()  # an operation that lives on in a traceback could still write into its buffer
 
     def _meeting_place(self) -> tuple[str, int]:
         """Where the server waits: torch makes a URL of it, so it must be an address and a port and nothing else."""
