@@ -7,13 +7,22 @@ the plain way.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from vllm.distributed.device_communicators.all2all import AgRsAll2AllManager
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.xpu_communicator import XpuCommunicator
 
 
 class NPUCommunicator(XpuCommunicator):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        DeviceCommunicatorBase.__init__(self, *args, **kwargs)
+        self.ca_comm = None
+        if self.use_all2all:
+            self.all2all_manager = AgRsAll2AllManager(self.cpu_group)
+
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
         gathered: torch.Tensor = self.all_gather(input_, dim)
         return gathered if self.rank_in_group == dst else None
