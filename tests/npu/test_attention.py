@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK = 128
 BLOCKS = 24
-NPU = torch.device("npu", 0)
+NPU = "npu:0"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-NPU = torch.device("npu", 0)
+NPU = "npu:0"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
