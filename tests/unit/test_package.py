@@ -93,7 +93,7 @@ def imported_siblings(module: str) -> set[str]:
 
 LAYERS: list[set[str]] = [
     {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
-    {"config", "identity", "replicas"},
+    {"config", "identity", "replicas", "resolution"},
     {"access", "attributes", "manifest", "protocol"},
     {"memory"},
     {"arena", "channel", "digests", "live"},
@@ -141,13 +141,14 @@ BOTTOM: dict[str, set[str]] = {
     "admission": set(),
     "backoff": set(),
     "replicas": {"endpoint"},
+    "resolution": {"endpoint"},
     "config": {"endpoint", "errors"},
     "protocol": {"errors", "identity"},
     "manifest": {"errors", "identity"},
     "attributes": {"errors"},
     "access": {"config", "errors"},
     "digests": {"access", "errors", "manifest", "memory", "pacing"},
-    "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol"},
+    "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol", "resolution"},
     "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
     "vllm_identity": {"identity"},
 }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
-names = st.from_regex(r"[a-zA-Z0-9]([a-zA-Z0-9._-]{0,20}[a-zA-Z0-9])?", fullmatch=True)
+names = st.from_regex(r"[a-zA-Z0-9_-]{1,20}(\.[a-zA-Z0-9_-]{1,20}){0,3}\.?", fullmatch=True)
 hosts = names | st.ip_addresses().map(str)
 ports = st.integers(1, 65535)
 
@@ -39,6 +39,8 @@ def test_every_text_is_refused_or_reads_back_from_what_it_is_written_as(text: st
         ("[fd00::1]:19000", "fd00::1", 19000),
         ("[::]:19000", "::", 19000),
         ("[fe80::1%eth0]:19000", "fe80::1%eth0", 19000),
+        ("node-3.example.:19000", "node-3.example.", 19000),
+        ("netz-ä.example:19000", "netz-ä.example", 19000),
         ("  node-3:19000\n", "node-3", 19000),
     ],
 )
@@ -69,6 +71,12 @@ def test_only_an_ipv6_address_is_written_with_brackets() -> None:
         ("[[::1]]:19000", "has no valid host"),
         ("node 3:19000", "has no valid host"),
         ("node/3:19000", "has no valid host"),
+        ("a..b:19000", "'a..b' cannot be a host name: label empty or too long"),
+        (".svc.cluster.local:19000", "'.svc.cluster.local' cannot be a host name"),
+        ("." * 3 + ":19000", "cannot be a host name"),
+        ("x" * 64 + ":19000", "cannot be a host name: label"),
+        (".".join(["x" * 60] * 5) + ":19000", "cannot be a host name: it is 304 characters long, of 253"),
+        ("\ud800:19000", "has no valid host"),
         ("node-3:", "has port '': expected a number from 1 to 65535"),
         ("node-3:0", "has port '0': expected a number from 1 to 65535"),
         ("node-3:65536", "has port '65536'"),

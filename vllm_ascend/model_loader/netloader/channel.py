@@ -23,6 +23,7 @@ from vllm_ascend.model_loader.netloader.manifest import chunks
 from vllm_ascend.model_loader.netloader.memory import Readable
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Conversation, Message, Role, State
+from vllm_ascend.model_loader.netloader.resolution import resolve
 
 _RECEIVE_BYTES: Final = 64 << 10
 _SEND_BYTES: Final = 1 << 20
@@ -203,8 +204,24 @@ class Channel:
 
 
 def connect(endpoint: Endpoint, timeout: float) -> Channel:
-    """Connects as a client, not greeted yet. Raises OSError, with every address of the host tried."""
-    return Channel(socket.create_connection(endpoint, timeout=timeout), Role.CLIENT)
+    """Connects as a client, not greeted yet, to the first address of the host that answers.
+
+    `timeout` bounds it all: asking for the addresses, and trying them. Raises OSError, that of the last address.
+    """
+    deadline = Deadline(timeout)
+    failure: OSError = TimeoutError(f"{endpoint.host} has no address")
+    addresses = resolve(endpoint, timeout)
+    for untried, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(deadline.remaining() / untried or 1e-6)  # a silent one leaves time for the others
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return Channel(sock, Role.CLIENT)
+    raise failure
 
 
 @contextlib.contextmanager

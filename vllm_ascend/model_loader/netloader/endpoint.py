@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+_NAME_LIMIT: Final = 253
+"""Characters of a host name, dots included; RFC 1035 has 255 bytes with the lengths of the first and last label."""
 
 
 class Endpoint(NamedTuple):
@@ -27,6 +30,23 @@ class Endpoint(NamedTuple):
             host = host[1:-1]
         if not host or any(character in " []/" or not character.isprintable() for character in host):
             raise ValueError(f"{text!r} has no valid host before the port")
+        try:
+            require_host(host)
+        except ValueError as error:
+            raise ValueError(f"{text!r} has no valid host before the port: {error}") from error
         if not (port.isascii() and port.isdecimal()) or not 1 <= int(port) <= 65535:
             raise ValueError(f"{text!r} has port {port!r}: expected a number from 1 to 65535")
         return cls(host, int(port))
+
+
+def require_host(host: str) -> None:
+    """Raises ValueError for what can be neither an address nor a host name, such as "a..b" or ".svc.cluster.local"."""
+    if ":" in host:
+        return  # an IPv6 address: which ones there are, the system knows
+    try:
+        encoded = host.encode("idna")  # as the socket module does it
+    except UnicodeError as error:
+        reason = str(error.__cause__ or error)
+        raise ValueError(f"{host!r} cannot be a host name: {reason}") from error
+    if len(encoded) > _NAME_LIMIT:
+        raise ValueError(f"{host!r} cannot be a host name: it is {len(encoded)} characters long, of {_NAME_LIMIT}")

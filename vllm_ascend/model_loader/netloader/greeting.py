@@ -30,7 +30,7 @@ def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
     """A greeted connection, which the caller closes. Raises SourceUnreachable or SourceRefused."""
     try:
         channel = connect(source, timeout)
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a host name
+    except OSError as error:
         raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
     try:
         if access.client_tls is not None:
