@@ -15,7 +15,10 @@ from vllm_ascend.model_loader.netloader import serving
 
 
 class WorkerThatServes(gpu_worker.Worker):
-    """vLLM's worker with serving suspended at the right times. Without Netloader there is nothing to suspend."""
+    """vLLM's worker with serving suspended at the right times. Without Netloader there is nothing to suspend.
+
+    What cannot be suspended is not changed either: the call raises TimeoutError, and all is as before.
+    """
 
     def sleep(self, level: int = 1) -> None:
         if level == 1:

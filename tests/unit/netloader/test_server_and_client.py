@@ -21,6 +21,7 @@ import torch
 from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 
 from vllm_ascend.model_loader.netloader import cli
+from vllm_ascend.model_loader.netloader import serving as process_serving
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
@@ -30,6 +31,7 @@ from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import (
     REQUEST_LIMIT,
     Hello,
@@ -44,8 +46,9 @@ from vllm_ascend.model_loader.netloader.protocol import (
 from vllm_ascend.model_loader.netloader.server import MAX_STRANGERS_PER_HOST, Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import transports
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 MEMORY = (MemoryTransport(),)
 IMPATIENT = Timeouts(connect=0.3, stall=0.3)
@@ -380,6 +383,64 @@ def test_when_serving_is_suspended_nothing_reads_the_weights_any_more(kind: str)
 def _fetch_in_vain(tensors: Tensors, kind: str, source: Endpoint, progress: Callable[[int], None]) -> None:
     with pytest.raises(SourcesExhausted, match="it sleeps"):
         fetch(tensors, transports([kind]), source, progress=progress)
+
+
+class Stuck(MemoryTransport):
+    """Whose sessions do not end before `go`, by a fault of the server's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        sender = super().sender(store, server_host, timeouts, pacer)
+        sender.run = self.go.wait  # type: ignore[method-assign, assignment]
+        return sender
+
+
+def test_what_cannot_be_suspended_is_served_as_before() -> None:
+    stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
+    with serving(SMALL, (stuck,), timeouts=timeouts) as (server, source):
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        with _connected(source, Hello(), join):
+            _wait_until(lambda: len(server._sessions) == 1)
+            for change in (server.suspend, server.give_up):
+                with pytest.raises(TimeoutError, match=r"what is served to 127\.0\.0\.1:\d+ is still being read"):
+                    change("it sleeps")
+            assert inquire(source, 5).declined == {}
+            stuck.go.set()
+        SMALL.assert_in(fetch(SMALL, (stuck,), source)[1].memory)
+
+
+def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
+    with serving(SMALL, MEMORY) as (first, source), serving(SMALL, (stuck,), timeouts=timeouts) as (second, other):
+        monkeypatch.setattr(process_serving, "_servers", {(None, 1): first, (None, 2): second})
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        with _connected(other, Hello(), join):
+            _wait_until(lambda: len(second._sessions) == 1)
+            for change in (process_serving.suspend, process_serving.give_up):
+                with pytest.raises(TimeoutError):
+                    change("it sleeps")
+            SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+            stuck.go.set()
+        _wait_until(lambda: not first._sessions and not second._sessions)
+        resume = process_serving.suspend("it sleeps")
+        with pytest.raises(SourcesExhausted, match="it sleeps"):
+            fetch(SMALL, MEMORY, source)
+        resume()
+        SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+
+
+def test_undoing_a_suspension_leaves_what_was_suspended_before() -> None:
+    with serving(SMALL, MEMORY) as (server, source):
+        server.suspend("its weights are half replaced")
+        server.publish(publication("draft"))
+        assert server.suspend("it sleeps") == {"draft"}
+        server.resume({"draft"})
+        with pytest.raises(SourcesExhausted, match="half replaced"):
+            fetch(SMALL, MEMORY, source)
+        assert [holding.role for holding in inquire(source, 5).holdings] == ["draft"]
 
 
 def test_the_end_of_an_earlier_model_does_not_end_the_declining_of_its_role() -> None:

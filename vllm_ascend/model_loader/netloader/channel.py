@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -118,16 +119,24 @@ class Channel:
             self._conversation.feed(data)
         return message
 
-    def send_file(self, source: FileRange, timeout: float, pacer: Pacer, progress: Callable[[int], None]) -> None:
+    def send_file(
+        self,
+        source: FileRange,
+        timeout: float,
+        pacer: Pacer,
+        progress: Callable[[int], None],
+        given_up: threading.Event | None = None,
+    ) -> None:
         """Sends a range of a file unframed, from its pages without a copy, under TLS or without a file by `mapped`.
 
-        `timeout` bounds the time without progress. Raises ConnectionLost or Stalled.
+        `timeout` bounds the time without progress; whoever sets `given_up` before `shut_down` need not wait for the
+        pacer. Raises ConnectionLost or Stalled.
         """
         from_memory = isinstance(self.socket, ssl.SSLSocket) or source.descriptor is None
         send = self._send_mapped if from_memory else self._send_pages
         with _translated_errors(timeout):
             for offset, length in chunks(source.length, pacer.piece or source.length):
-                pacer.wait_for(length)
+                pacer.wait_for(length, given_up)
                 send(replace(source, offset=source.offset + offset, length=length), timeout, progress)
 
     def _send_pages(self, source: FileRange, timeout: float, progress: Callable[[int], None]) -> None:

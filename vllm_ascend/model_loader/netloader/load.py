@@ -65,6 +65,7 @@ class Load:
         self._memory: Memory | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
         self._server: WeightServer | None = None
+        self._undo_suspension: Callable[[], None] = lambda: None
         self._fetched: Fetched | None = None
         self._access = Access.configured(config)
         self._transports = transports(config.transports_for(self._computes_on.type), self._computes_on)
@@ -114,9 +115,24 @@ class Load:
             self._cannot_serve(str(error), self._memory)
 
     def suspend(self) -> None:
-        """Before a model in use changes: what is served from its own parameters is not served meanwhile."""
+        """Before a model in use changes: what is served from its own parameters is not served meanwhile.
+
+        Raises TimeoutError where they are still being read; nothing has changed then.
+        """
         if self._computes_on.type != "cpu":
-            serving.suspend("its weights are being replaced")
+            self._undo_suspension = serving.suspend("its weights are being replaced")
+
+    def undo_suspension(self) -> None:
+        """For a model in use that does not change after all: it is served as before."""
+        self._undo_suspension()
+
+    @contextlib.contextmanager
+    def suspension_undone_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.undo_suspension()
+            raise
 
     def _publish(self, model: nn.Module) -> None:
         if not self._config.serve:

@@ -85,19 +85,20 @@ class NetLoader(BaseModelLoader):
         """
         vllm_config = get_current_vllm_config()
         load = Load(self._config, vllm_config, model_config, on_host=True)
-        with load.failure_reported(), all_or_none():
+        with load.failure_reported(), load.suspension_undone_on_failure(), all_or_none():
             require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
             before = attributes.Snapshot.of(scratch)
             load.fill(scratch, self._load_from_disk)
             told = before.changes(scratch)
+            load.suspend()  # here, where it may still fail
 
         def finish() -> None:
             attributes.apply(model, told)
             load.serve(model)
             load.report()
 
-        return hand_over(scratch, model, model_config.dtype, load.suspend, finish)
+        return hand_over(scratch, model, model_config.dtype, finish, load.undo_suspension)
 
     def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> None:
         load_config = copy.copy(self.load_config)

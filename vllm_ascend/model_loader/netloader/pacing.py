@@ -44,8 +44,8 @@ class Pacer:
         rate = self.rate
         return None if rate is None else min(_LARGEST_PIECE, max(rate // _PIECES_PER_SECOND, 4096))
 
-    def wait_for(self, nbytes: int) -> None:
-        """Returns when `nbytes` may be sent."""
+    def wait_for(self, nbytes: int, given_up: threading.Event | None = None) -> None:
+        """Returns when `nbytes` may be sent, or nobody wants to send them any more."""
         rate = self.rate  # which another thread may change
         if rate is None:
             return
@@ -54,7 +54,8 @@ class Pacer:
             begin = max(self._free_from, now - _CREDIT_SECONDS)
             self._free_from = begin + nbytes / rate
         if begin > now:
-            self._sleep(begin - now)
+            pause = self._sleep if given_up is None else given_up.wait
+            pause(begin - now)
 
 
 def give_way() -> None:

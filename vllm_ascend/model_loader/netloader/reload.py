@@ -71,16 +71,17 @@ def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Modu
 
 
 def hand_over(
-    complete: nn.Module, model: nn.Module, dtype: torch.dtype, first: Callable[[], None], then: Callable[[], None]
+    complete: nn.Module, model: nn.Module, dtype: torch.dtype, then: Callable[[], None], otherwise: Callable[[], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `complete`.
 
-    `first` runs before, and `then` after it. Given any other iterator, it does what it always does, and the weights
-    are given up. `dtype` is the model's.
+    `then` runs after it. Given any other iterator, it does what it always does, and the weights are given up.
+    `otherwise` runs if the iterator is read instead, which fails and leaves the model as it is. `dtype` is the model's.
     """
 
     def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
         vars(model).pop("load_weights", None)
+        otherwise()
         raise ReloadRefused("Netloader brings weights as a model loads them: set is_checkpoint_format to true")
         yield
 
@@ -91,7 +92,6 @@ def hand_over(
         if weights is not nothing_to_read:
             load_checkpoint: Any = model.load_weights  # the class's own
             return load_checkpoint(weights)
-        first()
         with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
             loaded = take_over(complete, model)
         then()

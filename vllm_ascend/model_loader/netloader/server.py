@@ -49,7 +49,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Wait,
 )
 from vllm_ascend.model_loader.netloader.replicas import Copy, Replicas
-from vllm_ascend.model_loader.netloader.server_session import Publication, Session
+from vllm_ascend.model_loader.netloader.server_session import END_SECONDS, Publication, Session
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,7 @@ class WeightServer:
         with self._lock:
             connections = dict(self._connections)
             sessions = list(self._sessions.values())
-        for session in sessions:
-            session.end("the server shuts down")
+        self._end(sessions, "the server shuts down")
         for channel in connections.keys() - {session.channel for session in sessions}:
             channel.shut_down()
         for connection in connections.values():
@@ -206,34 +205,45 @@ class WeightServer:
             self._declined[role] = reason
             self.withdraw(role)
 
-    def suspend(self, reason: str) -> None:
+    def suspend(self, reason: str) -> frozenset[str]:
         """Ends all sessions, and refuses clients with `reason`, until `resume`, `publish` or `give_up`.
 
-        When it returns nothing reads the weights any more. Raises TimeoutError where a session does not end.
+        When it returns nothing reads the weights any more, and no client can prevent that; what it returns are the
+        roles that were served until now. Raises TimeoutError, and serves them as before, where a session does not end
+        all the same, by a fault of this process.
         """
         with self._lock:
-            self._suspended |= self._publications
+            suspended = self._publications
             self._publications = {}
-            self._declined |= dict.fromkeys(self._suspended, reason)
-            suspended = list(self._suspended.values())
-        for publication in suspended:
-            self._end_sessions(publication, reason)
+            self._suspended |= suspended
+            self._declined |= dict.fromkeys(suspended, reason)
+            sessions = list(self._sessions.values())
+        self._end(sessions, reason)
+        for publication in suspended.values():
             if publication.store.digests is not None:
                 publication.store.digests.stop()
         with self._session_over:
-            if not self._session_over.wait_for(lambda: not self._sessions, 2 * self._settings.timeouts.stall):
-                raise TimeoutError(f"{len(self._sessions)} sessions that read the weights did not end")
+            if not self._session_over.wait_for(lambda: not self._sessions, END_SECONDS + self._settings.timeouts.stall):
+                left = ", ".join(str(session.peer) for session in self._sessions.values())
+                self.resume(suspended)
+                raise TimeoutError(
+                    f"what is served to {left} is still being read, so it cannot be moved or changed now"
+                )
+        return frozenset(suspended)
 
-    def resume(self) -> None:
-        """Serves again what was suspended. Its generation is another one: nobody may mix the two."""
+    def resume(self, roles: Iterable[str] | None = None) -> None:
+        """Serves again what is suspended, all of it or that of `roles`.
+
+        Its generation is another one: nobody may mix the two.
+        """
         with self._lock:
-            for role, publication in self._suspended.items():
+            for role in list(self._suspended) if roles is None else self._suspended.keys() & set(roles):
+                publication = self._suspended.pop(role)
                 self._declined.pop(role, None)
                 store = replace(publication.store, generation=self.next_generation(role))
                 if store.digests is not None:
                     store.digests.make_ahead()
                 self._publications[role] = replace(publication, store=store)
-            self._suspended = {}
 
     def give_up(self, reason: str) -> None:
         """Declines all roles that are served or suspended, for `reason`. Returns and raises as `suspend`."""
@@ -263,8 +273,24 @@ class WeightServer:
     def _end_sessions(self, publication: Publication, reason: str) -> None:
         with self._lock:
             concerned = [session for session in self._sessions.values() if session.publication is publication]
-        for session in concerned:
+        self._end(concerned, reason)
+
+    def _end(self, sessions: Sequence[Session], reason: str) -> None:
+        """They are told `reason`, and gone soon, whatever their clients do."""
+        for session in sessions:
             session.end(reason)
+
+        def cut() -> None:
+            for session in sessions:
+                session.cut()
+
+        if sessions:
+            timer = threading.Timer(END_SECONDS, cut)
+            timer.daemon = True
+            try:
+                timer.start()
+            except RuntimeError:  # the system has no thread left
+                cut()
 
     def _accept_forever(self) -> None:
         listener = self._listener

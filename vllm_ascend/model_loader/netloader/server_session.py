@@ -1,10 +1,16 @@
-"""The server's side of one session: from Accept to Confirm, by whatever transport."""
+"""The server's side of one session: from Accept to Confirm, by whatever transport.
+
+A session that `end` has ended is over, whatever its client does: it takes no further message, tells why as long as the
+client listens, and `cut` closes its connection if it is still there END_SECONDS later. So weights that move or change
+wait for no client.
+"""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from dataclasses import dataclass
+from typing import Final
 
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -20,6 +26,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Fetch,
     Leave,
     Message,
+    Refuse,
     State,
     Verification,
 )
@@ -27,6 +34,9 @@ from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, 
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 logger = logging.getLogger(__name__)
+
+END_SECONDS: Final = 1.0
+"""In which a client can hear why its session was ended: one message, and somebody waits for the end."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,12 @@ class Publication:
         return self.identity.role
 
 
+class _Ended(Exception):
+    """Somebody has called `end`."""
+
+
 class Session:
-    """One client that takes one publication. `run` is for the connection's thread; `end` comes from any other."""
+    """One client that takes one publication. `run` is for the connection's thread, `end` and `cut` for any other."""
 
     def __init__(
         self,
@@ -66,26 +80,37 @@ class Session:
         self._ended_because: str | None = None
 
     def end(self, reason: str) -> None:
-        """Breaks the transfer off; the client is told `reason`."""
-        self._ended_because = reason
+        """Breaks the transfer off; the client is told `reason`. Call `cut` after END_SECONDS."""
+        if self._ended_because is None:
+            self._ended_because = reason
         self.sender.abort()
         self.channel.interrupt()
+
+    def cut(self) -> None:
+        """Ends whatever the session's thread still says to the client."""
+        self.channel.shut_down()
 
     def run(self) -> bool:
         """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
         complete = False
         try:
+            self._require_going_on()
             self.channel.send(self._accept(), self._timeouts.connect)
             self.sender.run()
             complete = self._serve()
-        except (ProtocolError, OSError):
+        except (_Ended, ProtocolError, OSError):
             if self._ended_because is None:
                 raise
         if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
             return complete
         logger.warning("ended the session of %s: %s", self.peer, self._ended_because)
-        self.channel.send(End(self._ended_because), self._timeouts.connect)
+        farewell = Refuse if self.channel.state is State.JOINING else End
+        self.channel.send(farewell(self._ended_because), END_SECONDS)
         return False
+
+    def _require_going_on(self) -> None:
+        if self._ended_because is not None:
+            raise _Ended
 
     def confirm(self, current_generation: int) -> None:
         """Lets the client compare what it has with what is held now. Raises ProtocolError."""
@@ -138,14 +163,23 @@ class Session:
         if digests is None:
             raise ProtocolError("the client asks for digests, of which it was told that there are none")
         self._told_digests = True
-        self.channel.send(Digests(digests.part(first, count)), self._timeouts.connect)
+        told: list[bytes] = []
+        for number in range(first, first + count):  # each may have to be made
+            self._require_going_on()
+            told += digests.part(number, 1)
+        self.channel.send(Digests(tuple(told)), self._timeouts.connect)
         self.sender.note_progress()
 
     def _next_message(self) -> Message:
+        """Raises ProtocolError, or _Ended: what has arrived already can be received after the end, too."""
         while True:
+            self._require_going_on()
             remaining = self._timeouts.stall - self.sender.idle_seconds()
             try:
-                return self.channel.receive(Deadline(max(remaining, 0.001)))
+                message = self.channel.receive(Deadline(max(remaining, 0.001)))
             except Stalled as error:
                 if self.sender.idle_seconds() >= self._timeouts.stall:
                     raise Stalled(f"the client took nothing for {self._timeouts.stall:g} s") from error
+                continue
+            self._require_going_on()
+            return message

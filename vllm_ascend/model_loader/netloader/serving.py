@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -124,10 +125,16 @@ def require_same_access(role: str, terms: Terms) -> None:
         server.require_access(terms.access, role)
 
 
-def suspend(reason: str) -> None:
-    """Ends what is served, telling clients `reason`, until `resume`; for weights that are about to move or change."""
-    for server in list(_servers.values()):
-        server.suspend(reason)
+def suspend(reason: str) -> Callable[[], None]:
+    """Ends what is served, telling clients `reason`, until `resume`; for weights that are about to move or change.
+
+    Returns what serves them again if they do not. Raises TimeoutError, and serves all as before, where something still
+    reads them.
+    """
+    with contextlib.ExitStack() as undo:
+        for server in list(_servers.values()):
+            undo.callback(server.resume, server.suspend(reason))
+        return undo.pop_all().close
 
 
 def resume() -> None:
@@ -137,7 +144,11 @@ def resume() -> None:
 
 
 def give_up(reason: str) -> None:
-    """Serves nothing any more of what there is: its contents are other ones now. Clients are told `reason`."""
+    """Serves nothing any more of what there is: its contents are about to be others. Clients are told `reason`.
+
+    Raises as `suspend`.
+    """
+    suspend(reason)
     for server in list(_servers.values()):
         server.give_up(reason)
 

@@ -361,6 +361,11 @@ class Line:
             while self.socket.recv(1 << 16):
                 pass
 
+    def shut_down(self) -> None:
+        """Ends the connection for threads that use it."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
     def reset(self) -> None:
         """Ends the connection without a word."""
         with contextlib.suppress(OSError):  # the peer may have been the first

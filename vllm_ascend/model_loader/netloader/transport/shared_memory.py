@@ -13,18 +13,21 @@ import os
 import secrets
 import socket
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.channel import ConnectionLost, Stalled
+from vllm_ascend.model_loader.netloader.channel import ConnectionLost, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.errors import TransportError
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import Offer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
+_ABORT_SECONDS: Final = 0.1
+"""Within which a session that is waiting notices its end."""
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -59,6 +62,7 @@ class _DescriptorSender(Sender):
     def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
         super().__init__()
         self._timeout = timeouts.connect
+        self._aborted = threading.Event()
         self._name = f"netloader-{secrets.token_hex(16)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind("\0" + self._name)
@@ -71,10 +75,8 @@ class _DescriptorSender(Sender):
         return {"socket": self._name}
 
     def run(self) -> None:
-        self._listener.settimeout(self._timeout)
         try:
-            connection, _ = self._listener.accept()
-            with connection:
+            with self._accept() as connection:
                 connection.settimeout(self._timeout)
                 _require_own_user(connection)
                 socket.send_fds(connection, [b"\0"], [self._descriptor])
@@ -82,6 +84,21 @@ class _DescriptorSender(Sender):
             raise Stalled(f"the client did not fetch the descriptor within {self._timeout:g} s") from error
         except (OSError, TransportError) as error:
             raise ConnectionLost(f"the descriptor could not be handed over: {error}") from error
+
+    def _accept(self) -> socket.socket:
+        """Looks up now and then: nothing portable wakes who waits for a connection."""
+        deadline = Deadline(self._timeout)
+        while not self._aborted.is_set():
+            self._listener.settimeout(min(_ABORT_SECONDS, deadline.remaining() or 1e-6))
+            try:
+                return self._listener.accept()[0]
+            except TimeoutError:
+                if not deadline.remaining():
+                    raise
+        raise ConnectionLost("the session has ended")
+
+    def abort(self) -> None:
+        self._aborted.set()
 
     def close(self) -> None:
         self._listener.close()

@@ -54,7 +54,7 @@ class _RangeSender(Sender):
         self._lock = threading.Lock()
         self._channel_over = threading.Condition(self._lock)
         self._channels: set[Channel] = set()
-        self._closed = False
+        self._aborted = threading.Event()
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
@@ -62,7 +62,7 @@ class _RangeSender(Sender):
 
     def attach(self, channel: Channel) -> None:
         with self._lock:
-            if self._closed or len(self._channels) >= MAX_CONNECTIONS:
+            if self._aborted.is_set() or len(self._channels) >= MAX_CONNECTIONS:
                 raise ProtocolError(f"the session is over or has {MAX_CONNECTIONS} data connections already")
             self._channels.add(channel)
         try:
@@ -75,7 +75,7 @@ class _RangeSender(Sender):
 
     def abort(self) -> None:
         with self._lock:
-            self._closed = True
+            self._aborted.set()
             for channel in self._channels:
                 channel.shut_down()
 
@@ -88,17 +88,17 @@ class _RangeSender(Sender):
 
     def _close_unused_descriptor(self) -> None:
         """The last one out closes it: its number must not be reused while a connection still sends from it."""
-        if self._closed and not self._channels and self._descriptor is not None:
+        if self._aborted.is_set() and not self._channels and self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _serve(self, channel: Channel) -> None:
-        while not self._closed:
+        while not self._aborted.is_set():
             match channel.receive(Deadline(self._timeout)):
                 case Fetch(offset, length) as fetch:
                     self.check(fetch, self._nbytes)
                     content = FileRange(self._descriptor, self._bytes, offset, length)
-                    channel.send_file(content, self._timeout, self._pacer, self.note_progress)
+                    channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
 
 
 class _Pull:
