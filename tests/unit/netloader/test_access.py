@@ -137,19 +137,55 @@ def test_a_token_that_this_user_may_not_read_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == f"TOKEN_FILE {path!r} cannot be read: Permission denied"
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o644, 0o666, 0o602], ids=oct)
-def test_a_token_that_every_user_can_get_at_is_warned_of_without_showing_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+EXPOSED = {
+    0o604: "can be read by every user of this host: chmod o= it",
+    0o644: "can be read by every user of this host: chmod o= it",
+    0o601: "can be read by every user of this host: chmod o= it",
+    0o602: "can be written by every user of this host, who can so let anybody in: chmod o= it, and make it anew",
+    0o606: "can be written by every user of this host, who can so let anybody in: chmod o= it, and make it anew",
+    0o660: "can be written by every user of its group: chmod g-w it",
+}
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(("mode", "warning"), EXPOSED.items(), ids=map(oct, EXPOSED))
+def test_a_token_that_others_can_get_at_is_warned_of_without_showing_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warning: str
 ) -> None:
     path = token_file(tmp_path, TOKEN, mode)
     with caplog.at_level(logging.DEBUG):
         assert Access.load(path).token == TOKEN
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", f"TOKEN_FILE {path} can be read by every user of this host: chmod o= it")
-    ]
+    assert warnings_of(caplog) == [f"TOKEN_FILE {path} {warning}"]
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640, 0o660], ids=oct)
+@pytest.mark.parametrize(("mode", "warning"), EXPOSED.items(), ids=map(oct, EXPOSED))
+def test_a_key_that_others_can_get_at_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, identification: Identification, mode: int, warning: str
+) -> None:
+    key = tmp_path / "key"
+    shutil.copy(identification.key, key)
+    key.chmod(mode)
+    Access.load(None, identification.cert, str(key), identification.ca)
+    assert warnings_of(caplog) == [f"TLS_KEY {key} {warning}"]
+
+
+@pytest.mark.parametrize("which", ["cert", "ca"])
+def test_certificates_are_for_everybody_to_read_and_for_nobody_else_to_write(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, identification: Identification, which: str
+) -> None:
+    path = tmp_path / which
+    shutil.copy(getattr(identification, which), path)
+    files = {"cert": identification.cert, "ca": identification.ca, which: str(path)}
+    for mode, expected in ((0o644, []), (0o646, [f"TLS_{which.upper()} {path} {EXPOSED[0o602]}"])):
+        path.chmod(mode)
+        Access.load(None, files["cert"], identification.key, files["ca"])
+        assert warnings_of(caplog) == expected
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640], ids=oct)
 def test_a_token_for_its_owner_and_group_is_not_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
 ) -> None:

@@ -415,17 +415,19 @@ def test_what_cannot_be_suspended_is_served_as_before() -> None:
 def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
     with serving(SMALL, MEMORY) as (first, source), serving(SMALL, (stuck,), timeouts=timeouts) as (second, other):
-        monkeypatch.setattr(process_serving, "_servers", {(None, 1): first, (None, 2): second})
+        engine = threading.Event()  # stands for one
+        listeners = [process_serving._Service(weakref.ref(engine), (None, each.port), each) for each in (first, second)]
+        monkeypatch.setattr(process_serving, "_services", listeners)
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
         with _connected(other, Hello(), join):
             _wait_until(lambda: len(second._sessions) == 1)
             for change in (process_serving.suspend, process_serving.give_up):
                 with pytest.raises(TimeoutError):
-                    change("it sleeps")
+                    change(engine, "it sleeps")
             SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
             stuck.go.set()
         _wait_until(lambda: not first._sessions and not second._sessions)
-        resume = process_serving.suspend("it sleeps")
+        resume = process_serving.suspend(engine, "it sleeps")
         with pytest.raises(SourcesExhausted, match="it sleeps"):
             fetch(SMALL, MEMORY, source)
         resume()
@@ -568,7 +570,7 @@ def test_ipv6_and_dual_stack() -> None:
 
 
 def test_a_port_in_use_is_an_error_at_start() -> None:
-    with serving(SMALL, MEMORY) as (_, source), pytest.raises(OSError, match="Address already in use"):
+    with serving(SMALL, MEMORY) as (_, source), pytest.raises(OSError, match="is bound by another socket"):
         WeightServer("127.0.0.1", source.port, Settings(MEMORY, SHORT)).start()
 
 

@@ -9,8 +9,6 @@ listens in; that is what TLS is for, where both sides show a certificate that th
 from __future__ import annotations
 
 import hmac
-import logging
-import os
 import secrets
 import ssl
 from dataclasses import dataclass, field
@@ -19,8 +17,7 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
-
-logger = logging.getLogger(__name__)
+from vllm_ascend.model_loader.netloader.files import warn_of_others
 
 MIN_TOKEN_BYTES: Final = 16
 CHALLENGE_BYTES: Final = 32
@@ -50,7 +47,11 @@ class Access:
                 raise ConfigError("a part of TLS is missing: it needs TLS_CERT, TLS_KEY and TLS_CA")
             return cls(token)
         files = (tls_cert, tls_key, tls_ca)
-        return cls(token, files, _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files))
+        contexts = _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files)
+        warn_of_others("TLS_KEY", tls_key, secret=True)
+        warn_of_others("TLS_CERT", tls_cert, secret=False)
+        warn_of_others("TLS_CA", tls_ca, secret=False)
+        return cls(token, files, *contexts)
 
     @classmethod
     def configured(cls, config: NetLoaderConfig) -> Access:
@@ -102,7 +103,6 @@ def derive_key(token: bytes, purpose: bytes, context: bytes) -> bytes:
 def _read_token(path: str) -> bytes:
     try:
         token = Path(path).read_bytes().strip()
-        mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # the latter for what cannot be a path
         raise ConfigError(f"TOKEN_FILE {path!r} cannot be read: {getattr(error, 'strerror', error)}") from error
     if len(token) < MIN_TOKEN_BYTES:
@@ -110,8 +110,7 @@ def _read_token(path: str) -> bytes:
             f"TOKEN_FILE {path!r} holds {len(token)} bytes: expected at least {MIN_TOKEN_BYTES}, as of "
             "`openssl rand -hex 32`"
         )
-    if mode & 0o007:
-        logger.warning("TOKEN_FILE %s can be read by every user of this host: chmod o= it", path)
+    warn_of_others("TOKEN_FILE", path, secret=True)
     return token
 
 

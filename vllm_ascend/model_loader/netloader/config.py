@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint, require_host
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
@@ -142,6 +142,12 @@ def _text(value: object) -> str:
     return value
 
 
+def _host(value: object) -> str:
+    host = _text(value)
+    require_host(host)
+    return host
+
+
 def _boolean(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
@@ -221,7 +227,7 @@ def _source_item(position: int, item: object) -> list[Source]:
 _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "SOURCE": _sources,
     "MODEL": _text,
-    "LISTEN_HOST": _text,
+    "LISTEN_HOST": _host,
     "LISTEN_PORT": _port,
     "SERVE": _boolean,
     "TRANSPORT": _transports,

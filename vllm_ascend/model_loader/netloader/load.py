@@ -30,9 +30,10 @@ from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.files import require_writable
 from vllm_ascend.model_loader.netloader.live import LiveMemory
 from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
+from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
 from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
 from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
@@ -69,7 +70,9 @@ class Load:
         self._fetched: Fetched | None = None
         self._access = Access.configured(config)
         self._transports = transports(config.transports_for(self._computes_on.type), self._computes_on)
-        self._terms = serving.Terms(config, self._access, self._transports, self._rank)
+        # Layers of target and draft register in one compilation_config, so all configurations of an engine share it.
+        self._engine = vllm_config.compilation_config
+        self._terms = serving.Terms(config, self._access, self._transports, self._rank, self._engine)
         self._report = LoadReport(
             role_of(model_config),
             self._rank,
@@ -77,8 +80,9 @@ class Load:
             seconds=self._phases.seconds,
             not_served=None if config.serve else "SERVE is false",
         )
-        # What cannot be served as it is configured must stop the start before anything is loaded.
-        serving.require_same_access(self._report.role, self._terms)
+        # What cannot be as it is configured must stop the start before anything is loaded.
+        self._require_writable_files()
+        self._serves = config.serve and self._has_listener()
 
     def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
@@ -110,7 +114,7 @@ class Load:
         try:
             with self._phases("serve"):
                 self._publish(model)
-                serving.resume()
+                serving.resume(self._engine)
         except OSError as error:
             self._cannot_serve(str(error), self._memory)
 
@@ -120,7 +124,7 @@ class Load:
         Raises TimeoutError where they are still being read; nothing has changed then.
         """
         if self._computes_on.type != "cpu":
-            self._undo_suspension = serving.suspend("its weights are being replaced")
+            self._undo_suspension = serving.suspend(self._engine, "its weights are being replaced")
 
     def undo_suspension(self) -> None:
         """For a model in use that does not change after all: it is served as before."""
@@ -134,14 +138,30 @@ class Load:
             self.undo_suspension()
             raise
 
+    def _has_listener(self) -> bool:
+        try:
+            serving.open_listener(self._report.role, self._terms)
+        except OSError as error:
+            self._cannot_serve(error.strerror or str(error))
+            return False
+        return True
+
+    def _require_writable_files(self) -> None:
+        for key, prefix, path in (
+            ("OUTPUT_PREFIX", self._config.output_prefix, self._address_path),
+            ("REPORT_PREFIX", self._config.report_prefix, self._report_path),
+        ):
+            if prefix is not None:
+                require_writable(key, prefix, path(prefix))
+
     def _publish(self, model: nn.Module) -> None:
-        if not self._config.serve:
-            serving.withdraw(self._report.role)
+        if not self._serves:
+            serving.withdraw(self._report.role, self._engine)
             return
         self._note_changes(model)
         if self._request is None or self._memory is None:
             reason = str(self._report.not_served)
-            self._server = serving.decline(self._report.role, reason, self._terms)
+            self._server = serving.decline(model, self._report.role, reason, self._terms)
             return
         seal = self._fetched.seal if self._fetched is not None else None
         weights = serving.Weights(self._request, self._memory, self._attributes, seal)
@@ -174,9 +194,12 @@ class Load:
         if self._config.output_prefix is None:
             return
         try:
-            serving.write_address(self._config.output_prefix, self._rank, address)
+            write_whole(self._address_path(self._config.output_prefix), f"{address}\n".encode())
         except OSError as error:
             logger.error("the address %s cannot be written to OUTPUT_PREFIX: %s", address, error)
+
+    def _address_path(self, prefix: str) -> Path:
+        return Path(f"{prefix}{self._rank}.txt")
 
     def share_endpoints(self) -> None:
         """Tells the other ranks of this instance where this one listens, so that each can refer clients to the others.
@@ -207,6 +230,7 @@ class Load:
         except BaseException:
             if self._server is None:
                 self._memory = None  # not published, so nobody needs the memory any more
+                serving.abandon(self._terms)
             self._report.outcome = "failed"
             self.report()
             raise
@@ -217,11 +241,13 @@ class Load:
         if self._config.report_prefix is not None:
             self._write_report(self._config.report_prefix)
 
-    def _write_report(self, prefix: str) -> None:
+    def _report_path(self, prefix: str) -> Path:
         suffix = "" if self._report.role == "target" else f"-{self._report.role}"
-        path = Path(f"{prefix}{self._rank}{suffix}.json")
+        return Path(f"{prefix}{self._rank}{suffix}.json")
+
+    def _write_report(self, prefix: str) -> None:
+        path = self._report_path(prefix)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._report.write(path)
         except OSError as error:
             logger.error("the load report %s cannot be written: %s", path, error)
@@ -266,7 +292,7 @@ class Load:
         weights: ModelWeights | None,
         load_from_disk: Callable[[nn.Module, ModelConfig], None],
     ) -> None:
-        if weights is None or not self._config.serve:
+        if weights is None or not self._serves:
             load_from_disk(model, self._model_config)
             return
         self._report.bytes = weights.manifest.nbytes
@@ -296,7 +322,7 @@ class Load:
 
     def _keep(self, memory: Memory) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""
-        if not self._config.serve:
+        if not self._serves:
             memory.free_with_tensors()
             memory.close()
             return

@@ -33,6 +33,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
+from vllm_ascend.model_loader.netloader.listening import Listener
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
 from vllm_ascend.model_loader.netloader.protocol import (
@@ -117,7 +118,7 @@ class WeightServer:
         self._log_limit = LogLimit()
         self._turns = Turns(settings.max_clients)
         self._pacer = Pacer(settings.max_bandwidth)
-        self._listener: socket.socket | None = None
+        self._listener: Listener | None = None
         self._acceptor: threading.Thread | None = None
         self.configure(settings)
 
@@ -129,8 +130,8 @@ class WeightServer:
         self.close()
 
     def start(self) -> None:
-        """Binds and begins to accept. Raises OSError where the address cannot be had."""
-        self._listener = _bind(self._host, self._port)
+        """Binds and begins to accept. Raises OSError or ConfigError where the address cannot be had."""
+        self._listener = Listener(self._host, self._port, self._settings.timeouts.connect)
         self._acceptor = threading.Thread(target=self._accept_forever, name="netloader-accept", daemon=True)
         self._acceptor.start()
 
@@ -138,8 +139,6 @@ class WeightServer:
         """Ends all sessions, waits for their threads, and closes what is served. Idempotent."""
         listener, self._listener = self._listener, None
         if listener is not None:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
             listener.close()
         if self._acceptor is not None:
             self._acceptor.join()
@@ -157,8 +156,7 @@ class WeightServer:
     @property
     def port(self) -> int:
         assert self._listener is not None, "the server is not started"
-        port: int = self._listener.getsockname()[1]
-        return port
+        return self._listener.port
 
     def configure(self, settings: Settings) -> None:
         """For sessions from now on: a load may come with another configuration than the one that opened the port."""
@@ -513,15 +511,6 @@ class WeightServer:
         )
         names = tuple(transport.name for transport in self._settings.transports)
         return Status(holdings, sessions, names, declined, self._turns.waiting)
-
-
-def _bind(host: str | None, port: int) -> socket.socket:
-    if host is None:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128)
-        return socket.create_server(("", port), backlog=128)
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family, backlog=128)
 
 
 def _unmapped(address: str) -> str:

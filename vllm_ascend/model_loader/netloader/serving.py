@@ -1,15 +1,21 @@
-"""What this process serves: one listener per address, and behind it every model of the process."""
+"""What this process serves: a listener for each engine, and behind it every model of that engine.
+
+It is opened before anything is loaded, so that a port that cannot be had is known then, nobody else takes it meanwhile,
+and clients that come early are told. Engines that live in one process one after another may use one port in turn. Those
+that live at the same time each need their own, so that the weights of one are never replaced by those of another.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from torch import nn
 
@@ -21,16 +27,12 @@ from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal, StoreDig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError
 from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
 logger = logging.getLogger(__name__)
-
-_servers: Final[dict[tuple[str | None, int], WeightServer]] = {}
-_lock: Final = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,77 @@ class Weights:
     seal: Seal | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Terms:
-    """How a rank serves."""
+    """How a load is served. `engine` is an object that all loads of one engine share, and that lives as long as it."""
 
     config: NetLoaderConfig
     access: Access
     transports: tuple[Transport, ...]
     rank: int
+    engine: object
+
+    @property
+    def address(self) -> tuple[str | None, int]:
+        """Raises ConfigError."""
+        return self.config.listen_host, self.config.listen_port_for(self.rank)
+
+    @property
+    def settings(self) -> Settings:
+        timeouts = Timeouts(self.config.connect_timeout, self.config.stall_timeout)
+        return Settings(self.transports, timeouts, self.access, self.config.max_clients, self.config.max_bandwidth)
+
+
+@dataclass(eq=False)
+class _Service:
+    """A server and the engine that it is for. Its users are loads under way (their terms) and models."""
+
+    engine: weakref.ref[Any]
+    address: tuple[str | None, int]
+    server: WeightServer
+    users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
+_services: Final[list[_Service]] = []
+"""One for each engine, or more where a configuration file has named another address between two loads."""
+_lock: Final = threading.RLock()  # collecting garbage within may run anything
+
+
+def open_listener(role: str, terms: Terms) -> None:
+    """Has the port from now on, where clients are told that nothing is served yet; `serve` or `abandon` follows.
+
+    Raises ConfigError where it cannot be had as it is configured, or another model of this engine is served there to
+    others, and OSError where somebody else has it.
+    """
+    with _lock:
+        service = _own(terms)
+        if service is not None:
+            service.server.require_access(terms.access, role)
+        else:
+            _close_unused(terms.address)
+            _require_unused(terms.address)
+            service = _started(terms)
+        service.users.add(terms)
+
+
+def abandon(terms: Terms) -> None:
+    """After a load that failed: closes its listener unless that is for something else too."""
+    with _lock:
+        service = _own(terms)
+        if service is not None:
+            service.users.discard(terms)
+            _close_unused(terms.address)
 
 
 def serve(model: nn.Module, weights: Weights, terms: Terms) -> WeightServer:
-    """Publishes `weights` for as long as `model` lives, in place of what was served of their role.
-
-    Raises OSError where no listener can be had.
-    """
-    server = _server(terms)
+    """Publishes `weights` for as long as `model` lives, in place of what its engine has served of their role."""
+    server = _server(model, terms)
     request, role = weights.request, weights.request.identity.role
     generation = server.next_generation(role)
     digests = _digests(weights, terms.access.token) if terms.config.verify else None
     store = WeightStore(request.manifest, weights.memory, generation, weights.attributes, digests)
     server.publish(Publication(request.identity, request.coordinates, store))
-    _withdraw(role, [other for other in _servers.values() if other is not server])
+    _withdraw(role, [other for other in _servers(terms.engine) if other is not server])
     weakref.finalize(model, server.withdraw, role, weakref.ref(weights.memory)).atexit = False
     return server
 
@@ -80,17 +131,17 @@ def _digests(weights: Weights, token: bytes | None) -> StoreDigests:
     return digests
 
 
-def decline(role: str, reason: str, terms: Terms) -> WeightServer:
-    """Answers whoever asks for `role` with `reason`. Raises OSError where no listener can be had."""
-    server = _server(terms)
+def decline(model: nn.Module, role: str, reason: str, terms: Terms) -> WeightServer:
+    """Answers whoever asks for `role` with `reason`."""
+    server = _server(model, terms)
     server.decline(role, reason)
-    _withdraw(role, [other for other in _servers.values() if other is not server])
+    _withdraw(role, [other for other in _servers(terms.engine) if other is not server])
     return server
 
 
-def withdraw(role: str) -> None:
-    """Stops serving `role`: the process has other weights now, which are not to be served."""
-    _withdraw(role, list(_servers.values()))
+def withdraw(role: str, engine: object) -> None:
+    """Stops serving `role`: the engine has other weights now, which are not to be served."""
+    _withdraw(role, _servers(engine))
 
 
 def _withdraw(role: str, servers: Iterable[WeightServer]) -> None:
@@ -111,68 +162,82 @@ def tell_source(source: Endpoint, session: bytes, port: int, timeout: float, acc
     threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
 
 
-def write_address(prefix: str, rank: int, address: str) -> None:
-    """Writes ``{prefix}{rank}.txt`` with the address. Raises OSError."""
-    path = Path(f"{prefix}{rank}.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f"{address}\n".encode())
-
-
-def require_same_access(role: str, terms: Terms) -> None:
-    """Raises ConfigError where another model of this process is served on the same port to others."""
-    server = _servers.get((terms.config.listen_host, terms.config.listen_port_for(terms.rank)))
-    if server is not None:
-        server.require_access(terms.access, role)
-
-
-def suspend(reason: str) -> Callable[[], None]:
-    """Ends what is served, telling clients `reason`, until `resume`; for weights that are about to move or change.
+def suspend(engine: object, reason: str) -> Callable[[], None]:
+    """Ends what it serves, telling clients `reason`, until `resume`; for weights that are about to move or change.
 
     Returns what serves them again if they do not. Raises TimeoutError, and serves all as before, where something still
     reads them.
     """
     with contextlib.ExitStack() as undo:
-        for server in list(_servers.values()):
+        for server in _servers(engine):
             undo.callback(server.resume, server.suspend(reason))
         return undo.pop_all().close
 
 
-def resume() -> None:
+def resume(engine: object) -> None:
     """Serves again what `suspend` has ended and nothing has replaced: its contents are what they were."""
-    for server in list(_servers.values()):
+    for server in _servers(engine):
         server.resume()
 
 
-def give_up(reason: str) -> None:
-    """Serves nothing any more of what there is: its contents are about to be others. Clients are told `reason`.
+def give_up(engine: object, reason: str) -> None:
+    """Serves nothing any more of what the engine has: its contents are about to be others. Clients are told `reason`.
 
     Raises as `suspend`.
     """
-    suspend(reason)
-    for server in list(_servers.values()):
+    suspend(engine, reason)
+    for server in _servers(engine):
         server.give_up(reason)
 
 
-def _server(terms: Terms) -> WeightServer:
-    config, access, rank = terms.config, terms.access, terms.rank
-    address = (config.listen_host, config.listen_port_for(rank))
-    settings = Settings(
-        terms.transports,
-        Timeouts(config.connect_timeout, config.stall_timeout),
-        access,
-        config.max_clients,
-        config.max_bandwidth,
-    )
+def _servers(engine: object) -> list[WeightServer]:
     with _lock:
-        server = _servers.get(address)
-        if server is None:
-            if rank == 0:
-                _warn_of_strangers(terms)
-            server = WeightServer(*address, settings)
-            server.start()
-            _servers[address] = server
-        server.configure(settings)
-        return server
+        return [each.server for each in _services if each.engine() is engine]
+
+
+def _own(terms: Terms) -> _Service | None:
+    mine = (each for each in _services if each.engine() is terms.engine and each.address == terms.address)
+    return next(mine, None)
+
+
+def _server(model: nn.Module, terms: Terms) -> WeightServer:
+    with _lock:
+        service = _own(terms)
+        assert service is not None, "its listener was not opened"
+        service.users.add(model)
+        service.server.configure(terms.settings)
+        return service.server
+
+
+def _close_unused(address: tuple[str | None, int]) -> None:
+    """Ends servers whose engines are gone: a new one begins with nothing of theirs."""
+    there = [each for each in _services if each.address == address]
+    if any(each.users for each in there):
+        gc.collect()  # models die late: they refer to themselves
+    for each in there:
+        if not each.users:
+            _services.remove(each)
+            each.server.close()
+
+
+def _require_unused(address: tuple[str | None, int]) -> None:
+    _, port = address
+    if port and any(each.address == address for each in _services):
+        raise OSError(
+            errno.EADDRINUSE,
+            f"port {port} is that on which another engine of this process is served: give each engine a LISTEN_PORT "
+            f"of its own, or none for a free port",
+        )
+
+
+def _started(terms: Terms) -> _Service:
+    if terms.rank == 0:
+        _warn_of_strangers(terms)
+    server = WeightServer(*terms.address, terms.settings)
+    server.start()
+    service = _Service(weakref.ref(terms.engine), terms.address, server)
+    _services.append(service)
+    return service
 
 
 def _warn_of_strangers(terms: Terms) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from pathlib import Path
 
 from netloader.sources import Tensors, client_for, serving
 
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.serving import write_address
+from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
@@ -49,7 +50,7 @@ def serve(options: argparse.Namespace) -> None:
         model(options.mebibytes), kinds, timeouts=PATIENT, max_clients=16, max_bandwidth=options.max_bandwidth
     ) as (_, source):
         if options.addresses is not None:
-            write_address(options.addresses, 0, str(source))
+            write_whole(Path(f"{options.addresses}0.txt"), f"{source}\n".encode())
         say(source.port)
         sys.stdin.read()
 

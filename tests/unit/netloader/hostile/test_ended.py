@@ -158,7 +158,7 @@ def test_no_client_keeps_its_session_alive(
 def set_buffers_of(server: WeightServer, nbytes: int) -> None:
     """Of connections from now on, which inherit them."""
     assert server._listener is not None
-    set_buffers(server._listener, nbytes)
+    set_buffers(server._listener.socket, nbytes)
 
 
 def assert_serves(source: Endpoint, access: Access) -> None:

@@ -572,7 +572,7 @@ def test_questions_for_digests_without_end_whose_answers_nobody_reads_end(
 ) -> None:
     with serving(SMALL, TCP, timeouts=IMPATIENT) as (server, source):
         assert server._listener is not None
-        make_small(server._listener)  # which its connections inherit
+        make_small(server._listener.socket)  # which its connections inherit
         line = opened.enter_context(Intruder(source).greet())
         line.accepted()
         make_small(line.socket)
