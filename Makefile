@@ -22,6 +22,10 @@ NPU_TESTS ?= tests/unit/netloader/transport/test_conformance.py tests/npu
 CHOICE ?= not slow
 SOAK_SECONDS ?= 600
 BIN = $(VENV)/bin
+ifdef CPU_FEATURES
+export CPU_FEATURES
+export PYTHONPATH := $(CURDIR)/tests/processor$(addprefix :,$(PYTHONPATH))
+endif
 INSTALLED = $(VENV)/.installed
 NPU_INSTALLED = $(NPU_VENV)/.installed
 NPU_SOURCES = $(shell find csrc/cann_sim -path csrc/cann_sim/build -prune -o -type f -name '*.[chp]*' -print)

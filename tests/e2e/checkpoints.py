@@ -92,6 +92,13 @@ def latent_attention(root: Path) -> str:
     return str(make_random_model(root / "latent_attention", configuration, architecture="deepseek_v2"))
 
 
+def latent_attention_retrained(root: Path) -> str:
+    configuration = {**MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    return str(
+        make_random_model(root / "latent_attention_retrained", configuration, architecture="deepseek_v2", seed=1)
+    )
+
+
 def latent_attention_with_mtp(root: Path) -> str:
     """DeepSeek-V3 with one layer for multi-token prediction, whose weights vLLM loads as a draft model."""
     directory = root / "latent_attention_with_mtp"

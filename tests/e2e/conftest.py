@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import loaders
 import pytest
 from fetch_model import fetch_model
-from loaders import Load, Loader, Pool
+from loaders import Load, Loader, Pool, processor
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +20,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     pool.end()
 
 
+@pytest.fixture(scope="session")
+def pool_with_other_amx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """As if the processor had AMX, or if it has, as if it had not."""
+    environment = processor(amx_tile={"on": "off", "off": "on"}[loaders.amx()])
+    pool = Pool(tmp_path_factory.mktemp("loads-with-other-amx"), environment=environment)
+    yield pool
+    pool.end()
+
+
+@pytest.fixture(params=["on", "off"], ids=["AMX", "no AMX"])
+def amx(request: pytest.FixtureRequest) -> str:
+    """For tests of what vLLM does differently with AMX: `load` then loads with and without it, wherever it runs."""
+    answer: str = request.param
+    return answer
+
+
 @pytest.fixture
-def load(pool: Pool) -> Iterator[Load]:
+def load(request: pytest.FixtureRequest) -> Iterator[Load]:
     """Starts a load: load(model, {"SOURCE": [...]}, ...); `finish_loading` waits for it."""
+    as_it_is = "amx" not in request.fixturenames or request.getfixturevalue("amx") == loaders.amx()
+    pool: Pool = request.getfixturevalue("pool" if as_it_is else "pool_with_other_amx")
     started: list[Loader] = []
 
     def start(model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -25,6 +26,25 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOAD_TIMEOUT = 180.0
 _REPLIES = (b'{"result":', b'{"error":')
+
+
+def processor(**features: str) -> dict[str, str]:
+    """The environment in which vLLM finds other features: see tests/processor/sitecustomize.py."""
+    directories = [str(ROOT / "tests" / "processor"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    chosen = _chosen_features() | features
+    return {
+        "PYTHONPATH": os.pathsep.join(directories),
+        "CPU_FEATURES": ",".join(f"{name}={answer}" for name, answer in chosen.items()),
+    }
+
+
+def amx() -> str:
+    """Whether vLLM finds AMX where nothing else is chosen: "on" or "off"."""
+    return _chosen_features().get("amx_tile", "on" if torch.cpu._is_amx_tile_supported() else "off")
+
+
+def _chosen_features() -> dict[str, str]:
+    return dict(each.strip().split("=") for each in os.environ.get("CPU_FEATURES", "").split(",") if each)
 
 
 class VllmProcess:

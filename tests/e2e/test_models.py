@@ -80,7 +80,7 @@ ROWS = {
 }
 
 RELOADABLE = {name: row for name, row in ROWS.items() if row.prompts and row.make is not checkpoints.w8a8}
-"""vLLM's CPU backend cannot reload that one: see test_reload.py."""
+"""vLLM's CPU backend cannot reload that one without AMX: see test_reload.py."""
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())

@@ -24,7 +24,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm_ascend.model_loader.netloader import attributes
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.load import Load
-from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, require_reloadable, scratch_model
+from vllm_ascend.model_loader.netloader.rehearsal import rehearse, require_reloadable
+from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, scratch_model
 
 _in_use: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 """Models whose parameters are post-processed: they can only be reloaded."""
@@ -91,6 +92,7 @@ class NetLoader(BaseModelLoader):
             before = attributes.Snapshot.of(scratch)
             load.fill(scratch, self._load_from_disk)
             told = before.changes(scratch)
+            weights = rehearse(scratch, model, model_config)
             load.suspend()  # here, where it may still fail
 
         def finish() -> None:
@@ -98,7 +100,7 @@ class NetLoader(BaseModelLoader):
             load.serve(model)
             load.report()
 
-        return hand_over(scratch, model, model_config.dtype, finish, load.undo_suspension)
+        return hand_over(weights, model, model_config.dtype, finish, load.undo_suspension)
 
     def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> None:
         load_config = copy.copy(self.load_config)

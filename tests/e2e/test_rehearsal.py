@@ -1,0 +1,207 @@
+"""The dry run of a reload, by vLLM's own functions on layers of kinds that nobody has thought of.
+
+Models are small and made here; that real ones pass is for test_reload.py and the slow tests of test_models.py.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from vllm_ascend.model_loader.netloader.errors import ReloadRefused
+from vllm_ascend.model_loader.netloader.rehearsal import rehearse, require_reloadable
+from vllm_ascend.model_loader.netloader.takeover import take_over
+
+SIZE = 8
+CONFIG: Any = types.SimpleNamespace(dtype=torch.float32)
+Process = Callable[[nn.Module], None]
+
+
+class Method(QuantizeMethodBase):
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        layer.weight = nn.Parameter(torch.zeros(SIZE, SIZE), requires_grad=False)
+
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._process(layer)
+
+
+class Layer(nn.Module):
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.quant_method = Method(process)
+        self.quant_method.create_weights(self)
+        self.norm = nn.LayerNorm(SIZE)
+
+
+class Model(nn.Module):
+    """Two layers of a kind, and an embedding with a head that may be tied to it."""
+
+    def __init__(self, process: Process, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(SIZE, SIZE)
+        self.layers = nn.ModuleList(Layer(process) for _ in range(2))
+        self.head = self.embedding if tied else nn.Linear(SIZE, SIZE, bias=False)
+        self.requires_grad_(False)
+        record_metadata_for_reloading(self)
+
+    @torch.no_grad()
+    def filled(self, seed: int) -> Model:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return self
+
+    def processed(self) -> Model:
+        for layer in self.layers:
+            layer.quant_method.process_weights_after_loading(layer)
+        return self
+
+
+def set_weight(layer: nn.Module, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def transpose(layer: Any) -> None:
+    set_weight(layer, layer.weight.t().contiguous())
+
+
+def pad(layer: Any) -> None:
+    set_weight(layer, nn.functional.pad(layer.weight, (0, SIZE)))
+
+
+def pack_and_drop(layer: Any) -> None:
+    layer.packed = layer.weight.clone()
+    set_weight(layer, torch.empty(0))
+
+
+def add(layer: Any) -> None:
+    layer.scale = nn.Parameter(layer.weight.sum(0), requires_grad=False)
+
+
+def nothing(layer: Any) -> None:
+    pass
+
+
+def only_once(process: Process) -> Process:
+    """As vLLM's experts on the CPU platform do."""
+
+    def process_once(layer: Any) -> None:
+        if not hasattr(layer, "already_processed"):
+            layer.already_processed = 1
+            process(layer)
+
+    return process_once
+
+
+def fails_the_second_time(layer: Any) -> None:
+    if hasattr(layer, "already_processed"):
+        raise KeyError("the layer that I remember")
+    layer.already_processed = 1
+
+
+def reload(model: Model, new: Model) -> None:
+    weights = rehearse(new, model, CONFIG)
+    initialize_layerwise_reload(model)
+    take_over(weights, model)
+    finalize_layerwise_reload(model, CONFIG)
+
+
+@pytest.mark.parametrize("process", [nothing, transpose, pad, pack_and_drop, add])
+def test_what_can_be_processed_again_is_replaced(process: Process) -> None:
+    model, expected = Model(process).filled(1).processed(), Model(process).filled(2).processed()
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    reload(model, Model(process).filled(2))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert all(
+        torch.equal(ours.packed, theirs.packed)
+        for ours, theirs in zip(model.layers, expected.layers, strict=True)
+        if process is pack_and_drop
+    )
+
+
+@pytest.mark.parametrize(
+    ("process", "reason"),
+    [
+        (only_once(pad), "cannot give layers.0 new weights in place: RuntimeError: The size of tensor a"),
+        (only_once(transpose), "layers.0.weight is another one after a reload than after a first load"),
+        (only_once(add), "cannot give layers.0 new weights in place: AttributeError"),
+        (fails_the_second_time, "cannot give layers.0 new weights in place: KeyError: 'the layer that I remember'"),
+    ],
+    ids=["another shape", "other contents", "a tensor that is missing", "an error"],
+)
+def test_what_cannot_be_processed_again_is_refused_before_anything_changes(process: Process, reason: str) -> None:
+    model = Model(process).filled(1).processed()
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    with pytest.raises(ReloadRefused, match=reason):
+        reload(model, Model(process).filled(2))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (parameter, contents) in before.items():
+        assert after[name] is parameter
+        assert torch.equal(parameter, contents)
+
+
+def test_a_layer_that_was_changed_since_it_was_loaded_is_refused() -> None:
+    model = Model(transpose).filled(1).processed()
+    set_weight(model.layers[1], torch.empty(0))
+    with pytest.raises(ReloadRefused, match=r"layers.1.weight is float32 \[0\] in use, .* float32 \[8, 8\] after"):
+        reload(model, Model(transpose).filled(2))
+
+
+def test_a_module_that_the_model_in_use_has_not_is_refused() -> None:
+    model = Model(nothing).filled(1).processed()
+    del model.head
+    with pytest.raises(ReloadRefused, match="the model in use has no module head"):
+        reload(model, Model(nothing).filled(2))
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = Model(nothing, tied=True).filled(1).processed()
+    reload(model, Model(nothing, tied=True).filled(2))
+    assert model.head is model.embedding
+    assert torch.equal(model.embedding.weight, Model(nothing, tied=True).filled(2).embedding.weight)
+
+
+@pytest.mark.parametrize("by", ["module", "parameter"])
+def test_weights_that_loading_tied_since_they_were_equal_are_reloaded_only_with_equal_ones(by: str) -> None:
+    """vLLM ties a head that a checkpoint has beside the embedding, and that turns out to be the same."""
+    model = Model(nothing).filled(1).processed()
+    if by == "module":
+        model.head = model.embedding
+    else:
+        model.head.weight = model.embedding.weight
+    different = Model(nothing).filled(2)
+    with pytest.raises(ReloadRefused, match=r"embedding.weight and head.weight are one tensor in the model in use"):
+        reload(model, different)
+    equal = Model(nothing).filled(2)
+    equal.head.weight.data.copy_(equal.embedding.weight)
+    reload(model, equal)
+    assert torch.equal(model.head.weight, different.embedding.weight)
+
+
+def test_a_model_that_is_processed_as_a_whole_is_refused() -> None:
+    class Whole(Model):
+        def process_weights_after_loading(self) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(ReloadRefused, match="Whole processes its weights as a whole after loading"):
+        require_reloadable(Whole(nothing))
