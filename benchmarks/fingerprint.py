@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_ascend.model_loader.netloader.identity import FINGERPRINT_PATTERNS, checkpoint_fingerprint
+from vllm_ascend.model_loader.netloader.fingerprint import checkpoint_fingerprint, files_in
 
 GIGABYTE = 1e9
 FILES = 20
@@ -91,7 +91,7 @@ def measure(model: Path, files: dict[Path, int], rounds: int) -> tuple[list[Roun
 def take_fingerprint(model: Path) -> Round:
     before = _bytes_read()
     begun = time.perf_counter()
-    fingerprint = checkpoint_fingerprint(model)
+    fingerprint = checkpoint_fingerprint(files_in(model, weight_files(model)))
     seconds = time.perf_counter() - begun
     read, storage = (after - earlier for after, earlier in zip(_bytes_read(), before, strict=True))
     return Round(seconds, read, storage, fingerprint)
@@ -148,8 +148,8 @@ def _header(ranges: dict[str, tuple[int, int]]) -> bytes:
 
 
 def weight_files(directory: Path) -> dict[Path, int]:
-    """The files that are fingerprinted, and their sizes."""
-    found = next(filter(None, (sorted(directory.glob(pattern)) for pattern in FINGERPRINT_PATTERNS)), [])
+    """The files that are fingerprinted, and their sizes: all of the first format that there is."""
+    found = next(filter(None, (sorted(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.pt"))), [])
     return {file: file.stat().st_size for file in found}
 
 

@@ -31,12 +31,8 @@ from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import (
-    ModelIdentity,
-    RankCoordinates,
-    canonical_digest,
-    checkpoint_fingerprint,
-)
+from vllm_ascend.model_loader.netloader.fingerprint import checkpoint_fingerprint, files_in
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates, canonical_digest
 from vllm_ascend.model_loader.netloader.manifest import Alias, Manifest
 from vllm_ascend.model_loader.netloader.pacing import Pacer
 from vllm_ascend.model_loader.netloader.protocol import (
@@ -104,6 +100,8 @@ def head(**changes: Any) -> Alias:
     return msgspec.structs.replace(HEAD, **changes)
 
 
+NO_FINGERPRINTS = "; fingerprint (here none, there none)"
+"""Says in a refusal why names decide."""
 NO_FINGERPRINT = model(fingerprint="")
 NAMED_BY_PATH = model(fingerprint="", name="/models/base", name_is_path=True)
 DRAFT = model(role="draft", name="org/draft", fingerprint="cafe")
@@ -155,31 +153,33 @@ OTHER_MODELS = {
     "no quantization": Row(model(quantization=""), "quantization (here none, there fp8)"),
     "revision": Row(model(revision="v2"), "revision (here v2, there v1)"),
     "revision, no fingerprints": Row(
-        model(NO_FINGERPRINT, revision="v2"), "revision (here v2, there v1)", there=(NO_FINGERPRINT,)
+        model(NO_FINGERPRINT, revision="v2"), f"revision (here v2, there v1){NO_FINGERPRINTS}", there=(NO_FINGERPRINT,)
     ),
     "name": Row(model(name="org/other"), "name (here org/other, there org/model)"),
     "name, no fingerprints": Row(
-        model(NO_FINGERPRINT, name="org/other"), "name (here org/other, there org/model)", there=(NO_FINGERPRINT,)
+        model(NO_FINGERPRINT, name="org/other"),
+        f"name (here org/other, there org/model){NO_FINGERPRINTS}",
+        there=(NO_FINGERPRINT,),
     ),
     "name, no fingerprint here": Row(
         model(NO_FINGERPRINT, name="org/other"),
-        "name (here org/other, there org/model)",
+        "name (here org/other, there org/model); fingerprint (here none, there f00d)",
         beside=frozenset({"fingerprint"}),
     ),
     "name, no fingerprint there": Row(
         model(name="org/other"),
-        "name (here org/other, there org/model)",
+        "name (here org/other, there org/model); fingerprint (here f00d, there none)",
         there=(NO_FINGERPRINT,),
         beside=frozenset({"fingerprint"}),
     ),
     "path, no fingerprints": Row(
         model(NAMED_BY_PATH, name="/models/other"),
-        "name (here /models/other, there /models/base)",
+        f"name (here /models/other, there /models/base){NO_FINGERPRINTS}",
         there=(NAMED_BY_PATH,),
     ),
     "a path here and a name there, no fingerprints": Row(
         NAMED_BY_PATH,
-        "name (here /models/base, there org/model)",
+        f"name (here /models/base, there org/model){NO_FINGERPRINTS}",
         there=(NO_FINGERPRINT,),
         beside=frozenset({"name_is_path"}),
     ),
@@ -439,7 +439,7 @@ def test_the_same_weights_are_delivered(here: Request, there: Request) -> None:
 
 def named_by_checkpoint(directory: Path) -> Request:
     """As for a model that is given as a directory."""
-    fingerprint = checkpoint_fingerprint(directory)
+    fingerprint = checkpoint_fingerprint(files_in(directory, directory.iterdir()))
     return model(name=str(directory), name_is_path=True, revision="", fingerprint=fingerprint)
 
 

@@ -154,6 +154,9 @@ class Session:
         self.transport = next((each for each in self._transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
+        ours = request.identity.fingerprint
+        if ours and accept.fingerprint not in ("", ours):
+            raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
         try:
             self._terms.check_attributes(accept.attributes)
         except ProtocolError as error:

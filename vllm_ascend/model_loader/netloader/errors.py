@@ -3,6 +3,7 @@
     NetloaderError
       ConfigError            the user's configuration is wrong: stop the start
       UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
+      CheckpointChanged      what was read from disk may be a mixture: do not serve it
       ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
       ProtocolError          the peer sent bytes that are not the protocol: end this session
       SourceError            this source cannot be used now: try the next one
@@ -31,6 +32,10 @@ class ConfigError(NetloaderError, ValueError):
 
 class UnsupportedModel(NetloaderError):
     """The model's tensors cannot be described by a manifest, or there is no memory of the kind that is served."""
+
+
+class CheckpointChanged(NetloaderError):
+    """Files were replaced or written to while they were read, or nobody can tell."""
 
 
 class ReloadRefused(NetloaderError):

@@ -1,7 +1,8 @@
 """One load of one model into one process, from the question where from to the report.
 
 Sources come first, then the disk; both fill the same untouched model, in memory that can be served afterwards:
-an arena in host memory, or on an accelerator the parameters themselves.
+an arena in host memory, or on an accelerator the parameters themselves. What came is served under its own fingerprint,
+the source's or that of the files that were read, whatever this host's files were when sources were asked.
 Serving is a by-product: whatever stands in its way is logged, reported and told to clients, and the load goes on.
 """
 
@@ -28,15 +29,24 @@ from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.files import require_writable
 from vllm_ascend.model_loader.netloader.live import LiveMemory
 from vllm_ascend.model_loader.netloader.memory import Memory
+from vllm_ascend.model_loader.netloader.reading import Reading
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
 from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
-from vllm_ascend.model_loader.netloader.vllm_identity import global_rank, model_identity, rank_coordinates, role_of
+from vllm_ascend.model_loader.netloader.vllm_identity import (
+    as_read,
+    global_rank,
+    model_identity,
+    rank_coordinates,
+    require_checkpoint,
+    role_of,
+)
 from vllm_ascend.model_loader.netloader.weights import (
     LiveWeights,
     ModelWeights,
@@ -62,7 +72,8 @@ class Load:
         self._model_config = model_config
         self._rank = global_rank(vllm_config)
         self._phases = Phases()
-        self._request: Request | None = None
+        self._asked: Request | None = None
+        self._contents: Request | None = None
         self._memory: Memory | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
         self._server: WeightServer | None = None
@@ -81,10 +92,11 @@ class Load:
             not_served=None if config.serve else "SERVE is false",
         )
         # What cannot be as it is configured must stop the start before anything is loaded.
+        require_checkpoint(model_config)
         self._require_writable_files()
         self._serves = config.serve and self._has_listener()
 
-    def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], None]) -> None:
+    def fill(self, model: nn.Module, load_from_disk: Callable[[nn.Module, ModelConfig], Reading]) -> None:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
         weights: ModelWeights | None = None
         try:
@@ -159,12 +171,12 @@ class Load:
             serving.withdraw(self._report.role, self._engine)
             return
         self._note_changes(model)
-        if self._request is None or self._memory is None:
+        if self._contents is None or self._memory is None:
             reason = str(self._report.not_served)
             self._server = serving.decline(model, self._report.role, reason, self._terms)
             return
         seal = self._fetched.seal if self._fetched is not None else None
-        weights = serving.Weights(self._request, self._memory, self._attributes, seal)
+        weights = serving.Weights(self._contents, self._memory, self._attributes, seal)
         self._server = serving.serve(model, weights, self._terms)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
         self._write_address(self._report.listening)
@@ -180,8 +192,8 @@ class Load:
                 self._report.changed = self._memory.reconcile(current_tensors(model))
             except UnsupportedModel as error:
                 self._cannot_serve(str(error), self._memory)
-        elif cache != "no" and self._computes_on.type == "cpu" and self._request and isinstance(self._memory, Arena):
-            changed = self._report.changed = changed_tensors(model, self._request.manifest, self._memory, names)
+        elif cache != "no" and self._computes_on.type == "cpu" and self._contents and isinstance(self._memory, Arena):
+            changed = self._report.changed = changed_tensors(model, self._contents.manifest, self._memory, names)
             logger.info(
                 "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "
                 "so INT8_CACHE %r keeps nothing beside them",
@@ -253,8 +265,13 @@ class Load:
             logger.error("the load report %s cannot be written: %s", path, error)
 
     def _fill_from_sources(self, model: nn.Module, weights: ModelWeights) -> None:
+        sources = self._config.sources_for(self._rank)
         with self._phases("join"):
-            request = self._describe(weights)
+            identity = model_identity(self._vllm_config, self._model_config, self._config.model)
+            if sources:
+                here = fingerprint_here(model, self._model_config, self._vllm_config.load_config)
+                identity = msgspec.structs.replace(identity, fingerprint=here)
+            request = self._asked = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
         show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
         with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
             terms = Terms(
@@ -268,12 +285,13 @@ class Load:
                 progress=progress,
             )
             client = Client(terms, self._transports, self._phases, self._report.attempts)
-            fetched = client.fetch(self._config.sources_for(self._rank))
+            fetched = client.fetch(sources)
         with self._phases("transfer"):
             weights.bind(fetched.memory)
             attributes.apply(model, fetched.attributes)
             self._attributes = fetched.attributes
-            self._request = _as_known_to_the_source(request, fetched.fingerprint)
+            identity = msgspec.structs.replace(identity, fingerprint=fetched.fingerprint)
+            self._contents = dataclasses.replace(request, identity=identity)
             self._keep(fetched.memory)
         self._fetched = fetched
         self._note_fetched(fetched, weights.manifest.nbytes, client.received)
@@ -290,7 +308,7 @@ class Load:
         self,
         model: nn.Module,
         weights: ModelWeights | None,
-        load_from_disk: Callable[[nn.Module, ModelConfig], None],
+        load_from_disk: Callable[[nn.Module, ModelConfig], Reading],
     ) -> None:
         if weights is None or not self._serves:
             load_from_disk(model, self._model_config)
@@ -304,21 +322,22 @@ class Load:
             return
         weights.move_into(memory)
         before = attributes.Snapshot.of(model)
-        load_from_disk(model, self._model_config)
+        reading = load_from_disk(model, self._model_config)
         try:
             weights.collect_into(model, memory)
             self._attributes = before.changes(model)
         except UnsupportedModel as error:
             self._cannot_serve(str(error), memory)
             return
-        self._describe(weights)
+        try:
+            fingerprint = reading.finish()
+        except CheckpointChanged as error:
+            self._cannot_serve(str(error), memory)
+            return
+        assert self._asked is not None
+        identity = as_read(self._asked.identity, reading, fingerprint)
+        self._contents = dataclasses.replace(self._asked, identity=identity)
         self._keep(memory)
-
-    def _describe(self, weights: ModelWeights) -> Request:
-        if self._request is None:
-            identity = model_identity(self._vllm_config, self._model_config, self._config.model)
-            self._request = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
-        return self._request
 
     def _keep(self, memory: Memory) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""
@@ -346,13 +365,6 @@ class Load:
 
     def _weights_of(self, model: nn.Module) -> ModelWeights:
         return ModelWeights(model) if self._device.type == "cpu" else LiveWeights(model, self._device)
-
-
-def _as_known_to_the_source(request: Request, fingerprint: str) -> Request:
-    """Weights that came by name keep the fingerprint of their checkpoint, for those who ask for it here."""
-    if request.identity.fingerprint:
-        return request
-    return dataclasses.replace(request, identity=msgspec.structs.replace(request.identity, fingerprint=fingerprint))
 
 
 @contextlib.contextmanager

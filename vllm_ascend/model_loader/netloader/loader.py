@@ -8,7 +8,6 @@ A model that is in use takes new weights by the same two steps, through a scratc
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from typing import Any, Final
@@ -18,12 +17,13 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from vllm_ascend.model_loader.netloader import attributes
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.disk import DiskLoader
 from vllm_ascend.model_loader.netloader.load import Load
+from vllm_ascend.model_loader.netloader.reading import Reading
 from vllm_ascend.model_loader.netloader.rehearsal import rehearse, require_reloadable
 from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, scratch_model
 
@@ -102,8 +102,7 @@ class NetLoader(BaseModelLoader):
 
         return hand_over(weights, model, model_config.dtype, finish, load.undo_suspension)
 
-    def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> None:
-        load_config = copy.copy(self.load_config)
-        load_config.load_format = "auto"
-        load_config.model_loader_extra_config = {}
-        DefaultModelLoader(load_config).load_weights(model, model_config)
+    def _load_from_disk(self, model: nn.Module, model_config: ModelConfig) -> Reading:
+        loader = DiskLoader(self.load_config)
+        loader.load_weights(model, model_config)
+        return loader.reading

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 import vllm_ascend
-from vllm_ascend.model_loader.netloader.identity import (
-    ModelIdentity,
-    RankCoordinates,
-    canonical_digest,
-    checkpoint_fingerprint,
-)
+from vllm_ascend.model_loader.netloader.errors import ConfigError
+from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates, canonical_digest
+from vllm_ascend.model_loader.netloader.reading import Reading
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-logger = logging.getLogger(__name__)
 
 _INCIDENTAL_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"}
 """What differs between copies of one model; the dtype in use is compared as a field of its own."""
@@ -31,8 +27,17 @@ def role_of(model_config: ModelConfig) -> str:
     return "draft" if model_config.runner_type == "draft" else "target"
 
 
+def require_checkpoint(model_config: ModelConfig) -> None:
+    """Raises ConfigError for a model that vLLM's loader of checkpoints cannot read."""
+    if model_config.quantization == "gguf":
+        raise ConfigError(
+            f"{model_config.model_weights or model_config.model} is a GGUF model, which only the load format of its "
+            f"own plugin reads: use --load-format gguf; Netloader neither takes nor serves such weights"
+        )
+
+
 def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configured_name: str | None) -> ModelIdentity:
-    """`configured_name` is MODEL, which names the target model."""
+    """All but the fingerprint. `configured_name` is MODEL, which names the target model."""
     import torch
     import vllm
 
@@ -47,11 +52,19 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
         config_digest=canonical_digest(_essential(model_config.hf_config.to_dict())),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
-        fingerprint=_fingerprint(model_config, vllm_config.load_config.download_dir),
         role=role,
         load_options=_load_options(vllm_config),
         versions={package.__name__: package.__version__.partition("+")[0] for package in (vllm, torch, vllm_ascend)},
     )
+
+
+def as_read(identity: ModelIdentity, reading: Reading, fingerprint: str) -> ModelIdentity:
+    """`identity` of what was read: a link, or a branch of the hub, may have led elsewhere when sources were asked."""
+    if identity.name_is_path:
+        return msgspec.structs.replace(identity, name=reading.real_folder or identity.name, fingerprint=fingerprint)
+    snapshot = _HUB_SNAPSHOT.search(os.path.abspath(reading.folder))
+    revision = snapshot["revision"] if snapshot else identity.revision
+    return msgspec.structs.replace(identity, revision=revision, fingerprint=fingerprint)
 
 
 def rank_coordinates(vllm_config: VllmConfig) -> RankCoordinates:
@@ -94,30 +107,6 @@ def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
     if snapshot := _HUB_SNAPSHOT.search(os.path.abspath(model_config.model)):
         return snapshot["name"].replace("--", "/"), snapshot["revision"]
     return "", ""
-
-
-def _fingerprint(model_config: ModelConfig, download_dir: str | None) -> str:
-    try:
-        directory = _checkpoint_directory(model_config, download_dir)
-        return checkpoint_fingerprint(directory) if directory else ""
-    except OSError as error:
-        logger.warning("the checkpoint of %s cannot be fingerprinted: %s", model_config.model, error)
-        return ""
-
-
-def _checkpoint_directory(model_config: ModelConfig, download_dir: str | None) -> str:
-    """Where the weight files are if they are on this host, else empty. Asks no hub."""
-    if Path(model_config.model).is_dir():
-        return str(model_config.model)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        revision = str(model_config.revision) if model_config.revision else None
-        config = try_to_load_from_cache(model_config.model, "config.json", cache_dir=download_dir, revision=revision)
-    except HFValidationError:  # an address in object storage, for example
-        return ""
-    return str(Path(config).parent) if isinstance(config, str) else ""
 
 
 def _load_options(vllm_config: VllmConfig) -> str:

@@ -435,6 +435,11 @@ NULL = "no\0\r\n\x1b[2Jthing\u2028\u202e"
 WRONG_CONTENTS: dict[str, tuple[str, Message, str]] = {
     "a transport that was not offered": ("Join", accepting("memory"), "'memory', which was not offered"),
     "a transport that is none": ("Join", accepting(NULL), "which was not offered"),
+    "another checkpoint": (
+        "Join",
+        msgspec.structs.replace(accepting(), fingerprint=NULL),
+        "it accepted, but serves a checkpoint with the fingerprint no????[2Jthing??",
+    ),
     "no digests": ("Join", Accept(SESSION, 1, "tcp", {}), "it has no digests"),
     "digests of an unknown kind": ("Join", accepting(verification=Verification(NULL)), "expected 'xxh3_128'"),
     "digests that need a token": ("Join", accepting(verification=Verification(GMAC, bytes(64))), "expected 'xxh3_128'"),
