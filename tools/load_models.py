@@ -12,6 +12,7 @@ was loaded is held, and serves its weights, until the next load or the end of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -20,7 +21,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -56,9 +57,16 @@ class Loads:
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
         "directly" it is the loader's `load_weights` on the model in use.
 
+        With "replace_while_reading": [new, old] a load or a reload that reads the disk finds that the file `new` takes
+        the place of `old` after the first tensor.
+
         {"call": name, "arguments": {...}} calls that method of the engine that is held. {"ask": prompts} lets it
         answer; the result has the answers.
         """
+        with _replaced_while_reading(*request.get("replace_while_reading", ())):
+            return self._answer(request)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if "call" in request:
             getattr(self._engine, request["call"])(**request.get("arguments", {}))
             return {}
@@ -112,6 +120,29 @@ class Loads:
                     setattr(vllm_config.parallel_config, name, value)
                 self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
         return observer.result
+
+
+@contextlib.contextmanager
+def _replaced_while_reading(*files: str) -> Iterator[None]:
+    """os.replace(*files), if there are any, as soon as vLLM's loader has read a tensor from disk."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    original = DefaultModelLoader.get_all_weights
+
+    def get_all_weights(loader: Any, *arguments: Any) -> Iterator[Any]:
+        weights = original(loader, *arguments)
+        for first in weights:
+            yield first
+            os.replace(*files)
+            break
+        yield from weights
+
+    if files:
+        DefaultModelLoader.get_all_weights = get_all_weights
+    try:
+        yield
+    finally:
+        DefaultModelLoader.get_all_weights = original
 
 
 def _load_weights_directly(worker: Any, weights_path: str) -> None:

@@ -10,12 +10,21 @@ import checkpoints
 import loaders
 import pytest
 from fetch_model import fetch_model
+from hub import Hub
 from loaders import Load, Loader, Pool, processor
 
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("loads"))
+def hub() -> Iterator[Hub]:
+    """The hub of all processes: none asks another one."""
+    with Hub().running() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Pool]:
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path_factory.mktemp("hub")), "HF_HUB_OFFLINE": "0"}
+    pool = Pool(tmp_path_factory.mktemp("loads"), environment=environment)
     yield pool
     pool.end()
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +201,17 @@ class Loader:
         error: str = reply["error"]
         return error
 
-    def reload(self, prompts: list[Any] | None = None, *, directly: bool = False, **arguments: Any) -> None:
+    def reload(
+        self,
+        prompts: list[Any] | None = None,
+        *,
+        directly: bool = False,
+        replace_while_reading: Sequence[str] = (),
+        **arguments: Any,
+    ) -> None:
         """Begins vLLM's `reload_weights`, or the loader's `load_weights`; `finish_loading` or `fails_with` waits."""
         asking = {"directly": directly} if prompts is None else {"directly": directly, "prompts": prompts}
-        self.process.ask({"reload": arguments, **asking})
+        self.process.ask({"reload": arguments, "replace_while_reading": replace_while_reading, **asking})
 
     def call(self, method: str, **arguments: Any) -> None:
         """Of the engine that is held. Returns when that has returned; fails the test, with the log, if it failed."""
