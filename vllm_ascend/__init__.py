@@ -11,10 +11,18 @@ def register() -> str | None:
 
 
 def register_netloader() -> None:
-    """`vllm.general_plugins` entry point: makes ``--load-format netloader`` known to vLLM in every process."""
-    from vllm_ascend.model_loader.netloader import register_netloader as register_load_format
+    """`vllm.general_plugins` entry point: makes ``--load-format netloader`` known to vLLM in every process.
 
-    register_load_format()
+    Raises nothing, which would end the process, whatever it loads.
+    """
+    try:
+        from vllm_ascend.model_loader.netloader import register_netloader as register_load_format
+
+        register_load_format()
+    except Exception as error:
+        import logging
+
+        logging.getLogger(__name__).warning("there is no load format netloader: %s: %s", type(error).__name__, error)
 
 
 def _has_npu() -> bool:

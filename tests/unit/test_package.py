@@ -93,7 +93,7 @@ def imported_siblings(module: str) -> set[str]:
 
 LAYERS: list[set[str]] = [
     {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
-    {"config", "files", "fingerprint", "identity", "replicas", "resolution"},
+    {"config", "files", "fingerprint", "identity", "installation", "replicas", "resolution"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
     {"memory"},
     {"arena", "channel", "digests", "live"},
@@ -106,6 +106,7 @@ LAYERS: list[set[str]] = [
     {"rehearsal", "reload"},
     {"load"},
     {"loader"},
+    {"registration"},
     {NETLOADER},
 ]
 """Each module imports only from the layers above it in this list."""
@@ -150,6 +151,7 @@ BOTTOM: dict[str, set[str]] = {
     "manifest": {"errors", "identity"},
     "attributes": {"errors"},
     "files": {"errors"},
+    "installation": {"errors"},
     "listening": {"endpoint", "errors", "resolution"},
     "access": {"config", "errors", "files"},
     "digests": {"access", "errors", "manifest", "memory", "pacing"},
@@ -191,8 +193,8 @@ VLLM = {
     "rehearsal",
     "reload",
     "takeover",
+    "registration",
     "vllm_identity",
-    NETLOADER,
     "vllm_ascend.distributed.gather",
     "vllm_ascend.distributed.process_group",
 }

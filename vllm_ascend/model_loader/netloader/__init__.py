@@ -5,13 +5,10 @@ from __future__ import annotations
 
 def register_netloader() -> None:
     """Makes ``--load-format netloader`` known to vLLM and lets this package log like vLLM. Idempotent."""
-    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
-
-    from vllm_ascend.model_loader.netloader.loader import NetLoader
+    from vllm_ascend.model_loader.netloader.registration import register
 
     _log_like_vllm()
-    if _LOAD_FORMAT_TO_MODEL_LOADER.get("netloader") is not NetLoader:
-        register_model_loader("netloader")(NetLoader)
+    register()
 
 
 def _log_like_vllm() -> None:

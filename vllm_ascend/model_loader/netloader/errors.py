@@ -2,6 +2,7 @@
 
     NetloaderError
       ConfigError            the user's configuration is wrong: stop the start
+      BrokenInstallation     a package that is needed cannot be imported: stop the start
       UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
       CheckpointChanged      what was read from disk may be a mixture: do not serve it
       ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
@@ -28,6 +29,10 @@ class NetloaderError(Exception):
 
 class ConfigError(NetloaderError, ValueError):
     """A key or value in the configuration is not allowed."""
+
+
+class BrokenInstallation(NetloaderError, ImportError):
+    """Netloader was asked for and cannot be imported."""
 
 
 class UnsupportedModel(NetloaderError):
