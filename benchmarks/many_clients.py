@@ -53,7 +53,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.client_session import Terms
-from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
@@ -225,7 +225,7 @@ def synthetic_arena(nbytes: int) -> Arena:
 def synthetic_publication(arena: Arena, token: bytes | None = None) -> Publication:
     """All digests are made, as they are in an instance that runs for a while."""
     manifest = synthetic_manifest(arena.nbytes)
-    digests = StoreDigests(arena.reader(), Algorithm.of_new_store(token))
+    digests = StoreDigests(arena.reader())
     digests.part(0, arena.nbytes)
     return Publication(IDENTITY, RankCoordinates(), WeightStore(manifest, arena, 1, digests=digests))
 

@@ -61,7 +61,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.channel import Deadline
 from vllm_ascend.model_loader.netloader.client import Client, inquire
 from vllm_ascend.model_loader.netloader.client_session import Terms
-from vllm_ascend.model_loader.netloader.config import MIN_BANDWIDTH
+from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.manifest import Manifest
@@ -135,7 +135,7 @@ def main() -> None:
                 cases = [*cases_of(options.clients, instance.address, "")]
                 cases += cases_of(options.clients, f"{HOST}:{other.do('ports')['netloader']}", ", another process")
                 uncapped = measure(instance, [Case(IDLE, 0, ""), *cases], pullers, options.tokens, options.rounds)
-        limit = max(int(link / 4), MIN_BANDWIDTH)
+        limit = max(int(link / 4), LEAST_LIMIT)
         with Streaming("capped", model, directory, {"MAX_BANDWIDTH": limit}) as instance:
             instance.wait_until_ready(progress("with MAX_BANDWIDTH"))
             _, paced = probe(pullers[0], instance.address)

@@ -62,7 +62,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client, inquire
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
-from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
@@ -554,9 +554,9 @@ def publish(servers: Mapping[str, WeightServer], setting: Setting, edition: int)
         with arena.writable() as data:
             data[:] = contents(edition, setting.nbytes)
         arena.seal()
-        for listener, server in servers.items():
+        for server in servers.values():
             pages = Arena.adopt(os.dup(arena.descriptor), setting.nbytes)
-            digests = StoreDigests(pages.reader(), Algorithm.of_new_store(setting.access(listener).token))
+            digests = StoreDigests(pages.reader())
             digests.make_ahead()
             generation, attributes = server.next_generation(IDENTITY.role), {"edition": edition}
             store = WeightStore(setting.manifest, pages, generation, attributes, digests)

@@ -26,7 +26,7 @@ def test_only_instances_of_the_deployment_exchange_weights(
     client = load(untied, {**asking, **both, "FALLBACK": "error"})
     stranger = load(untied, asking)
     assert client.finish_loading().digests == server.digests
-    assert client.report["verified"] == "aes256_gmac"
+    assert client.report["verified"] == "blake3"
     assert client.report["received"] == {server.address: client.report["bytes"]}
 
     assert stranger.finish_loading().report["outcome"] == "disk"

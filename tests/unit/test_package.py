@@ -13,7 +13,7 @@ import vllm_ascend
 
 ROOT = Path(vllm_ascend.__file__).parent
 NETLOADER = "vllm_ascend.model_loader.netloader"
-HEAVY = {"torch", "torch_npu", "vllm", "msgspec", "numpy", "tqdm", "transformers", "cryptography", "xxhash"}
+HEAVY = {"torch", "torch_npu", "vllm", "msgspec", "numpy", "tqdm", "transformers", "blake3"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -93,14 +93,17 @@ def imported_siblings(module: str) -> set[str]:
 
 LAYERS: list[set[str]] = [
     {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
-    {"config", "files", "fingerprint", "identity", "installation", "replicas", "resolution"},
+    {"config", "files", "fingerprint", "identity", "installation", "replicas", "resolution", "route"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
     {"memory"},
     {"arena", "channel", "digests", "live"},
     {"delivery", "greeting", "weights"},
     {"transport.base"},
     {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"}
-    | {"client_session", "server_session"},
+    | {"server_session", "verification"},
+    {"client_session"},
+    {"places"},
+    {"search"},
     {"client", "server", "transport"},
     {"cli", "disk", "serving", "vllm_identity", "takeover"},
     {"rehearsal", "reload"},
@@ -146,6 +149,7 @@ BOTTOM: dict[str, set[str]] = {
     "backoff": set(),
     "replicas": {"endpoint"},
     "resolution": {"endpoint"},
+    "route": {"endpoint"},
     "config": {"endpoint", "errors"},
     "protocol": {"errors", "identity"},
     "manifest": {"errors", "identity"},
@@ -154,7 +158,7 @@ BOTTOM: dict[str, set[str]] = {
     "installation": {"errors"},
     "listening": {"endpoint", "errors", "resolution"},
     "access": {"config", "errors", "files"},
-    "digests": {"access", "errors", "manifest", "memory", "pacing"},
+    "digests": {"manifest", "memory", "pacing"},
     "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol", "resolution"},
     "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
     "vllm_identity": {"errors", "identity", "reading"},
@@ -219,7 +223,7 @@ def test_a_package_is_imported_only_where_it_belongs(module: str) -> None:
     assert "torch" not in packages or name in TORCH or is_platform
     assert "vllm" not in packages or name in VLLM or is_platform
     assert "torch_npu" not in packages or is_platform or module == "vllm_ascend"  # which asks whether there is an NPU
-    assert not packages & {"cryptography", "xxhash"} or name in DIGESTING
+    assert "blake3" not in packages or name in DIGESTING
     if module.startswith("vllm_ascend.distributed"):
         assert imported_siblings(module) <= {"vllm_ascend.distributed"}, (
             "what Netloader uses knows nothing of Netloader"

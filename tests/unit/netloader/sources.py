@@ -13,7 +13,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
-from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.live import LiveMemory
@@ -53,13 +53,13 @@ class Tensors:
     def manifest(self) -> Manifest:
         return Manifest.layout(self.by_name.items())
 
-    def store(self, generation: int = 1, *, token: bytes | None = None, verify: bool = True) -> WeightStore:
+    def store(self, generation: int = 1, *, verify: bool = True) -> WeightStore:
         """A store of these contents that can be served; the caller or a server closes it."""
         memory = self._memory(self.manifest, self.served_on)
         for spec in self.manifest.tensors:
             memory.tensor(spec).copy_(self.by_name[spec.name])
         memory.seal()
-        digests = StoreDigests(memory.reader(), Algorithm.of_new_store(token)) if verify else None
+        digests = StoreDigests(memory.reader()) if verify else None
         return WeightStore(self.manifest, memory, generation, digests=digests)
 
     def allocate(self, manifest: Manifest) -> Memory:
@@ -103,7 +103,7 @@ def serving(
     """A server on a real socket that holds `tensors`; `settings` are further ones of `Settings`."""
     access = access or Access()
     with WeightServer(host, 0, Settings(transports, timeouts, access, **settings)) as server:
-        store = tensors.store(token=access.token, verify=verify)
+        store = tensors.store(verify=verify)
         server.publish(Publication(identity, coordinates or RankCoordinates(), store))
         yield server, Endpoint(host, server.port)
 

@@ -578,6 +578,6 @@ def test_a_model_that_the_host_has_no_memory_for_is_unsupported() -> None:
     manifest = Manifest([floats(1 << 59)])
     gc.collect()
     before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(UnsupportedModel, match=f"no memory for {1 << 61} bytes of weights: .*memory"):
+    with pytest.raises(UnsupportedModel, match=f"no arena for {1 << 61} bytes of weights: .*no more memory"):
         allocate(manifest)
     assert set(os.listdir("/proc/self/fd")) <= before

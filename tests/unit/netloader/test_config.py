@@ -48,6 +48,7 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     "WAIT_TIMEOUT": {"whole": (600, 600.0), "fraction": (0.5, 0.5), "a day": (86400, 86400.0)},
     "VERIFY": {"on": ("on", True), "off": ("off", False)},
     "MAX_CLIENTS": {"lowest": (1, 1), "highest": (256, 256)},
+    "MIN_BANDWIDTH": {"off": (0, 0), "some": (65536, 65536), "highest": (1 << 50, 1 << 50)},
     "MAX_BANDWIDTH": {"lowest": (1 << 20, 1 << 20), "highest": (1 << 50, 1 << 50)},
     "TOKEN_FILE": {"path": ("/run/secrets/netloader", "/run/secrets/netloader")},
     "TLS_CERT": {"path": ("own.pem", "own.pem")},
@@ -73,6 +74,7 @@ SECONDS = "seconds above 0 and at most 86400"
 TEXT = "non-empty string"
 CLIENTS = "number of clients from 1 to 256"
 BANDWIDTH = "number of bytes per second from 1048576 to 1125899906842624"
+LEAST_BANDWIDTH = "a number of bytes per second from 0 to 1125899906842624"
 TRANSPORT = "best first and each once, out of shared_memory, tcp, process_group"
 INVALID: dict[str, dict[str, tuple[Any, str]]] = {
     "SOURCE": {
@@ -158,6 +160,12 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "fraction": (8.0, CLIENTS),
         "text": ("8", CLIENTS),
         "boolean": (True, CLIENTS),
+    },
+    "MIN_BANDWIDTH": {
+        "null": (None, LEAST_BANDWIDTH),
+        "negative": (-1, LEAST_BANDWIDTH),
+        "too high": ((1 << 50) + 1, LEAST_BANDWIDTH),
+        "text": ("64k", LEAST_BANDWIDTH),
     },
     "MAX_BANDWIDTH": {
         "null": (None, BANDWIDTH),

@@ -14,16 +14,21 @@ from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader import delivery as module
 from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Arrival, Chunk, Damaged, Delivery, Inventory
-from vllm_ascend.model_loader.netloader.digests import GMAC, XXH3, Algorithm, Seal
+from vllm_ascend.model_loader.netloader.delivery import (
+    TRIES_PER_CHUNK,
+    Arrival,
+    Chunk,
+    Damaged,
+    Delivery,
+    Inventory,
+    LeastRate,
+    TooSlow,
+)
+from vllm_ascend.model_loader.netloader.digests import digest_of
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
 
 CHUNK, PIECE = 64, 16
-TOKEN = b"the same on all instances"
-PLAIN = Algorithm.named(XXH3, b"", None)
-KEYED = Algorithm.named(GMAC, b"salt of one", TOKEN)
-KEYED_ANEW = Algorithm.named(GMAC, b"salt of another", TOKEN)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,9 +43,8 @@ def content_of(nbytes: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(nbytes)
 
 
-def seal_of(content: bytes, algorithm: Algorithm = PLAIN) -> Seal:
-    places = enumerate(chunks(len(content), CHUNK))
-    return Seal(algorithm, tuple(algorithm.of(memoryview(content)[at : at + n], number) for number, (at, n) in places))
+def digests_of(content: bytes) -> tuple[bytes, ...]:
+    return tuple(digest_of(memoryview(content)[at : at + n]) for at, n in chunks(len(content), CHUNK))
 
 
 def altered(content: bytes, *numbers: int) -> bytes:
@@ -70,8 +74,10 @@ class Receiving:
         self.arena.close()
 
     @contextlib.contextmanager
-    def delivery(self, seal: Seal | None) -> Iterator[Delivery]:
-        delivery = Delivery(self.arena, self.inventory, seal, self._advance, "10.0.0.1:19000")
+    def delivery(self, digests: tuple[bytes, ...] | None, least: LeastRate | None = None) -> Iterator[Delivery]:
+        delivery = Delivery(
+            self.arena, self.inventory, digests, progress=self._advance, source="10.0.0.1:19000", least_rate=least
+        )
         try:
             yield delivery
         finally:
@@ -129,7 +135,7 @@ def test_each_chunk_is_handed_out_once_however_many_take_them(receiving: Receive
                 taken[chunk.number] += 1
             received.bring(delivery, chunk)
 
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         threads = [threading.Thread(target=work, args=(delivery,), daemon=True) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -155,7 +161,7 @@ def test_chunks_that_arrive_damaged_at_several_threads_are_fetched_until_they_pa
             still_damaged[chunk.number] -= 1
             received.bring(delivery, chunk, wrong if still_damaged[chunk.number] >= 0 else None)
 
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         threads = [threading.Thread(target=work, args=(delivery,), daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -170,7 +176,7 @@ def test_chunks_that_arrive_damaged_at_several_threads_are_fetched_until_they_pa
 def test_a_damaged_chunk_returns_to_the_queue(receiving: Receive, caplog: pytest.LogCaptureFixture) -> None:
     content = content_of(3 * CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content)) as delivery, caplog.at_level(logging.WARNING):
+    with received.delivery(digests_of(content)) as delivery, caplog.at_level(logging.WARNING):
         chunk = next_chunk(delivery)
         received.bring(delivery, chunk, altered(content, 0))
         assert (delivery.remaining, delivery.damaged, received.progress) == (3, 1, 0)
@@ -194,7 +200,7 @@ def test_a_chunk_that_is_damaged_too_often_ends_the_delivery_by_name(
 ) -> None:
     content = content_of(2 * CHUNK + 10)
     received = receiving(content)
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         with pytest.raises(Damaged, match=rf"^{re.escape(place)} arrived damaged {TRIES_PER_CHUNK} times$"):
             received.bring_all(delivery, altered(content, number))
         assert delivery.damaged == TRIES_PER_CHUNK
@@ -207,24 +213,22 @@ def test_each_chunk_has_its_own_tries_and_each_source_too(receiving: Receive) ->
     wrong = altered(content, 0, 1, 2, 3)
     received = receiving(content)
     for _ in range(2):
-        with received.delivery(seal_of(content)) as delivery:
+        with received.delivery(digests_of(content)) as delivery:
             for _ in range((TRIES_PER_CHUNK - 1) * 4):
                 chunk = next_chunk(delivery)
                 received.bring(delivery, chunk, wrong)
             assert delivery.damaged == (TRIES_PER_CHUNK - 1) * 4
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         assert sorted(received.bring_all(delivery)) == [0, 1, 2, 3]
     received.assert_complete()
 
 
-@pytest.mark.parametrize("seal", [PLAIN, None], ids=["verified", "not verified"])
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "not verified"])
 @pytest.mark.parametrize("arrived", [0, 1, PIECE, CHUNK - 1])
-def test_a_chunk_of_which_bytes_are_missing_does_not_pass(
-    receiving: Receive, seal: Algorithm | None, arrived: int
-) -> None:
+def test_a_chunk_of_which_bytes_are_missing_does_not_pass(receiving: Receive, verified: bool, arrived: int) -> None:
     content = content_of(CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content, seal) if seal else None) as delivery:
+    with received.delivery(digests_of(content) if verified else None) as delivery:
         chunk = next_chunk(delivery)
         delivery.memory.contents()[:] = content
         arrival = delivery.begin(chunk)
@@ -250,7 +254,7 @@ def test_bytes_are_digested_as_they_come(receiving: Receive) -> None:
     """What is changed in the arena behind the digest is no more seen: the digest has read each byte once."""
     content = content_of(CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         chunk = next_chunk(delivery)
         arrival = delivery.begin(chunk)
         delivery.memory.contents()[:PIECE] = content[:PIECE]
@@ -266,7 +270,7 @@ def test_a_transport_that_leaves_out_a_chunk_is_seen(receiving: Receive, nbytes:
     received = receiving(content)
     count = len(received.inventory.chunks)
     assert count == -(-nbytes // CHUNK)
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         for left in range(count, 0, -1):
             with pytest.raises(ProtocolError, match=f"{left} of {count} chunks did not arrive"):
                 received.inventory.require_complete()
@@ -291,55 +295,43 @@ def change(content: bytes, numbers: set[int]) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(PLAIN, PLAIN), (KEYED, KEYED), (KEYED, KEYED_ANEW), (PLAIN, KEYED)],
-    ids=["no token", "one salt", "another salt", "another algorithm"],
-)
 @given(case=two_sources())
 def test_what_one_source_brought_is_kept_unless_the_next_holds_it_differently(
-    first: Algorithm, second: Algorithm, case: tuple[bytes, set[int], set[int]]
+    case: tuple[bytes, set[int], set[int]],
 ) -> None:
     content, brought, differing = case
     theirs = change(content, differing)
     with contextlib.closing(Receiving(content)) as received:
-        with received.delivery(seal_of(content, first)) as delivery:
+        with received.delivery(digests_of(content)) as delivery:
             while chunk := delivery.take():
                 if chunk.number in brought:
                     received.bring(delivery, chunk)
         assert received.progress == sum(chunk.length for chunk in received.inventory.chunks if chunk.number in brought)
         received.content = theirs
         everything = {chunk.number for chunk in received.inventory.chunks}
-        with received.delivery(seal_of(theirs, second)) as delivery:
+        with received.delivery(digests_of(theirs)) as delivery:
             assert set(received.bring_all(delivery)) == everything - (brought - differing)
         assert received.progress == len(content)
         received.assert_complete()
 
 
-def test_with_the_same_algorithm_and_salt_digests_are_compared_and_bytes_are_not_read(receiving: Receive) -> None:
+def test_digests_are_compared_and_bytes_are_not_read_again(receiving: Receive) -> None:
     content = content_of(3 * CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content, KEYED)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         received.bring_all(delivery)
         delivery.memory.contents()[:] = bytes(len(content))
-        assert received.inventory.missing(delivery.memory.contents(), seal_of(content, KEYED)) == []
-        missing = received.inventory.missing(delivery.memory.contents(), seal_of(content, KEYED_ANEW))
-        assert [chunk.number for chunk in missing] == [
-            0,
-            1,
-            2,
-        ]
+        assert received.inventory.missing(digests_of(content)) == []
 
 
-@pytest.mark.parametrize("other", [PLAIN, KEYED_ANEW], ids=["same salt", "another salt"])
-def test_a_source_that_differs_in_one_chunk_brings_exactly_that_one(receiving: Receive, other: Algorithm) -> None:
+def test_a_source_that_differs_in_one_chunk_brings_exactly_that_one(receiving: Receive) -> None:
     content = content_of(5 * CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content, PLAIN if other is PLAIN else KEYED)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         received.bring_all(delivery)
     theirs = altered(content, 3)
     received.content = theirs
-    with received.delivery(seal_of(theirs, other)) as delivery:
+    with received.delivery(digests_of(theirs)) as delivery:
         assert received.progress == 4 * CHUNK
         assert received.bring_all(delivery) == [3]
         assert delivery.received == CHUNK
@@ -347,15 +339,13 @@ def test_a_source_that_differs_in_one_chunk_brings_exactly_that_one(receiving: R
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(PLAIN, None), (None, PLAIN), (None, None)], ids=["then not", "then", "never"]
+    ("first", "second"), [(True, False), (False, True), (False, False)], ids=["then not", "then", "never"]
 )
-def test_what_cannot_be_compared_is_fetched_again(
-    receiving: Receive, first: Algorithm | None, second: Algorithm | None
-) -> None:
+def test_what_cannot_be_compared_is_fetched_again(receiving: Receive, first: bool, second: bool) -> None:
     content = content_of(3 * CHUNK)
     received = receiving(content)
-    for algorithm in (first, second):
-        with received.delivery(seal_of(content, algorithm) if algorithm is not None else None) as delivery:
+    for verified in (first, second):
+        with received.delivery(digests_of(content) if verified else None) as delivery:
             assert received.progress == 0
             assert received.bring_all(delivery) == [0, 1, 2]
         assert received.progress == len(content)
@@ -365,8 +355,8 @@ def test_what_cannot_be_compared_is_fetched_again(
 def test_chunks_of_several_sources_are_all_kept(receiving: Receive) -> None:
     content = content_of(4 * CHUNK)
     received = receiving(content)
-    for number, algorithm in enumerate((PLAIN, KEYED, KEYED_ANEW, PLAIN)):
-        with received.delivery(seal_of(content, algorithm)) as delivery:
+    for number in range(4):
+        with received.delivery(digests_of(content)) as delivery:
             assert received.progress == number * CHUNK
             chunk = next_chunk(delivery)
             assert (chunk.number, delivery.remaining) == (number, 3 - number)
@@ -377,13 +367,13 @@ def test_chunks_of_several_sources_are_all_kept(receiving: Receive) -> None:
 def test_progress_takes_back_what_a_source_did_not_bring_to_its_end(receiving: Receive) -> None:
     content = content_of(3 * CHUNK)
     received = receiving(content)
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         chunk = next_chunk(delivery)
         received.bring(delivery, chunk)
         chunk = next_chunk(delivery)
         delivery.begin(chunk).advance(PIECE + 1)
         assert received.progress == CHUNK + PIECE + 1
-    with received.delivery(seal_of(content)) as delivery:
+    with received.delivery(digests_of(content)) as delivery:
         assert received.progress == CHUNK
         assert received.bring_all(delivery) == [1, 2]
     assert received.progress == len(content)
@@ -439,10 +429,9 @@ class Connection:
         return True
 
 
-@pytest.mark.parametrize("algorithm", [PLAIN, KEYED], ids=["xxh3", "gmac"])
 @given(case=arrivals())
 def test_in_whatever_order_bytes_arrive_all_are_there_and_right(
-    algorithm: Algorithm, case: tuple[int, list[tuple[int, int, bool]], dict[int, int]]
+    case: tuple[int, list[tuple[int, int, bool]], dict[int, int]],
 ) -> None:
     nbytes, steps, damaged = case
     content = content_of(nbytes)
@@ -450,7 +439,7 @@ def test_in_whatever_order_bytes_arrive_all_are_there_and_right(
         left_damaged = Counter(damaged)
         lengths = {chunk.number: chunk.length for chunk in received.inventory.chunks}
         damaged_bytes = sum(lengths[number] * times for number, times in damaged.items() if number in lengths)
-        with received.delivery(seal_of(content, algorithm)) as delivery:
+        with received.delivery(digests_of(content)) as delivery:
             connections = [Connection(delivery, content, left_damaged) for _ in range(4)]
             for who, count, finish_at_once in steps:
                 connections[who].step(count, finish_at_once)
@@ -460,3 +449,78 @@ def test_in_whatever_order_bytes_arrive_all_are_there_and_right(
             assert delivery.received == nbytes + damaged_bytes
         assert received.progress == nbytes
         received.assert_complete()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def drip(least: LeastRate, clock: Clock, nbytes: int, seconds: float) -> None:
+    for _ in range(int(seconds)):
+        clock.now += 1.0
+        least.note(nbytes)
+
+
+@pytest.mark.parametrize(("per_second", "is_left"), [(1, True), (99, True), (100, False), (10_000, False)])
+def test_a_source_that_drips_is_left_after_the_window(per_second: int, is_left: bool) -> None:
+    clock = Clock()
+    least = LeastRate(100, 30.0, clock=clock)
+    drip(least, clock, per_second, 29)
+    if is_left:
+        with pytest.raises(TooSlow, match=f"it sent {30 * per_second} bytes in 30 s: less than MIN_BANDWIDTH, 100 "):
+            drip(least, clock, per_second, 1)
+    else:
+        drip(least, clock, per_second, 300)
+
+
+def test_a_source_that_begins_to_drip_is_left_one_window_later_whatever_it_sent_before() -> None:
+    clock = Clock()
+    least = LeastRate(100, 30.0, clock=clock)
+    drip(least, clock, 1_000_000, 45)
+    with pytest.raises(TooSlow):
+        drip(least, clock, 1, 60)
+    assert clock.now <= 45 + 2 * 30 + 1
+
+
+def test_a_source_that_drips_is_kept_for_as_long_as_there_is_no_other_way() -> None:
+    clock, others = Clock(), list[str]()
+    least = LeastRate(100, 30.0, lambda: bool(others), clock)
+    drip(least, clock, 1, 1000)
+    others.append("another source")
+    with pytest.raises(TooSlow):
+        drip(least, clock, 1, 31)
+
+
+def test_a_rate_of_zero_leaves_nobody() -> None:
+    clock = Clock()
+    drip(LeastRate(0, 30.0, clock=clock), clock, 0, 1000)
+
+
+def test_a_delivery_that_is_too_slow_fails_where_its_bytes_arrive(receiving: Receive) -> None:
+    content, clock = content_of(2 * CHUNK), Clock()
+    received = receiving(content)
+    with received.delivery(digests_of(content), LeastRate(100, 30.0, clock=clock)) as delivery:
+        arrival = delivery.begin(next_chunk(delivery))
+        arrival.advance(1)
+        clock.now = 31.0
+        with pytest.raises(TooSlow):
+            arrival.advance(1)
+
+
+def test_a_delivery_that_is_broken_off_hands_out_nothing_more_and_takes_in_what_is_on_its_way(
+    receiving: Receive,
+) -> None:
+    content = content_of(3 * CHUNK)
+    received = receiving(content)
+    with received.delivery(digests_of(content)) as delivery:
+        chunk = next_chunk(delivery)
+        delivery.break_off()
+        assert delivery.take() is None
+        received.bring(delivery, chunk)
+        assert not delivery.over.is_set()
+    assert delivery.over.is_set()
+    assert [chunk.number for chunk in received.inventory.missing(digests_of(content))] == [1, 2]

@@ -27,6 +27,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Announce,
     AskDigests,
     Attach,
+    Attached,
     Challenge,
     Confirm,
     Conversation,
@@ -46,7 +47,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Role,
     State,
     Status,
-    Verification,
     Wait,
     Welcome,
     frame,
@@ -69,6 +69,7 @@ SESSION = bytes(range(16))
 CHALLENGE = bytes(range(32, 64))
 PROOF = bytes(range(64, 96))
 DIGEST = bytes(range(96, 112))
+ROOT = "5eed" * 16
 ATTRIBUTES = {"has_own_lm_head": True, "layers.0.rank": -7, "ratio": 0.5, "note": "draft", "window": None}
 
 SAID_BY: dict[Role, tuple[Message, ...]] = {
@@ -87,7 +88,8 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
     SERVER: (
         Challenge(CHALLENGE),
         Welcome(proof=PROOF),
-        Wait(5, (":19001", "node-4:19001")),
+        Wait(5, (":19001", "node-4:19001"), ROOT, "f00d"),
+        Attached(),
         Accept(
             SESSION,
             3,
@@ -95,7 +97,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             {"host": "10.0.0.1", "port": 40000},
             ATTRIBUTES,
             "f00d",
-            Verification("aes256_gmac", DIGEST),
+            "blake3",
         ),
         Digests((DIGEST, bytes(16))),
         Refuse(
@@ -104,7 +106,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             b"\x92\x90\x90",
             (":19001", "node-3:19001"),
         ),
-        Confirm(3, DIGEST),
+        Confirm(3, ROOT),
         End("its weights were replaced by new ones"),
         Status(
             (Holding("target", IDENTITY, RANK, 291, 1 << 34, 3),),
@@ -125,7 +127,7 @@ TABLE: dict[tuple[State, Role], dict[type[Message], State]] = {
     (State.PROVING, SERVER): {Welcome: State.READY, Refuse: State.ENDED},
     (State.READY, CLIENT): {
         Join: State.JOINING,
-        Attach: State.DATA,
+        Attach: State.ATTACHING,
         Inquire: State.INQUIRING,
         Announce: State.ENDED,
     },
@@ -140,6 +142,7 @@ TABLE: dict[tuple[State, Role], dict[type[Message], State]] = {
     (State.DIGESTING, SERVER): {Digests: State.TRANSFER, End: State.ENDED},
     (State.CONFIRMING, SERVER): {Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, SERVER): {Status: State.READY},
+    (State.ATTACHING, SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, CLIENT): {Fetch: State.DATA},
 }
 """Who may say what, and where it leads. In START and TRANSFER, either side may speak; in ENDED, nobody."""
@@ -208,7 +211,8 @@ WAYS: dict[State, tuple[type[Message], ...]] = {
     State.DIGESTING: (Hello, Welcome, Join, Accept, AskDigests),
     State.CONFIRMING: (Hello, Welcome, Join, Accept, Done),
     State.INQUIRING: (Hello, Welcome, Inquire),
-    State.DATA: (Hello, Welcome, Attach),
+    State.ATTACHING: (Hello, Welcome, Attach),
+    State.DATA: (Hello, Welcome, Attach, Attached),
     State.ENDED: (Hello, Welcome, Join, Refuse),
 }
 
@@ -319,13 +323,13 @@ def test_a_visitor_inquires_as_often_as_it_likes_and_may_then_join() -> None:
 
 
 def test_a_data_connection_fetches_without_end() -> None:
-    pair = Pair().say(Hello, Welcome, Attach, Fetch, Fetch)
+    pair = Pair().say(Hello, Welcome, Attach, Attached, Fetch, Fetch)
     pair.client(Fetch(0, FETCH_LIMIT))
     assert pair.state is State.DATA
 
 
 def test_requests_may_be_sent_ahead() -> None:
-    pair = Pair().say(Hello, Welcome, Attach)
+    pair = Pair().say(Hello, Welcome, Attach, Attached)
     requests = [Fetch(offset, 10) for offset in range(0, 100, 10)]
     server = pair.ends[SERVER]
     server.feed(b"".join(pair.ends[CLIENT].send(request) for request in requests))
@@ -379,7 +383,7 @@ def test_requests_sent_ahead_may_be_cut_anywhere(key: bytes | None) -> None:
 
     def attached() -> Pair:
         pair = Pair().say(*GREETING)
-        return (pair.authenticate(key) if key is not None else pair).say(Attach)
+        return (pair.authenticate(key) if key is not None else pair).say(Attach, Attached)
 
     stream = b"".join(map(attached().ends[CLIENT].send, requests))
     for offset in range(len(stream) + 1):
@@ -488,14 +492,12 @@ NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
     "too many digests asked for": (CLIENT, having(EXAMPLES[AskDigests], count=DIGESTS_LIMIT + 1)),
     "digests that are text": (SERVER, having(DIGESTS, digests=["d1835"])),
     "a digest too long": (SERVER, having(DIGESTS, digests=[bytes(65)])),
-    "a digest of the whole too long": (SERVER, having(EXAMPLES[Confirm], digest=bytes(65))),
-    "a verification of two": (SERVER, having(ACCEPT, verification=["xxh3_128", b""])),
-    "a verification with an unknown field": (
-        SERVER,
-        having(ACCEPT, verification={"algorithm": "xxh3_128", "salt": b"", "key": b""}),
-    ),
-    "a verification by nothing": (SERVER, having(ACCEPT, verification={"salt": b""})),
-    "a salt too long": (SERVER, having(ACCEPT, verification={"algorithm": "aes256_gmac", "salt": bytes(65)})),
+    "a root too long": (SERVER, having(EXAMPLES[Confirm], root="x" * 4097)),
+    "a root of bytes": (SERVER, having(EXAMPLES[Confirm], root=bytes(32))),
+    "a promised root too long": (SERVER, having(WAIT, root="x" * 4097)),
+    "a promised fingerprint too long": (SERVER, having(WAIT, fingerprint="x" * 4097)),
+    "a kind of digest too long": (SERVER, having(ACCEPT, digest="x" * 4097)),
+    "a kind of digest that is a number": (SERVER, having(ACCEPT, digest=3)),
     "an end without a reason": (SERVER, without(EXAMPLES[End], "reason")),
     "a reason to end too long": (SERVER, having(EXAMPLES[End], reason="x" * 4097)),
     "an announced session too short": (CLIENT, having(EXAMPLES[Announce], session=bytes(15))),
@@ -528,7 +530,7 @@ NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
     "differences without end": (SERVER, cut_after(REFUSE, b"differences") + HUGE_ARRAY),
     "a manifest without end": (SERVER, cut_after(REFUSE, b"manifest") + HUGE_BYTES),
     "digests without end": (SERVER, cut_after(DIGESTS, b"\xa7digests") + HUGE_ARRAY),
-    "a digest without end": (SERVER, cut_after(EXAMPLES[Confirm], b"digest") + HUGE_BYTES),
+    "a root without end": (SERVER, cut_after(EXAMPLES[Confirm], b"root") + HUGE_BYTES),
     "a proof without end": (CLIENT, cut_after(EXAMPLES[Prove], b"proof") + HUGE_BYTES),
     "referrals without end": (SERVER, cut_after(WAIT, b"referrals") + HUGE_ARRAY),
     "parameters without end": (SERVER, cut_after(ACCEPT, b"parameters") + HUGE_MAP),
@@ -700,7 +702,7 @@ def test_the_tags_stay_the_same_within_a_version() -> None:
     pair = Pair().say(*GREETING).authenticate(KEY)
     assert pair.ends[CLIENT].send(EXAMPLES[Inquire])[-TAG_BYTES:].hex() == "8fcd9c0d8fde6b5088dd4f179ed1cefd"
     pair = Pair().say(*GREETING, Join).authenticate(KEY)
-    assert pair.ends[SERVER].send(EXAMPLES[Wait])[-TAG_BYTES:].hex() == "15a8cd3cd7a742abe018fd738cdcf607"
+    assert pair.ends[SERVER].send(EXAMPLES[Wait])[-TAG_BYTES:].hex() == "340bf854dacbd9f43fe573dbd63dea9e"
 
 
 def test_authenticated_frames_are_understood_in_their_order(overheard: Overheard) -> None:
@@ -920,69 +922,78 @@ TestTwoPeersNeverDisagreeOnTheState = TwoPeers.TestCase
 
 GOLDEN: dict[type[Message], str] = {
     Hello: (
-        "83a474797065a548656c6c6fa870726f746f636f6c01a96368616c6c656e6765c420202122232425262728292a2b2c2d"
-        "2e2f303132333435363738393a3b3c3d3e3f"
+        "83a474797065a548656c6c6fa870726f746f636f6c01a96368616c6c656e6765c420202122232425262728292a2b2c2d2e2f"
+        "303132333435363738393a3b3c3d3e3f"
     ),
     Prove: ("82a474797065a550726f7665a570726f6f66c420404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f"),
     Join: (
-        "85a474797065a44a6f696ea86964656e746974798ba46e616d65a96f72672f6d6f64656cac6172636869746563747572"
-        "65b04c6c616d61466f7243617573616c4c4dad636f6e6669675f646967657374a6633066666565a56474797065a862666c6f6174"
-        "3136ac6e616d655f69735f70617468c2a87265766973696f6ea46d61696eac7175616e74697a6174696f6ea3667038ab66696e67"
-        "65727072696e74a466303064a4726f6c65a6746172676574ac6c6f61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c"
-        "6da6302e33322e30ab636f6f7264696e6174657389a774705f72616e6b01a774705f73697a6502a770705f72616e6b00a770705f"
-        "73697a6501a87063705f72616e6b00a87063705f73697a6501a765705f72616e6b00a765705f73697a6501b06578706572745f70"
-        "6c6163656d656e74a0af6d616e69666573745f646967657374a56431383335a66f66666572739282a97472616e73706f7274ad73"
-        "68617265645f6d656d6f7279a573636f7065a8626f6f742f342f3782a97472616e73706f7274a3746370a573636f7065a0"
+        "85a474797065a44a6f696ea86964656e746974798ba46e616d65a96f72672f6d6f64656cac617263686974656374757265b0"
+        "4c6c616d61466f7243617573616c4c4dad636f6e6669675f646967657374a6633066666565a56474797065a862666c6f6174"
+        "3136ac6e616d655f69735f70617468c2a87265766973696f6ea46d61696eac7175616e74697a6174696f6ea3667038ab6669"
+        "6e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f61645f6f7074696f6e73a0a876657273696f6e7381"
+        "a4766c6c6da6302e33322e30ab636f6f7264696e6174657389a774705f72616e6b01a774705f73697a6502a770705f72616e"
+        "6b00a770705f73697a6501a87063705f72616e6b00a87063705f73697a6501a765705f72616e6b00a765705f73697a6501b0"
+        "6578706572745f706c6163656d656e74a0af6d616e69666573745f646967657374a56431383335a66f66666572739282a974"
+        "72616e73706f7274ad7368617265645f6d656d6f7279a573636f7065a8626f6f742f342f3782a97472616e73706f7274a374"
+        "6370a573636f7065a0"
     ),
-    AskDigests: "83a474797065aa41736b44696765737473a56669727374cd012ca5636f756e7440",
-    Done: "81a474797065a4446f6e65",
-    Leave: "82a474797065a54c65617665a6726561736f6eb4746865207472616e73706f7274206661696c6564",
+    AskDigests: ("83a474797065aa41736b44696765737473a56669727374cd012ca5636f756e7440"),
+    Done: ("81a474797065a4446f6e65"),
+    Leave: ("82a474797065a54c65617665a6726561736f6eb4746865207472616e73706f7274206661696c6564"),
     Announce: ("83a474797065a8416e6e6f756e6365a773657373696f6ec410000102030405060708090a0b0c0d0e0fa4706f7274cd4a39"),
-    Attach: "82a474797065a6417474616368a773657373696f6ec410000102030405060708090a0b0c0d0e0f",
-    Fetch: "83a474797065a54665746368a66f6666736574cf0000000200000000a66c656e677468cd1000",
-    Inquire: "81a474797065a7496e7175697265",
+    Attach: ("82a474797065a6417474616368a773657373696f6ec410000102030405060708090a0b0c0d0e0f"),
+    Fetch: ("83a474797065a54665746368a66f6666736574cf0000000200000000a66c656e677468cd1000"),
+    Inquire: ("81a474797065a7496e7175697265"),
     Challenge: (
-        "83a474797065a94368616c6c656e6765a96368616c6c656e6765c420202122232425262728292a2b2c2d2e2f30313233"
-        "3435363738393a3b3c3d3e3fa870726f746f636f6c01"
+        "83a474797065a94368616c6c656e6765a96368616c6c656e6765c420202122232425262728292a2b2c2d2e2f303132333435"
+        "363738393a3b3c3d3e3fa870726f746f636f6c01"
     ),
     Welcome: (
-        "83a474797065a757656c636f6d65a870726f746f636f6c01a570726f6f66c420404142434445464748494a4b4c4d4e4f"
-        "505152535455565758595a5b5c5d5e5f"
+        "83a474797065a757656c636f6d65a870726f746f636f6c01a570726f6f66c420404142434445464748494a4b4c4d4e4f5051"
+        "52535455565758595a5b5c5d5e5f"
     ),
-    Wait: ("83a474797065a457616974a5616865616405a9726566657272616c7392a63a3139303031ac6e6f64652d343a3139303031"),
+    Wait: (
+        "85a474797065a457616974a5616865616405a9726566657272616c7392a63a3139303031ac6e6f64652d343a3139303031a4"
+        "726f6f74d9403565656435656564356565643565656435656564356565643565656435656564356565643565656435656564"
+        "3565656435656564356565643565656435656564ab66696e6765727072696e74a466303064"
+    ),
+    Attached: ("81a474797065a84174746163686564"),
     Accept: (
-        "88a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
-        "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
-        "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e72616e6b"
-        "f9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a466303064"
-        "ac766572696669636174696f6e82a9616c676f726974686dab6165733235365f676d6163a473616c74c410606162636465666768"
-        "696a6b6c6d6e6f"
+        "88a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e65726174696f6e"
+        "03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
+        "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e7261"
+        "6e6bf9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a4"
+        "66303064a6646967657374a6626c616b6533"
     ),
     Digests: (
-        "82a474797065a744696765737473a76469676573747392c410606162636465666768696a6b6c6d6e6fc4100000000000"
-        "0000000000000000000000"
+        "82a474797065a744696765737473a76469676573747392c410606162636465666768696a6b6c6d6e6fc41000000000000000"
+        "000000000000000000"
     ),
     Refuse: (
-        "85a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e"
-        "6365739193a874656e736f722077a8696e7438205b325da0a86d616e6966657374c403929090a9726566657272616c7392a63a31"
+        "85a474797065a6526566757365a6726561736f6eb27468652074656e736f727320646966666572ab646966666572656e6365"
+        "739193a874656e736f722077a8696e7438205b325da0a86d616e6966657374c403929090a9726566657272616c7392a63a31"
         "39303031ac6e6f64652d333a3139303031"
     ),
-    Confirm: ("83a474797065a7436f6e6669726daa67656e65726174696f6e03a6646967657374c410606162636465666768696a6b6c6d6e6f"),
+    Confirm: (
+        "83a474797065a7436f6e6669726daa67656e65726174696f6e03a4726f6f74d9403565656435656564356565643565656435"
+        "6565643565656435656564356565643565656435656564356565643565656435656564356565643565656435656564"
+    ),
     End: (
-        "82a474797065a3456e64a6726561736f6ed92569747320776569676874732077657265207265706c6163656420627920"
-        "6e6577206f6e6573"
+        "82a474797065a3456e64a6726561736f6ed92569747320776569676874732077657265207265706c61636564206279206e65"
+        "77206f6e6573"
     ),
     Status: (
-        "86a474797065a6537461747573a8686f6c64696e67739186a4726f6c65a6746172676574a86964656e746974798ba46e"
-        "616d65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
-        "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6ea46d"
-        "61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a6746172676574ac6c6f"
-        "61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c6da6302e33322e30ab636f6f7264696e6174657389a774705f7261"
-        "6e6b01a774705f73697a6502a770705f72616e6b00a770705f73697a6501a87063705f72616e6b00a87063705f73697a6501a765"
-        "705f72616e6b00a765705f73697a6501b06578706572745f706c6163656d656e74a0a774656e736f7273cd0123a66e6279746573"
-        "cf0000000400000000aa67656e65726174696f6e03a873657373696f6e7302aa7472616e73706f72747392ad7368617265645f6d"
-        "656d6f7279a3746370a86465636c696e656481a56472616674d93a6c6f6164696e6720736574207461626c652c20776869636820"
-        "63616e6e6f7420626520746f6c6420746f20616e6f746865722070726f63657373a777616974696e6707"
+        "86a474797065a6537461747573a8686f6c64696e67739187a4726f6c65a6746172676574a86964656e746974798ba46e616d"
+        "65a96f72672f6d6f64656cac617263686974656374757265b04c6c616d61466f7243617573616c4c4dad636f6e6669675f64"
+        "6967657374a6633066666565a56474797065a862666c6f61743136ac6e616d655f69735f70617468c2a87265766973696f6e"
+        "a46d61696eac7175616e74697a6174696f6ea3667038ab66696e6765727072696e74a466303064a4726f6c65a67461726765"
+        "74ac6c6f61645f6f7074696f6e73a0a876657273696f6e7381a4766c6c6da6302e33322e30ab636f6f7264696e6174657389"
+        "a774705f72616e6b01a774705f73697a6502a770705f72616e6b00a770705f73697a6501a87063705f72616e6b00a8706370"
+        "5f73697a6501a765705f72616e6b00a765705f73697a6501b06578706572745f706c6163656d656e74a0a774656e736f7273"
+        "cd0123a66e6279746573cf0000000400000000aa67656e65726174696f6e03a4726f6f74a0a873657373696f6e7302aa7472"
+        "616e73706f72747392ad7368617265645f6d656d6f7279a3746370a86465636c696e656481a56472616674d93a6c6f616469"
+        "6e6720736574207461626c652c2077686963682063616e6e6f7420626520746f6c6420746f20616e6f746865722070726f63"
+        "657373a777616974696e6707"
     ),
 }
 
@@ -1030,20 +1041,20 @@ OLDER: dict[str, tuple[str, Message]] = {
             "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
             "31a4706f7274cd9c40"
         ),
-        msgspec.structs.replace(ACCEPT, attributes={}, fingerprint="", verification=None),
+        msgspec.structs.replace(ACCEPT, attributes={}, fingerprint="", digest=""),
     ),
-    "an Accept without a verification": (
+    "an Accept without digests": (
         (
             "87a474797065a6416363657074a773657373696f6ec410000102030405060708090a0b0c0d0e0faa67656e6572617469"
             "6f6e03a97472616e73706f7274ad70726f636573735f67726f7570aa706172616d657465727382a4686f7374a831302e302e302e"
             "31a4706f7274cd9c40aa6174747269627574657385af6861735f6f776e5f6c6d5f68656164c3ad6c61796572732e302e72616e6b"
             "f9a5726174696fcb3fe0000000000000a46e6f7465a56472616674a677696e646f77c0ab66696e6765727072696e74a466303064"
         ),
-        msgspec.structs.replace(ACCEPT, verification=None),
+        msgspec.structs.replace(ACCEPT, digest=""),
     ),
-    "a Confirm without a digest": (
+    "a Confirm without a root": (
         "82a474797065a7436f6e6669726daa67656e65726174696f6e03",
-        msgspec.structs.replace(EXAMPLES[Confirm], digest=b""),
+        msgspec.structs.replace(EXAMPLES[Confirm], root=""),
     ),
     "a Status without declined roles": (
         (

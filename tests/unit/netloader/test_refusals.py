@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader import greeting
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.channel import Channel
 from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import Algorithm, StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.fingerprint import checkpoint_fingerprint, files_in
@@ -335,7 +335,7 @@ def store(request: Request) -> WeightStore:
     with arena.writable() as destination:
         destination[:] = contents(request)
     arena.seal()
-    return WeightStore(request.manifest, arena, 1, digests=StoreDigests(arena.reader(), Algorithm.of_new_store(None)))
+    return WeightStore(request.manifest, arena, 1, digests=StoreDigests(arena.reader()))
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ PEER_TO_PEER = LoadReport(
     transport="tcp",
     bytes=15_231_000_000,
     received={"10.0.0.3:19000": 231_000_000, "10.0.0.1:19000": 15_016_777_216},
-    verified="xxh3_128",
+    verified="blake3",
     seconds={"connect": 0.0123, "join": 0.0004, "allocate": 0.5, "transfer": 6.25, "serve": 0.25},
     listening="10.0.0.2:19003",
 )
@@ -196,6 +196,7 @@ def test_the_keys_of_a_written_report_stay_the_same_across_releases(tmp_path: Pa
         "bytes": 0,
         "received": {},
         "verified": None,
+        "root": None,
         "seconds": {},
         "attempts": [{"source": "a:1", "transport": None, "reason": "gone", "seconds": 0.5, "received": 0}],
         "listening": None,
@@ -228,7 +229,7 @@ def test_a_report_tells_how_many_bytes_came_from_where_and_by_what_they_were_ver
     msgspec.structs.replace(PEER_TO_PEER, attempts=[failed]).write(path)
     written = json.loads(path.read_text())
     assert written["received"] == {"10.0.0.3:19000": 231_000_000, "10.0.0.1:19000": 15_016_777_216}
-    assert written["verified"] == "xxh3_128"
+    assert written["verified"] == "blake3"
     assert written["attempts"][0]["received"] == 231_000_000
     assert sum(written["received"].values()) - written["bytes"] == 16_777_216
 

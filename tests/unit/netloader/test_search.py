@@ -17,15 +17,16 @@ from vllm_ascend.model_loader.netloader import delivery, digests
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.backoff import FIRST
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, Stalled
-from vllm_ascend.model_loader.netloader.client import REFERRALS_FOLLOWED, TRIES, Client, announce, inquire
+from vllm_ascend.model_loader.netloader.client import Client, announce, inquire
 from vllm_ascend.model_loader.netloader.client_session import Fetched
 from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Chunk
-from vllm_ascend.model_loader.netloader.digests import GMAC, XXH3
+from vllm_ascend.model_loader.netloader.digests import digest_of, root_of
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import Accept, Join, Wait
+from vllm_ascend.model_loader.netloader.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.server import Peer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import base, transports
@@ -223,13 +224,12 @@ def test_progress_is_that_of_one_transfer_where_everything_was_handed_over_twice
     newer.assert_in(fetched.memory)
 
 
-def test_what_one_source_brought_counts_with_another_that_has_the_same_token_and_another_salt() -> None:
+def test_what_one_source_brought_counts_with_another_under_a_token() -> None:
     kind = (MemoryTransport(failing(1, at=5)),)
     with serving(EIGHT, MEMORY, access=TOKEN) as (_, first), serving(EIGHT, MEMORY, access=TOKEN) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second, access=TOKEN)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 3 * CHUNK}
-    assert fetched.seal is not None
-    assert fetched.seal.algorithm.name == GMAC
+    assert fetched.evidence is not None
     EIGHT.assert_in(fetched.memory)
 
 
@@ -247,7 +247,7 @@ def test_without_verification_every_source_starts_from_nothing() -> None:
     with serving(EIGHT, MEMORY) as (_, first), serving(EIGHT, MEMORY) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second, verify=False)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 8 * CHUNK}
-    assert fetched.seal is None
+    assert fetched.evidence is None
     EIGHT.assert_in(fetched.memory)
 
 
@@ -367,27 +367,21 @@ def test_where_nobody_else_is_to_be_asked_a_client_waits_for_its_turn() -> None:
 def test_a_busy_source_is_returned_to_when_the_others_have_failed() -> None:
     with unreachable() as gone, busy() as (source, held):
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
-        failed_before_the_pause: list[str] = []
-
-        def free_the_turn(_: float) -> None:
-            failed_before_the_pause.extend(asked(client))
+        with fetching(client, source, gone) as result:
+            until(lambda: client.attempts and inquire(source, 5).waiting)
             held.close()
-
-        client.pause = free_the_turn
-        fetched = client.fetch([source, gone])
+            fetched = result()
     assert fetched.source == source
-    assert failed_before_the_pause == asked(client) == [str(gone)]
+    assert asked(client) == [str(gone)]
 
 
 def test_a_client_waits_as_long_as_its_wait_timeout_and_when_the_others_have_been_asked() -> None:
     with unreachable() as gone, busy() as (source, _):
         client = client_for(EIGHT, MEMORY, wait_timeout=0.0)
-        pauses = recording_pauses(client)
         with pytest.raises(SourcesExhausted):
             client.fetch([source, gone])
     assert asked(client) == [str(gone), str(source)]
     assert client.attempts[1].reason == "its turns were taken for WAIT_TIMEOUT, 0 s"
-    assert [at for at, _ in pauses] == [1]
 
 
 def test_of_two_busy_sources_each_is_waited_for() -> None:
@@ -395,7 +389,18 @@ def test_of_two_busy_sources_each_is_waited_for() -> None:
         client = client_for(EIGHT, MEMORY, wait_timeout=0.0)
         with pytest.raises(SourcesExhausted):
             client.fetch([first, second])
-    assert asked(client) == [str(second), str(first)]
+    assert asked(client) == [str(first), str(second)]
+
+
+def test_the_first_turn_that_comes_is_taken_and_the_other_place_is_given_up() -> None:
+    with busy() as (first, _), busy() as (second, held):
+        client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
+        with fetching(client, first, second) as result:
+            until(lambda: inquire(first, 5).waiting and inquire(second, 5).waiting)
+            held.close()
+            fetched = result()
+        until(lambda: not inquire(first, 5).waiting)
+    assert (fetched.source, client.attempts) == (second, [])
 
 
 @contextlib.contextmanager
@@ -443,12 +448,14 @@ def test_who_waits_already_leaves_for_a_replica_that_announces_itself() -> None:
     assert (fetched.source, client.attempts) == (replica, [])
 
 
-def test_a_referral_that_leads_nowhere_is_tried_once_before_waiting() -> None:
+def test_a_referral_that_leads_nowhere_is_tried_once_while_the_place_is_kept() -> None:
     with replicated() as (source, _, first), unreachable() as gone, turn_taken(source) as (held, _):
         announced(source, first.session, gone.port)
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
-        client.pause = lambda _: held.close()
-        fetched = client.fetch([source])
+        with fetching(client, source) as result:
+            until(lambda: client.attempts and inquire(source, 5).waiting)
+            held.close()
+            fetched = result()
     assert fetched.source == source
     assert asked(client) == [str(gone)]
 
@@ -528,7 +535,7 @@ def test_a_source_without_digests_is_refused_by_who_verifies() -> None:
 def test_a_source_without_digests_is_taken_by_who_does_not_verify() -> None:
     with serving(EIGHT, MEMORY, verify=False) as (_, source):
         client, fetched = fetch(EIGHT, MEMORY, source, verify=False)
-    assert (fetched.seal, client.attempts) == (None, [])
+    assert (fetched.evidence, client.attempts) == (None, [])
     EIGHT.assert_in(fetched.memory)
 
 
@@ -536,22 +543,19 @@ def test_where_nothing_is_copied_nothing_needs_digests() -> None:
     kind = transports(["shared_memory"])
     with serving(EIGHT, kind, verify=False) as (_, source):
         client, fetched = fetch(EIGHT, kind, source)
-    assert (fetched.seal, client.attempts) == (None, [])
+    assert (fetched.evidence, client.attempts) == (None, [])
     EIGHT.assert_in(fetched.memory)
 
 
-@pytest.mark.parametrize(("access", "name"), [(Access(), XXH3), (TOKEN, GMAC)], ids=["no token", "token"])
-def test_what_was_verified_comes_with_the_digests_it_was_verified_by(access: Access, name: str) -> None:
+@pytest.mark.parametrize("access", [Access(), TOKEN], ids=["no token", "token"])
+def test_what_was_verified_comes_with_the_digests_it_was_verified_by(access: Access) -> None:
     with serving(EIGHT, MEMORY, access=access) as (_, source):
         _, fetched = fetch(EIGHT, MEMORY, source, access=access)
-    assert fetched.seal is not None
-    assert fetched.seal.algorithm.name == name
+    assert fetched.evidence is not None
     with fetched.memory.writable() as data:
-        made = [
-            fetched.seal.algorithm.of(data[number * CHUNK : (number + 1) * CHUNK], number)
-            for number in range(EIGHT.manifest.nbytes // CHUNK)
-        ]
-    assert tuple(made) == fetched.seal.digests
+        made = tuple(digest_of(data[at : at + CHUNK]) for at in range(0, EIGHT.manifest.nbytes, CHUNK))
+    assert fetched.evidence.digests == made
+    assert fetched.evidence.root == root_of(EIGHT.manifest.digest, {}, made)
 
 
 REPLACED = "it ended the session: its weights were replaced by new ones"

@@ -1,8 +1,8 @@
 """Who may talk to whom: those with the same token, those with a certificate of the same authority, or everybody.
 
 A token is a secret that all instances of a deployment share. It is never sent: each side sends a random challenge and
-proves with an HMAC over both that it knows the token (`Proofs`). From the same secret come a key for the frames of the
-connection and a key for the digests of the bytes, so nothing can be altered on the way. It hides nothing from whoever
+proves with an HMAC over both that it knows the token (`Proofs`). From the same secret comes a key for the frames of the
+connection, which tell the digests of the bytes too, so nothing can be altered on the way. It hides nothing from whoever
 listens in; that is what TLS is for, where both sides show a certificate that the given authority has signed.
 """
 

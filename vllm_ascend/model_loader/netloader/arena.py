@@ -15,6 +15,7 @@ this process's private copies of its pages are freed; after `free_with_tensors`,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -41,6 +42,8 @@ _F_SEAL_SHRINK: Final = 0x2
 _F_SEAL_GROW: Final = 0x4
 _F_SEAL_WRITE: Final = 0x8
 _F_SEAL_FUTURE_WRITE: Final = 0x10
+_KEEP_SIZE: Final = 0x1
+_PUNCH_HOLE: Final = 0x2
 _REQUIRED_SEALS: Final = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
 PAGES_STEP: Final = 32 << 20
 """Bytes of pages made per system call, so that a maker that is no longer wanted stops soon."""
@@ -87,11 +90,16 @@ class Arena(Memory):
     def adopt(cls, descriptor: int, nbytes: int) -> Arena:
         """Maps a sealed arena of another process. Takes ownership of `descriptor`.
 
-        Raises TransportError where it is not sealed or has another size.
+        Raises TransportError where it is not sealed, has another size, or cannot be mapped by this process.
         """
         try:
             _check_adoptable(descriptor, nbytes)
             mapping = mmap.mmap(descriptor, _whole_pages(nbytes), flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+        except OSError as error:
+            os.close(descriptor)
+            raise TransportError(
+                f"this process cannot map {nbytes} bytes of shared memory: {why_no_memory(error)}"
+            ) from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -110,8 +118,10 @@ class Arena(Memory):
 
     def make_pages(self) -> None:
         """Starts making the memory in a thread, in order; `stop_making_pages` ends it. At most once per arena."""
-        self._page_maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
-        self._page_maker.start()
+        maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be had: pages are made at first touch
+            maker.start()
+            self._page_maker = maker
 
     def stop_making_pages(self) -> None:
         """Gives up what is left. Filling may go on: later pages are made at first touch."""
@@ -166,6 +176,13 @@ class Arena(Memory):
         """For an arena that will not be served: from now on a tensor's memory is freed when the tensor dies."""
         if not self.servable:
             self._not_needed_without_tensors.set()
+
+    def discard(self) -> None:
+        """As `close`, and gives the pages back, whoever still holds the mapping. Sealed ones are their owner's."""
+        self.stop_making_pages()
+        if self._give_up_descriptor.alive and not self.servable:
+            _libc.fallocate(self._descriptor, _PUNCH_HOLE | _KEEP_SIZE, 0, _whole_pages(self.nbytes))
+        self.close()
 
     def close(self) -> None:
         """Gives up the descriptor, as does the end of the arena's life. Idempotent."""
@@ -227,9 +244,24 @@ def allocate(manifest: Manifest) -> Arena:
     try:
         arena = Arena.create(manifest.nbytes)
     except OSError as error:
-        raise UnsupportedModel(f"no memory for {manifest.nbytes} bytes of weights: {error}") from error
+        raise UnsupportedModel(f"no arena for {manifest.nbytes} bytes of weights: {why_no_memory(error)}") from error
     arena.make_pages()
     return arena
+
+
+def why_no_memory(error: OSError) -> str:
+    """What keeps this process from having or mapping memory, and where to look for it."""
+    match error.errno:
+        case errno.ENOMEM:
+            return (
+                "this process may have no more memory (RLIMIT_AS, RLIMIT_DATA, vm.overcommit_memory, or none is left)"
+            )
+        case errno.EPERM | errno.EACCES | errno.ENOSYS:
+            return f"this process may not make or map memory files ({error.strerror}; seccomp or another sandbox?)"
+        case errno.EMFILE | errno.ENFILE:
+            return f"this process has no file descriptor left ({error.strerror}; ulimit -n)"
+        case _:
+            return error.strerror or str(error)
 
 
 def _give_back_pages(address: int, nbytes: int, free: threading.Event) -> None:

@@ -86,6 +86,14 @@ class Channel:
         self.close()
 
     @property
+    def peer(self) -> Endpoint:
+        """The address at the other end, whatever name led to it. Raises ConnectionLost."""
+        with _translated_errors(0):
+            numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+            host, port = socket.getnameinfo(self.socket.getpeername(), numeric)
+        return Endpoint(host, int(port))
+
+    @property
     def state(self) -> State:
         return self._conversation.state
 

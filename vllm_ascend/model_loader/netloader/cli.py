@@ -57,6 +57,7 @@ def _describe_holding(holding: Holding) -> list[str]:
             f"ep {place.ep_rank} of {place.ep_size}"
         ),
         "weights": f"{holding.tensors} tensors, {holding.nbytes / 1e6:.1f} MB, generation {holding.generation}",
+        "root": holding.root[:16] or "not known yet",
         "checkpoint": identity.fingerprint[:16] or "not seen",
         "software": ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items())),
     }

@@ -22,7 +22,8 @@ ACCELERATOR_TRANSPORTS: Final = ("process_group", "tcp")
 """Those for weights that are not in host memory, best first."""
 ENCRYPTED_TRANSPORTS: Final = ("shared_memory", "tcp")
 """Those whose bytes nobody can read on the way, given TLS."""
-MIN_BANDWIDTH: Final = 1 << 20
+LEAST_LIMIT: Final = 1 << 20
+"""Bytes per second; a lower MAX_BANDWIDTH would serve nobody."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class NetLoaderConfig:
-    """Field names are the configuration keys in lower case; times are seconds, `max_bandwidth` bytes per second."""
+    """Field names are the configuration keys in lower case; times are seconds, bandwidths bytes per second."""
 
     source: tuple[Source, ...] = ()
     model: str | None = None
@@ -47,6 +48,7 @@ class NetLoaderConfig:
     stall_timeout: float = 30.0
     wait_timeout: float = 300.0
     verify: bool = True
+    min_bandwidth: int = 64 << 10
     max_clients: int = 8
     max_bandwidth: int | None = None
     token_file: str | None = None
@@ -235,8 +237,9 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "STALL_TIMEOUT": _seconds,
     "WAIT_TIMEOUT": _seconds,
     "VERIFY": _on_or_off,
+    "MIN_BANDWIDTH": _integer(0, 1 << 50, "bytes per second"),
     "MAX_CLIENTS": _integer(1, 256, "clients"),
-    "MAX_BANDWIDTH": _integer(MIN_BANDWIDTH, 1 << 50, "bytes per second"),
+    "MAX_BANDWIDTH": _integer(LEAST_LIMIT, 1 << 50, "bytes per second"),
     "TOKEN_FILE": _text,
     "TLS_CERT": _text,
     "TLS_KEY": _text,

@@ -1,9 +1,13 @@
 """Digests of chunks, by which whoever receives bytes knows that they are the ones that were served.
 
-Without a token the digest is XXH3-128, which catches every kind of accident at memory speed. With one it is
-AES-256-GMAC (NIST SP 800-38D with all data as additional data) under a key that is derived from the token and a salt of
-the store, so that nobody without the token can make bytes that pass. A salt belongs to one set of contents, and the
-number of the chunk is the nonce: no key meets the same nonce with other data.
+Every chunk has a BLAKE3 digest (https://github.com/BLAKE3-team/BLAKE3-specs), whoever serves it and whatever protects
+the connection. One root digest over the manifest, the attributes and the digests of all chunks names the contents of a
+store: it depends on nothing else, and nobody can make other contents with the same root. So a client that knows the
+root from a source it trusts can take the bytes from anybody, what one source brought counts with the next, and two
+instances are the same if their roots are.
+
+With a token, digests travel in frames that carry a tag (`protocol`), and under TLS encrypted, so nobody on the way can
+put others in their place.
 
 A store's digests are made once, from memory that stays as it is: ahead by a thread, or when first asked for. Whoever
 has verified a whole store serves it on with the digests that it was verified by, so that damage in between would be
@@ -12,112 +16,67 @@ seen at the next station.
 
 from __future__ import annotations
 
-import secrets
+import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
 
-import xxhash
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+import msgspec
+from blake3 import blake3
 
-from vllm_ascend.model_loader.netloader.access import derive_key
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
 from vllm_ascend.model_loader.netloader.memory import Readable
 from vllm_ascend.model_loader.netloader.pacing import give_way
 
-XXH3: Final = "xxh3_128"
-GMAC: Final = "aes256_gmac"
-DIGEST_BYTES: Final = 16
+logger = logging.getLogger(__name__)
+
+BLAKE3: Final = "blake3"
+DIGEST_BYTES: Final = 32
 CHUNK_BYTES: Final = 16 << 20
 """Bytes that are asked for, moved, verified and, when damaged, fetched again as one."""
 PIECE_BYTES: Final = 1 << 20
 """Bytes that are digested at a time: small enough to be in the processor's cache still when they have just arrived."""
-_SALT_BYTES: Final = 16
-_WHOLE: Final = 1 << 64
-"""The nonce of the digest over all digests, beyond the number of any chunk."""
+_ROOT_CONTEXT: Final = "vllm-ascend netloader 2026-11 root digest of contents"
+"""Keeps roots apart from every other BLAKE3 digest of the same bytes."""
 
 
 class Running(Protocol):
     """A digest of bytes that come one after another."""
 
-    def update(self, data: memoryview) -> None: ...
+    def update(self, data: memoryview, /) -> Any: ...
 
-    def finish(self) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """How the digests of one store are made; peers with the same token make the same ones."""
-
-    name: str
-    salt: bytes = b""
-    key: bytes = field(default=b"", repr=False)
-
-    @classmethod
-    def of_new_store(cls, token: bytes | None) -> Algorithm:
-        return cls.named(XXH3, b"", None) if token is None else cls.named(GMAC, secrets.token_bytes(_SALT_BYTES), token)
-
-    @classmethod
-    def named(cls, name: str, salt: bytes, token: bytes | None) -> Algorithm:
-        """As a peer names it. Raises ProtocolError for one that does not fit to whether there is a token."""
-        expected = XXH3 if token is None else GMAC
-        if name != expected:
-            raise ProtocolError(f"the digests are {name!r}: expected {expected!r}")
-        return cls(name, salt, derive_key(token, b"netloader data key", salt) if token is not None else b"")
-
-    def start(self, number: int) -> Running:
-        """The digest of chunk `number`."""
-        return _Gmac(self.key, number) if self.name == GMAC else _Xxh3()
-
-    def of(self, data: memoryview, number: int) -> bytes:
-        running = self.start(number)
-        for offset, length in chunks(data.nbytes, PIECE_BYTES):
-            running.update(data[offset : offset + length])
-        return running.finish()
-
-    def whole(self, digests: Sequence[bytes]) -> bytes:
-        """The digest over the digests of all chunks, in order."""
-        return self.of(memoryview(b"".join(digests)), _WHOLE)
+    def digest(self) -> bytes: ...
 
 
-class _Xxh3:
-    def __init__(self) -> None:
-        self._state = xxhash.xxh3_128()
-
-    def update(self, data: memoryview) -> None:
-        self._state.update(data)
-
-    def finish(self) -> bytes:
-        return self._state.digest()
+def start() -> Running:
+    """The digest of a chunk, to be updated with its bytes in order."""
+    return blake3()
 
 
-class _Gmac:
-    def __init__(self, key: bytes, number: int) -> None:
-        self._state = Cipher(algorithms.AES(key), modes.GCM(number.to_bytes(12, "big"))).encryptor()
-
-    def update(self, data: memoryview) -> None:
-        self._state.authenticate_additional_data(data)
-
-    def finish(self) -> bytes:
-        self._state.finalize()
-        return self._state.tag
+def digest_of(data: memoryview) -> bytes:
+    """The digest of a whole chunk: DIGEST_BYTES bytes."""
+    running = start()
+    for offset, length in chunks(data.nbytes, PIECE_BYTES):
+        running.update(data[offset : offset + length])
+    return running.digest()
 
 
-@dataclass(frozen=True)
-class Seal:
-    """What a whole store was verified by."""
+def root_of(manifest_digest: str, attributes: Mapping[str, Any], chunk_digests: Sequence[bytes]) -> str:
+    """The root digest of contents, in hexadecimal.
 
-    algorithm: Algorithm
-    digests: tuple[bytes, ...]
+    `manifest_digest` is that of `Manifest.digest`; `attributes` are what loading sets beside the weights.
+    """
+    told = msgspec.msgpack.encode((manifest_digest, CHUNK_BYTES, sorted(attributes.items())))
+    running = blake3(derive_key_context=_ROOT_CONTEXT)
+    running.update(len(told).to_bytes(8, "big") + told)
+    running.update(b"".join(chunk_digests))
+    return running.hexdigest()
 
 
 class StoreDigests:
     """The digests of the chunks of `data`, which must not change. `known` spares making them."""
 
-    def __init__(self, data: Readable, algorithm: Algorithm, known: Sequence[bytes] = ()) -> None:
-        self.algorithm = algorithm
+    def __init__(self, data: Readable, known: Sequence[bytes] = ()) -> None:
         self._data = data
         self._chunks = tuple(chunks(data.nbytes, CHUNK_BYTES))
         self._digests: list[bytes | None] = list(known) or [None] * len(self._chunks)
@@ -127,10 +86,23 @@ class StoreDigests:
 
     def make_ahead(self) -> None:
         """Makes those that there are not in a thread, which `stop` ends."""
-        if None in self._digests:
-            self._stop.clear()
-            self._maker = threading.Thread(target=self._make_all, name="netloader-digests", daemon=True)
-            self._maker.start()
+        if self.complete:
+            return
+        self._stop.clear()
+        maker = threading.Thread(target=self._make_all, name="netloader-digests", daemon=True)
+        try:
+            maker.start()
+        except RuntimeError as error:
+            logger.warning(
+                "no thread can be had to digest the weights ahead (%s): the first client waits for it", error
+            )
+            return
+        self._maker = maker
+
+    @property
+    def complete(self) -> bool:
+        """Whether all digests exist, so that asking for them reads nothing."""
+        return None not in self._digests
 
     @property
     def stopped(self) -> bool:
@@ -146,15 +118,14 @@ class StoreDigests:
         """The digests of `count` chunks from number `first`, of those that exist."""
         return tuple(self._digest(number) for number in range(first, min(first + count, len(self._chunks))))
 
-    @property
-    def whole(self) -> bytes:
-        return self.algorithm.whole(self.part(0, len(self._chunks)))
+    def all(self) -> tuple[bytes, ...]:
+        return self.part(0, len(self._chunks))
 
     def _digest(self, number: int) -> bytes:
         digest = self._digests[number]
         if digest is None:  # two threads may make the same one; both come to the same
             offset, length = self._chunks[number]
-            digest = self._digests[number] = self.algorithm.of(self._data[offset : offset + length], number)
+            digest = self._digests[number] = digest_of(self._data[offset : offset + length])
         return digest
 
     def _make_all(self) -> None:

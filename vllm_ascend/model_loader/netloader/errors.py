@@ -10,8 +10,8 @@
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
         SourceRefused        it answered no, and why
-        SourceBusy           others come first: ask somebody else meanwhile
         SourceFailed         it went away, stalled, or broke the protocol
+        SourceTooSlow        it sends next to nothing: ask it again only if nobody else is left
       TransportError         this transport does not work here: try the source's next transport
       SourcesExhausted       nobody is left to ask: load from disk, or stop when FALLBACK forbids the disk
 
@@ -70,20 +70,16 @@ class SourceRefused(SourceError):
         super().__init__(reason)
 
 
-class SourceBusy(SourceError):
-    """The source serves as many as it wants to at a time. `referrals` as in SourceRefused."""
-
-    def __init__(self, reason: str, referrals: Sequence[str] = ()) -> None:
-        self.referrals = tuple(referrals)
-        super().__init__(reason)
-
-
 class SourceFailed(SourceError):
     """The source failed after the session had begun."""
 
 
+class SourceTooSlow(SourceError):
+    """The source sends less than MIN_BANDWIDTH while there is another way to the weights."""
+
+
 class TransportError(NetloaderError):
-    """A negotiated transport could not move the bytes on this pair of machines."""
+    """A negotiated transport could not move the bytes on this pair of machines, or this process lacks what it takes."""
 
 
 class SourcesExhausted(NetloaderError):

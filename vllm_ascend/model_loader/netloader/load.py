@@ -29,6 +29,7 @@ from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.client import Client
 from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
+from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
@@ -175,14 +176,15 @@ class Load:
             reason = str(self._report.not_served)
             self._server = serving.decline(model, self._report.role, reason, self._terms)
             return
-        seal = self._fetched.seal if self._fetched is not None else None
-        weights = serving.Weights(self._contents, self._memory, self._attributes, seal)
+        evidence = self._fetched.evidence if self._fetched is not None else None
+        digests = None if evidence is None else evidence.digests
+        weights = serving.Weights(self._contents, self._memory, self._attributes, digests)
         self._server = serving.serve(model, weights, self._terms)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
         self._write_address(self._report.listening)
-        if self._fetched is not None:
+        if self._fetched is not None and self._config.verify:  # what was not verified is not passed on as a replica
             timeout = self._config.connect_timeout
-            serving.tell_source(self._fetched.source, self._fetched.session, self._server.port, timeout, self._access)
+            serving.tell_source(self._fetched.address, self._fetched.session, self._server.port, timeout, self._access)
 
     def _note_changes(self, model: nn.Module) -> None:
         """Which weights post-processing has changed: on an accelerator that decides what can be served."""
@@ -280,6 +282,8 @@ class Load:
                 self._access,
                 self._config.verify,
                 self._config.wait_timeout,
+                self._config.min_bandwidth,
+                self._config.fallback == "disk",
                 allocate=lambda _: weights.allocate(),
                 check_attributes=lambda received: attributes.require_settable(model, received),
                 progress=progress,
@@ -299,7 +303,8 @@ class Load:
     def _note_fetched(self, fetched: Fetched, nbytes: int, received: Mapping[str, int]) -> None:
         self._report.outcome = "p2p"
         self._report.received = {source: count for source, count in received.items() if count}
-        self._report.verified = fetched.seal.algorithm.name if fetched.seal is not None else None
+        self._report.verified = BLAKE3 if fetched.evidence is not None else None
+        self._report.root = fetched.evidence.root if fetched.evidence is not None else None
         self._report.source = str(fetched.source)
         self._report.transport = fetched.transport
         self._report.bytes = nbytes

@@ -3,19 +3,19 @@
 A frame is a 4-byte big-endian length and that many bytes: one tagged struct in msgpack, and a checksum. The length is
 checked against a limit before anything is allocated. `Conversation` is one end of one connection: it is fed received
 bytes, yields messages, and encodes what is sent; which message may be said by whom in which state is one table.
-Anything else from the peer raises ProtocolError. After Attach, the server answers each Fetch with the raw bytes of the
-range, unframed.
+Anything else from the peer raises ProtocolError. After Attached, the server answers each Fetch with the raw bytes of
+the range, unframed.
 
     control connection                                     data connection (tcp transport)
     client                     server                      client                    server
     Hello                  ->                              Hello                 ->
                            <-  Welcome                                           <-  Welcome
     Join                   ->                              Attach                ->
-                           <-  Wait ...                    Fetch                 ->
-                           <-  Accept | Refuse                                   <-  raw bytes
-    AskDigests             ->                              Fetch                 ->
-                           <-  Digests                                           <-  raw bytes
-    ... the transport moves the bytes ...
+                           <-  Wait ...                                          <-  Attached | Refuse
+                           <-  Accept | Refuse             Fetch                 ->
+    AskDigests             ->                                                    <-  raw bytes
+                           <-  Digests                     Fetch                 ->
+    ... the transport moves the bytes ...                                        <-  raw bytes
                            <-  End, or:
     Done | Leave           ->
                            <-  Confirm
@@ -113,22 +113,20 @@ class Join(Message, frozen=True):
 class Wait(Message, frozen=True):
     """All turns are taken: `ahead` clients come first. Repeated until it is this one's turn.
 
-    `referrals` are endpoints that took the same weights from this server, as in `Refuse`.
+    `referrals` are endpoints that took the same weights from this server, written as in `Refuse`. The server vouches
+    for none of them: they are to be believed only if what they hold has this `root` (see `digests`), and it is the
+    server who says by which `fingerprint` it is known.
     """
 
     ahead: Count
     referrals: Referrals = ()
-
-
-class Verification(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the digests of the server's chunks are made: see `digests`."""
-
-    algorithm: ShortText
-    salt: ShortBytes = b""
+    root: ShortText = ""
+    fingerprint: ShortText = ""
 
 
 class Accept(Message, frozen=True):
-    """Opens the session: `parameters` are the chosen transport's own; without digests, `verification` is None.
+    """Opens the session: `parameters` are the chosen transport's own; `digest` names the kind of the chunks' digests,
+    empty where there are none.
 
     `attributes` belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that
     of the server's checkpoint, for a client that has none and will serve these weights in turn.
@@ -140,7 +138,7 @@ class Accept(Message, frozen=True):
     parameters: Parameters
     attributes: Mapping[ShortText, bool | int | float | ShortText | None] = {}
     fingerprint: ShortText = ""
-    verification: Verification | None = None
+    digest: ShortText = ""
 
 
 class AskDigests(Message, frozen=True):
@@ -177,11 +175,11 @@ class Done(Message, frozen=True):
 class Confirm(Message, frozen=True):
     """The generation that the server holds now; another than in Accept means that the bytes may be mixed.
 
-    `digest` is that over the digests of all chunks, empty where there are none.
+    `root` is the root digest of the contents, empty where the client has not asked for digests.
     """
 
     generation: Count
-    digest: ShortBytes = b""
+    root: ShortText = ""
 
 
 class End(Message, frozen=True):
@@ -204,9 +202,13 @@ class Announce(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Makes this connection a data connection of a session."""
+    """Makes this connection a data connection of a session, where the server answers Attached."""
 
     session: SessionId
+
+
+class Attached(Message, frozen=True):
+    """The server knows the session, and serves Fetches on this connection."""
 
 
 class Fetch(Message, frozen=True):
@@ -221,7 +223,7 @@ class Inquire(Message, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """One model of a `Status`; sizes in bytes."""
+    """One model of a `Status`; sizes in bytes. `root` is the root digest in hexadecimal, empty until it is known."""
 
     role: str
     identity: ModelIdentity
@@ -229,6 +231,7 @@ class Holding(msgspec.Struct, frozen=True):
     tensors: int
     nbytes: int
     generation: int
+    root: str = ""
 
 
 class Status(Message, frozen=True):
@@ -257,6 +260,7 @@ class State(enum.Enum):
     DIGESTING = enum.auto()
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
+    ATTACHING = enum.auto()
     DATA = enum.auto()
     ENDED = enum.auto()
 
@@ -269,7 +273,7 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.PROVING, Role.SERVER): {Welcome: State.READY, Refuse: State.ENDED},
     (State.READY, Role.CLIENT): {
         Join: State.JOINING,
-        Attach: State.DATA,
+        Attach: State.ATTACHING,
         Inquire: State.INQUIRING,
         Announce: State.ENDED,
     },
@@ -284,11 +288,12 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.DIGESTING, Role.SERVER): {Digests: State.TRANSFER, End: State.ENDED},
     (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
+    (State.ATTACHING, Role.SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
 
 _ClientMessage = Hello | Prove | Join | AskDigests | Done | Leave | Announce | Attach | Fetch | Inquire
-_ServerMessage = Welcome | Challenge | Wait | Accept | Digests | Refuse | Confirm | End | Status
+_ServerMessage = Welcome | Challenge | Wait | Accept | Attached | Digests | Refuse | Confirm | End | Status
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),
     Role.SERVER: msgspec.msgpack.Decoder(_ServerMessage),

@@ -32,7 +32,8 @@ class LoadReport(msgspec.Struct):
     """One load of one role by one rank. Sizes in bytes, times in seconds; what does not apply is None or 0.
 
     `received` maps sources to the bytes that came from them over the network; their sum is above `bytes` by what had to
-    be fetched again. `verified` names the digest that every received byte was checked by.
+    be fetched again. `verified` names the digest that every received byte was checked by, and `root` is the root digest
+    of the contents in hexadecimal.
 
     `seconds` maps phases to their time, nested phases not counted twice: connect, join, allocate, transfer, verify,
     disk, serve. `listening` is where the weights are served now. `changed` names the tensors that post-processing has
@@ -47,6 +48,7 @@ class LoadReport(msgspec.Struct):
     bytes: int = 0
     received: dict[str, int] = msgspec.field(default_factory=dict)
     verified: str | None = None
+    root: str | None = None
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
     attempts: list[Attempt] = msgspec.field(default_factory=list)
     listening: str | None = None

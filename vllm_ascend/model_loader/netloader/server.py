@@ -40,6 +40,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     REFERRALS_LIMIT,
     Announce,
     Attach,
+    Attached,
     Holding,
     Inquire,
     Join,
@@ -66,6 +67,10 @@ WAIT_NOTICE: Final = 1.0
 """Seconds between two messages to a client that waits for its turn."""
 SLOW: Final = 1 << 20
 """Bytes per second that nobody who takes weights falls below for long, unless MAX_BANDWIDTH makes it so."""
+_UNKNOWN_SESSION: Final = (
+    "this server has no such session: it is over, or this connection reached another server than the one before, as "
+    "behind a load balancer, where each instance needs an address of its own"
+)
 _REFUSAL_TIMEOUT: Final = 0.1
 """Seconds that the accepting thread may spend on telling a peer that there is no room for it."""
 _ACCEPT_PAUSE: Final = 0.05
@@ -384,9 +389,11 @@ class WeightServer:
     def _attach(self, session_id: bytes, channel: Channel) -> None:
         with self._lock:
             session = self._sessions.get(session_id)
-        if session is None:  # over before this connection came about, which then was not needed
-            logger.debug("a data connection names a session that does not exist")
+        timeout = self._settings.timeouts.connect
+        if session is None:
+            channel.send(Refuse(_UNKNOWN_SESSION), timeout)
             return
+        channel.send(Attached(), timeout)
         with contextlib.suppress(ProtocolError):  # the client closes data connections when it has all, or gives up;
             session.sender.attach(channel)  # which of the two, its control connection says
 
@@ -412,9 +419,14 @@ class WeightServer:
         """Returns when the turn has come. Raises ConnectionLost when the client no longer waits for it."""
         has_come = turn.wait(0)
         while not has_come:
-            referrals = self._replicas.referrals(publication.role, publication.store.generation)
-            channel.send(Wait(turn.ahead, referrals), self._settings.timeouts.connect)
+            channel.send(self._notice(turn, publication), self._settings.timeouts.connect)
             has_come = turn.wait(WAIT_NOTICE)
+
+    def _notice(self, turn: Turn, publication: Publication) -> Wait:
+        """Names replicas only with the root by which they can be told from strangers."""
+        root = publication.store.root_if_known()
+        referrals = self._replicas.referrals(publication.role, publication.store.generation) if root else ()
+        return Wait(turn.ahead, referrals, root, publication.identity.fingerprint)
 
     def _serve(
         self, channel: Channel, peer: Endpoint, publication: Publication, transport: Transport, turn: Turn | None
@@ -434,8 +446,9 @@ class WeightServer:
             if self._publications.get(publication.role) is not publication:
                 session.end("its weights were replaced by new ones")
             if session.run():
-                taken = Copy(peer.host, publication.role, publication.store.generation)
-                self._replicas.note_taken(session.id, taken)
+                if sender.has_delivered_all:
+                    taken = Copy(peer.host, publication.role, publication.store.generation)
+                    self._replicas.note_taken(session.id, taken)
                 current = self._publications.get(publication.role)
                 session.confirm(current.store.generation if current is not None else 0)
 
@@ -506,6 +519,7 @@ class WeightServer:
                 tensors=len(publication.store.manifest.tensors),
                 nbytes=publication.store.manifest.nbytes,
                 generation=publication.store.generation,
+                root=publication.store.root_if_known(),
             )
             for publication in publications
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
@@ -28,7 +29,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Message,
     Refuse,
     State,
-    Verification,
 )
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
@@ -115,8 +115,8 @@ class Session:
     def confirm(self, current_generation: int) -> None:
         """Lets the client compare what it has with what is held now. Raises ProtocolError."""
         store = self.publication.store
-        whole = store.digests.whole if store.digests is not None and self._told_digests else b""
-        self.channel.send(Confirm(current_generation, whole), self._timeouts.connect)
+        root = store.root() if self._told_digests else ""
+        self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
         logger.info(
             "%s took the %s weights by %s: %.1f MB",
             self.peer,
@@ -127,9 +127,6 @@ class Session:
 
     def _accept(self) -> Accept:
         store = self.publication.store
-        verification = None
-        if store.digests is not None:
-            verification = Verification(store.digests.algorithm.name, store.digests.algorithm.salt)
         return Accept(
             session=self.id,
             generation=store.generation,
@@ -137,7 +134,7 @@ class Session:
             parameters=self.sender.parameters,
             attributes=store.attributes,
             fingerprint=self.publication.identity.fingerprint,
-            verification=verification,
+            digest=BLAKE3 if store.digests is not None else "",
         )
 
     def _serve(self) -> bool:

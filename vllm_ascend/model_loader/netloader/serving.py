@@ -23,7 +23,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.client import announce
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.digests import Algorithm, Seal, StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError
 from vllm_ascend.model_loader.netloader.memory import Memory
@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 class Weights:
     """What a load has brought: the bytes asked for in servable memory, and what else it set on the model.
 
-    `seal` is what they were verified by on their way here, if they were.
+    `digests` are those of the chunks by which they were verified on their way here, None if they were not.
     """
 
     request: Request
     memory: Memory
     attributes: Mapping[str, Plain]
-    seal: Seal | None = None
+    digests: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def serve(model: nn.Module, weights: Weights, terms: Terms) -> WeightServer:
     server = _server(model, terms)
     request, role = weights.request, weights.request.identity.role
     generation = server.next_generation(role)
-    digests = _digests(weights, terms.access.token) if terms.config.verify else None
+    digests = _digests(weights) if terms.config.verify else None
     store = WeightStore(request.manifest, weights.memory, generation, weights.attributes, digests)
     server.publish(Publication(request.identity, request.coordinates, store))
     _withdraw(role, [other for other in _servers(terms.engine) if other is not server])
@@ -123,10 +123,8 @@ def serve(model: nn.Module, weights: Weights, terms: Terms) -> WeightServer:
     return server
 
 
-def _digests(weights: Weights, token: bytes | None) -> StoreDigests:
-    if weights.seal is not None:
-        return StoreDigests(weights.memory.reader(), weights.seal.algorithm, weights.seal.digests)
-    digests = StoreDigests(weights.memory.reader(), Algorithm.of_new_store(token))
+def _digests(weights: Weights) -> StoreDigests:
+    digests = StoreDigests(weights.memory.reader(), weights.digests or ())
     digests.make_ahead()
     return digests
 

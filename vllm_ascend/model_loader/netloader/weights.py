@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.arena import Arena, allocate, bind_alias
 from vllm_ascend.model_loader.netloader.attributes import Plain, own_tensors, qualified
-from vllm_ascend.model_loader.netloader.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.digests import StoreDigests, root_of
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.live import LiveMemory
@@ -66,6 +66,14 @@ class WeightStore:
     def bytes(self) -> Readable:
         """All bytes, read-only, in the manifest's address space."""
         return self.memory.reader()
+
+    def root(self) -> str:
+        """The root digest of the contents; makes what digests there are not. Empty where there are to be none."""
+        return "" if self.digests is None else root_of(self.manifest.digest, self.attributes, self.digests.all())
+
+    def root_if_known(self) -> str:
+        """As `root`, but empty as long as a digest is missing, so that it costs nothing."""
+        return self.root() if self.digests is not None and self.digests.complete else ""
 
     def close(self) -> None:
         """Gives up the memory; a session that still reads from an arena keeps its mapping. Idempotent."""

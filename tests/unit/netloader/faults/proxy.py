@@ -33,7 +33,7 @@ class Stream(enum.Enum):
 
     TO_SERVER = "what a client says"
     TO_CLIENT = "what a server says"
-    PAYLOAD = "what a server sends after Attach"
+    PAYLOAD = "what a server sends after Attached"
 
 
 Effect = Callable[["Direction", bytearray], Awaitable[None]]
@@ -155,7 +155,8 @@ class _Link:
     """Whether both end by a reset."""
     silent: bool = False
     attached: bool = False
-    """Whether the client has said Attach, so that weights follow."""
+    """Whether the client has said Attach and the server has answered, so that weights follow."""
+    attaching: bool = False
 
     async def run(self, target: Endpoint) -> None:
         for sock in (self.client, self.server):
@@ -191,6 +192,7 @@ class Direction:
         self._source = source
         self._stream = stream
         self._beginning = bytearray()
+        self._answer = bytearray()
 
     async def run(self) -> None:
         loop, proxy = asyncio.get_running_loop(), self.link.proxy
@@ -199,14 +201,21 @@ class Direction:
                 await asyncio.sleep(proxy.delay)
             if self._stream is Stream.TO_SERVER and len(self._beginning) < _BEGINNING:
                 self._beginning += data
-                self.link.attached = b"Attach" in self._beginning
+                self.link.attaching = b"Attach" in self._beginning
             if self._stream is Stream.TO_CLIENT and self.link.attached:
                 async with proxy.payload_lock:  # so that effects come at the very byte
                     await self._pass(bytearray(data), Stream.PAYLOAD, 0)
             else:
+                self._note_answer(data)
                 await self._pass(bytearray(data), self._stream, self.link.number)
         if not self._swallows:
             self.sink.shutdown(socket.SHUT_WR)
+
+    def _note_answer(self, data: bytes) -> None:
+        """The client asks for weights only when it has heard the answer to Attach, so nothing of them is in `data`."""
+        if self._stream is Stream.TO_CLIENT and self.link.attaching:
+            self._answer += data
+            self.link.attached = len(self._answer) >= 4 + int.from_bytes(self._answer[:4], "big") > 4
 
     async def forward(self, data: bytes | bytearray) -> None:
         await asyncio.get_running_loop().sock_sendall(self.sink, data)

@@ -148,7 +148,6 @@ def test_the_second_source_brings_what_the_first_did_not(death: Effect, reason: 
 
 
 def test_with_a_token_too_the_second_source_brings_only_what_is_missing() -> None:
-    """The two make their digests with different keys, so what came from the first is verified once more."""
     with (
         source(payload(50, kill), access=WITH_TOKEN) as (first, _, _),
         source(access=WITH_TOKEN) as (second, _, _),
@@ -283,6 +282,8 @@ DATA_CUTS = {
     "within the greeting": (Stream.TO_CLIENT, 10),
     "Attach": (Stream.TO_SERVER, GREETING),
     "within Attach": (Stream.TO_SERVER, GREETING + 20),
+    "Attached": (Stream.TO_CLIENT, len(frame(Welcome()))),
+    "within Attached": (Stream.TO_CLIENT, len(frame(Welcome())) + 5),
     "the first Fetch": (Stream.TO_SERVER, GREETING + len(frame(Attach(bytes(16))))),
     "the first byte of weights": (Stream.PAYLOAD, 0),
 }

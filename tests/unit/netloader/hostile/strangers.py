@@ -24,7 +24,7 @@ import msgspec
 from netloader.sources import IDENTITY, SMALL, Tensors
 
 from vllm_ascend.model_loader.netloader.access import Access, Proofs
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES, XXH3, Algorithm
+from vllm_ascend.model_loader.netloader.digests import BLAKE3, CHUNK_BYTES, digest_of, root_of
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import chunks
@@ -35,6 +35,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Announce,
     AskDigests,
     Attach,
+    Attached,
     Challenge,
     Confirm,
     Digests,
@@ -52,7 +53,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Refuse,
     Role,
     Status,
-    Verification,
     Wait,
     Welcome,
 )
@@ -75,7 +75,8 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
     Role.SERVER: (
         Welcome(proof=bytes(32)),
         Challenge(bytes(32)),
-        Wait(3, (":19001", "node-3:19001")),
+        Wait(3, (":19001", "node-3:19001"), "5eed" * 16, "f00d"),
+        Attached(),
         Accept(
             SESSION,
             3,
@@ -83,7 +84,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             {"host": "10.0.0.1", "port": 40000},
             {"has_own_lm_head": True, "layers.0.rank": -7, "ratio": 0.5, "note": "draft", "window": None},
             "f00d",
-            Verification(XXH3),
+            BLAKE3,
         ),
         Digests((bytes(16), bytes(range(16)))),
         Refuse(
@@ -92,7 +93,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             SMALL.manifest.encoded,
             (":19001", "node-3:19001"),
         ),
-        Confirm(3, bytes(16)),
+        Confirm(3, "5eed" * 16),
         End("its weights were replaced by new ones"),
         Status((Holding("target", IDENTITY, RankCoordinates(), 3, 4096, 3),), 2, ("tcp",), {"draft": "w is sparse"}),
     ),
@@ -408,6 +409,11 @@ class Intruder(Line):
         session: bytes = heard["session"]
         return session
 
+    def attach(self, session: bytes) -> Self:
+        """Makes this a data connection."""
+        self.say(Attach(session)).hear_kind(Attached)
+        return self
+
 
 def many_hosts() -> Iterator[str]:
     """Addresses of this machine, none of them one that a test's own client has."""
@@ -426,7 +432,9 @@ class Impostor:
     """A server of `tensors` by tcp, and of anything by `acts`, which say what is done on a message by its name."""
 
     def __init__(self, acts: Mapping[str, Act], tensors: Tensors = SMALL, host: str = "127.0.0.1") -> None:
-        self.acts: dict[str, Act] = dict.fromkeys(("Hello", "Join", "AskDigests", "Fetch", "Done"), self._answer)
+        self.acts: dict[str, Act] = dict.fromkeys(
+            ("Hello", "Join", "Attach", "AskDigests", "Fetch", "Done"), self._answer
+        )
         self.acts.update(acts)
         self._listener = socket.create_server((host, 0), backlog=128)
         self.endpoint = Endpoint(host, self._listener.getsockname()[1])
@@ -437,12 +445,9 @@ class Impostor:
         store = tensors.store()
         self._bytes = bytes(store.bytes)
         store.close()
-        self._algorithm = Algorithm.named(XXH3, b"", None)
         pieces = chunks(len(self._bytes), CHUNK_BYTES)
-        self._digests = [
-            self._algorithm.of(memoryview(self._bytes)[offset : offset + length], number)
-            for number, (offset, length) in enumerate(pieces)
-        ]
+        self.digests = tuple(digest_of(memoryview(self._bytes)[offset : offset + length]) for offset, length in pieces)
+        self.root = root_of(tensors.manifest.digest, {}, self.digests)
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -501,9 +506,10 @@ class Impostor:
         """To a message of a client, by its name; None for Fetch, which bytes answer."""
         return {
             "Hello": Welcome(),
-            "Join": Accept(SESSION, 1, "tcp", {}, verification=Verification(XXH3)),
-            "AskDigests": Digests(tuple(self._digests)),
-            "Done": Confirm(1, self._algorithm.whole(self._digests)),
+            "Join": Accept(SESSION, 1, "tcp", {}, digest=BLAKE3),
+            "Attach": Attached(),
+            "AskDigests": Digests(self.digests),
+            "Done": Confirm(1, self.root),
         }.get(kind)
 
 

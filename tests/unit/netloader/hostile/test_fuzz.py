@@ -49,8 +49,8 @@ from netloader.sources import SMALL, Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader import client_session
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.client import REFERRALS_FOLLOWED, TRIES, inquire
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES, GMAC, XXH3
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.digests import BLAKE3, CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import Difference
@@ -58,7 +58,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     REFERRALS_LIMIT,
     REPLY_LIMIT,
     Accept,
-    Attach,
     Challenge,
     Confirm,
     Conversation,
@@ -70,10 +69,10 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Role,
     State,
     Status,
-    Verification,
     Wait,
     Welcome,
 )
+from vllm_ascend.model_loader.netloader.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 
@@ -252,7 +251,7 @@ def in_a_session(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
 def attached(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
     with Intruder(source, host, access) as control, Intruder(source, host, access) as line:
         session = control.greet().accepted()
-        line.greet().say(Attach(session), Fetch(0, 64)).read(64)
+        line.greet().attach(session).say(Fetch(0, 64)).read(64)
         yield line
 
 
@@ -427,8 +426,8 @@ def test_a_client_gives_up_a_source_that_delivers(delivery: Act, caplog: pytest.
     assert_orderly(caplog)
 
 
-def accepting(transport: str = "tcp", verification: Verification | None = None, **parameters: str | int) -> Accept:
-    return Accept(SESSION, 1, transport, parameters, verification=verification or Verification(XXH3))
+def accepting(transport: str = "tcp", digest: str = BLAKE3, **parameters: str | int) -> Accept:
+    return Accept(SESSION, 1, transport, parameters, digest=digest)
 
 
 NULL = "no\0\r\n\x1b[2Jthing\u2028\u202e"
@@ -441,15 +440,17 @@ WRONG_CONTENTS: dict[str, tuple[str, Message, str]] = {
         "it accepted, but serves a checkpoint with the fingerprint no????[2Jthing??",
     ),
     "no digests": ("Join", Accept(SESSION, 1, "tcp", {}), "it has no digests"),
-    "digests of an unknown kind": ("Join", accepting(verification=Verification(NULL)), "expected 'xxh3_128'"),
-    "digests that need a token": ("Join", accepting(verification=Verification(GMAC, bytes(64))), "expected 'xxh3_128'"),
+    "digests of an unknown kind": ("Join", accepting(digest=NULL), "its digests are 'no"),
+    "digests that accidents only cannot pass": ("Join", accepting(digest="xxh3_128"), "its digests are 'xxh3_128'"),
     "too few digests": ("AskDigests", Digests(()), "the source sent 0 digests: expected 1"),
-    "too many digests": ("AskDigests", Digests((bytes(16),) * 100_000), "the source sent 100000 digests: expected 1"),
-    "empty digests": ("AskDigests", Digests((b"",)), "arrived damaged 3 times"),
-    "other digests": ("AskDigests", Digests((bytes(16),)), "arrived damaged 3 times"),
-    "another generation": ("Done", Confirm((1 << 62) - 1, b""), "its weights changed during the transfer"),
-    "no digest of the whole": ("Done", Confirm(1, b""), "the digest of the whole is not that of the chunks"),
-    "another digest of the whole": ("Done", Confirm(1, bytes(16)), "the digest of the whole"),
+    "too many digests": ("AskDigests", Digests((bytes(32),) * 100_000), "the source sent 100000 digests: expected 1"),
+    "empty digests": ("AskDigests", Digests((b"",)), "expected 1 of 32 bytes each"),
+    "short digests": ("AskDigests", Digests((bytes(16),)), "expected 1 of 32 bytes each"),
+    "other digests": ("AskDigests", Digests((bytes(32),)), "arrived damaged 3 times"),
+    "another generation": ("Done", Confirm((1 << 62) - 1, ""), "its weights changed during the transfer"),
+    "no root": ("Done", Confirm(1, ""), "the root digest that it confirms is not the one of its chunks"),
+    "another root": ("Done", Confirm(1, "5eed" * 16), "the root digest that it confirms"),
+    "a refusal of data connections": ("Attach", Refuse(NULL), "it refused a data connection: no????[2Jthing??"),
     "an end instead of digests": ("AskDigests", End(NULL), "it ended the session: no????[2Jthing??"),
     "an end instead of a confirmation": ("Done", End(NULL), "it ended the session: no????[2Jthing??"),
     "another protocol": ("Hello", Welcome((1 << 62) - 1), "it speaks protocol 4611686018427387903: expected 1"),
@@ -549,12 +550,15 @@ def test_a_client_tells_in_short_of_differences_without_end(step: str, caplog: p
     assert_orderly(caplog)
 
 
+SMALL_ROOT = SMALL.store().root()
+
+
 def waiting(*referrals: str) -> Act:
-    """Tells a client for ever that it is not its turn."""
+    """Tells a client for ever that it is not its turn, and that others have what it wants."""
 
     def act(line: Line, _: dict[str, Any]) -> None:
         while True:
-            line.say(Wait(1, referrals))
+            line.say(Wait(1, referrals, SMALL_ROOT, "f00d"))
             time.sleep(0.01)
 
     return act
@@ -614,7 +618,7 @@ NO_ENDPOINTS = (
 def test_a_client_leaves_out_referrals_that_are_none(
     answer: type[Wait] | type[Refuse], caplog: pytest.LogCaptureFixture
 ) -> None:
-    message = Wait(1, NO_ENDPOINTS) if answer is Wait else Refuse("not here", referrals=NO_ENDPOINTS)
+    message = Wait(1, NO_ENDPOINTS, SMALL_ROOT) if answer is Wait else Refuse("not here", referrals=NO_ENDPOINTS)
     with Impostor({"Join": saying(message)}) as impostor:
         assert outlives(impostor)
     assert_orderly(caplog)
@@ -628,7 +632,7 @@ def test_a_client_follows_a_limited_number_of_referrals(answer: type[Wait] | typ
     def refer(line: Line, _: dict[str, Any]) -> None:
         """To others at every time, where nobody is."""
         others = tuple(f"127.9.{n // 250}.{n % 250 + 1}:{port}" for n in itertools.islice(number, REFERRALS_LIMIT // 2))
-        line.say(Wait(1, others) if answer is Wait else Refuse("not here", referrals=others))
+        line.say(Wait(1, others, SMALL_ROOT) if answer is Wait else Refuse("not here", referrals=others))
         if next(number) > REFERRALS_FOLLOWED:
             raise Misbehaved
 

@@ -27,7 +27,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Join
+from vllm_ascend.model_loader.netloader.protocol import Fetch, Join
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
@@ -93,7 +93,7 @@ def vanish(source: Endpoint, transport: str) -> None:
         session = control.accepted(transport)
         if transport == "tcp":
             with Intruder(source).greet() as line:
-                line.say(Attach(session), Fetch(0, SMALL.manifest.nbytes)).read(1)
+                line.attach(session).say(Fetch(0, SMALL.manifest.nbytes)).read(1)
                 line.reset()
         control.reset()
 

@@ -43,6 +43,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Announce,
     AskDigests,
     Attach,
+    Digests,
     Done,
     Fetch,
     Hello,
@@ -153,7 +154,7 @@ def test_a_flood_of_connections_from_many_addresses_leaves_the_server_and_those_
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
         inside = opened.enter_context(Intruder(source, "127.0.0.2").greet())
         session = inside.accepted()
-        data = opened.enter_context(Intruder(source, "127.0.0.2").greet().say(Attach(session)))
+        data = opened.enter_context(Intruder(source, "127.0.0.2").greet().attach(session))
         flood = opened.enter_context(contextlib.ExitStack())
         for _ in range(limit - 2):
             flood.enter_context(Intruder(source, next(hosts)))
@@ -219,7 +220,7 @@ def after_a_part_of_the_digests(source: Endpoint, opened: contextlib.ExitStack) 
 def attached(source: Endpoint, opened: contextlib.ExitStack) -> Intruder:
     control = opened.enter_context(Intruder(source).greet())
     session = control.accepted(tensors=LARGE)
-    return opened.enter_context(Intruder(source).greet().say(Attach(session)))
+    return opened.enter_context(Intruder(source).greet().attach(session))
 
 
 def on_a_data_connection(source: Endpoint, opened: contextlib.ExitStack) -> Line:
@@ -396,7 +397,7 @@ def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
         taken, nbytes = 0, SMALL.manifest.nbytes
         with contextlib.suppress(EOFError, OSError):
             for _ in range(10_000):
-                line = opened.enter_context(Intruder(source).greet().say(Attach(session)))
+                line = opened.enter_context(Intruder(source).greet().attach(session))
                 taken += len(line.say(Fetch(0, nbytes)).read(nbytes))
         assert taken == base.TRIES_PER_CHUNK * nbytes
         assert_serves(source)
@@ -439,7 +440,7 @@ def test_garbage_on_a_data_connection_ends_that_connection_only(opened: contextl
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted()
         for garbage in [*GARBAGE, *(generator.randbytes(generator.randint(4, 300)) for _ in range(30))]:
-            with Intruder(source).greet().say(Attach(session)) as line:
+            with Intruder(source).greet().attach(session) as line:
                 line.send(b"\xff" + garbage).hear_out()
         assert control.say(AskDigests(0, 1)).hear()["type"] == "Digests"
         assert control.say(Done()).hear()["type"] == "Confirm"
@@ -467,7 +468,7 @@ def test_a_fetch_of(offset: int, length: int, opened: contextlib.ExitStack, capl
     fetch_content = msgspec.msgpack.encode({"type": "Fetch", "offset": offset, "length": length})
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
         control = opened.enter_context(Intruder(source).greet())
-        line = opened.enter_context(Intruder(source).greet().say(Attach(control.accepted())))
+        line = opened.enter_context(Intruder(source).greet().attach(control.accepted()))
         assert line.say_content(fetch_content).socket.recv(1) == b""
         assert_serves(source)
         opened.close()
@@ -478,7 +479,7 @@ def test_a_fetch_of(offset: int, length: int, opened: contextlib.ExitStack, capl
 def test_ranges_that_overlap_are_each_answered(opened: contextlib.ExitStack) -> None:
     with serving(SMALL, TCP, timeouts=PATIENT) as (_, source):
         control = opened.enter_context(Intruder(source).greet())
-        line = opened.enter_context(Intruder(source).greet().say(Attach(control.accepted())))
+        line = opened.enter_context(Intruder(source).greet().attach(control.accepted()))
         ranges = [(0, 100), (50, 100), (0, 100), (149, 1), (1, 148)]
         line.say(*(Fetch(offset, length) for offset, length in ranges))
         store = SMALL.store()
@@ -519,7 +520,7 @@ def test_a_session_has_a_limited_number_of_data_connections(opened: contextlib.E
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted()
         for _ in range(MAX_DATA_CONNECTIONS):
-            line = opened.enter_context(Intruder(source).greet().say(Attach(session), Fetch(0, 1)))
+            line = opened.enter_context(Intruder(source).greet().attach(session).say(Fetch(0, 1)))
             line.read(1)
         for _ in range(20):
             with Intruder(source).greet() as beyond:
@@ -586,8 +587,11 @@ def test_questions_for_digests_without_end_whose_answers_nobody_reads_end(
 
 def took(source: Endpoint, host: str) -> bytes:
     """A session in which somebody on `host` took everything."""
-    with Intruder(source, host).greet() as line:
+    with Intruder(source, host).greet() as line, Intruder(source, host).greet() as data:
         session = line.accepted()
+        line.say(AskDigests(0, 1)).hear_kind(Digests)
+        data.attach(session).say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)
+        data.say(Fetch(0, 1)).read(1)  # the server has noted by now what went before
         line.say(Done()).hear()
         return session
 
@@ -605,6 +609,10 @@ def test_only_who_took_weights_can_announce_them_and_once(caplog: pytest.LogCapt
         with Intruder(source).greet() as line:
             line.accepted()
             line.say(Leave("no more")).hear_out()
+        with Intruder(source, "127.0.0.3").greet() as line:
+            session = line.accepted()
+            line.say(Done()).hear()
+        announce(source, "127.0.0.3", session)  # it was confirmed, and had taken nothing
         assert server._replicas.referrals("target", 1) == ()
         session = took(source, "127.0.0.3")
         announce(source, "127.0.0.3", session, 1)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
+from vllm_ascend.model_loader.netloader import digests
 from vllm_ascend.model_loader.netloader.channel import Channel
 from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
@@ -70,9 +71,12 @@ class Reception:
 class Sender(ABC):
     """The server's half of one session. The session's thread runs and closes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        """`nbytes` is the size of what may be sent."""
+        self._nbytes = nbytes
         self._rate = Rate()
         self._asked_for = 0
+        self._delivered: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -105,13 +109,27 @@ class Sender(ABC):
         """Whether the client has lately taken less than that."""
         return self._rate.lately() < bytes_per_second
 
-    def check(self, fetch: Fetch, nbytes: int) -> None:
-        """Raises ProtocolError for bytes beyond the `nbytes` that there are, and for more than any client needs."""
-        if fetch.offset + fetch.length > nbytes:
-            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {nbytes}")
+    def check(self, fetch: Fetch) -> None:
+        """Raises ProtocolError for bytes beyond those that there are, and for more than any client needs."""
+        if fetch.offset + fetch.length > self._nbytes:
+            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {self._nbytes}")
         self._asked_for += fetch.length
-        if self._asked_for > TRIES_PER_CHUNK * nbytes:  # others want their turn
-            raise ProtocolError(f"the client has asked for {self._asked_for} bytes: there are {nbytes}")
+        if self._asked_for > TRIES_PER_CHUNK * self._nbytes:  # others want their turn
+            raise ProtocolError(f"the client has asked for {self._asked_for} bytes: there are {self._nbytes}")
+
+    def note_delivered(self, offset: int, length: int) -> None:
+        """Notes that the client has been sent these bytes. Only whole chunks count, each once."""
+        if offset % digests.CHUNK_BYTES == 0 and length == min(digests.CHUNK_BYTES, self._nbytes - offset):
+            self._delivered[offset] = length
+
+    @property
+    def delivered(self) -> int:
+        """Bytes that the client has been sent, those that it has been sent twice counted once."""
+        return sum(self._delivered.copy().values())
+
+    @property
+    def has_delivered_all(self) -> bool:
+        return self.delivered == self._nbytes
 
     def note_progress(self, nbytes: int = 0) -> None:
         self._rate.note(nbytes)

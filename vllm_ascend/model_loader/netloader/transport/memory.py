@@ -41,12 +41,13 @@ class MemoryTransport(Transport):
             arrival.advance(len(content))
             delivery.finish(arrival)
             source.note_progress(len(content))
+            source.note_delivered(chunk.offset, chunk.length)
         return delivery.memory
 
 
 class _MemorySender(Sender):
     def __init__(self, store: WeightStore) -> None:
-        super().__init__()
+        super().__init__(store.manifest.nbytes)
         self.bytes = store.bytes
         self._key = secrets.token_hex(8)
         _senders[self._key] = self

@@ -135,7 +135,7 @@ class _GroupSender(Sender):
     def __init__(
         self, store: WeightStore, device: torch.device, server_host: str, timeouts: Timeouts, pacer: Pacer
     ) -> None:
-        super().__init__()
+        super().__init__(store.manifest.nbytes)
         self._host = server_host
         self._device = device
         self._timeout = timeouts.stall
@@ -153,7 +153,7 @@ class _GroupSender(Sender):
         return {"host": self._host, "port": self._port}
 
     def push(self, fetch: Fetch) -> None:
-        self.check(fetch, self._memory.nbytes)
+        self.check(fetch)
         try:
             if self._pair is None:
                 group = process_group.sender_group(self._host, self._listener, self._device, self._timeout)
@@ -164,6 +164,7 @@ class _GroupSender(Sender):
             with own_stream(self._device):
                 content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
                 self._sending.append(_Outgoing(content, self._pair.send(content)))
+                self.note_delivered(fetch.offset, fetch.length)
                 if len(self._sending) >= IN_FLIGHT:
                     content, work = self._sending.popleft()
                     self._pair.finish(work, self._aborted)

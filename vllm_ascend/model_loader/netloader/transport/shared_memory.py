@@ -48,7 +48,7 @@ class SharedMemoryTransport(Transport):
             try:
                 sock.connect("\0" + reception.text("socket"))
                 _require_own_user(sock)
-                _, descriptors, _, _ = socket.recv_fds(sock, 1, 1)
+                _, descriptors, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
             except OSError as error:
                 raise TransportError(f"the source's Unix socket gave no descriptor: {error}") from error
         if len(descriptors) != 1:
@@ -60,7 +60,8 @@ class SharedMemoryTransport(Transport):
 
 class _DescriptorSender(Sender):
     def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
-        super().__init__()
+        super().__init__(store.manifest.nbytes)
+        self._handed_over = False
         self._timeout = timeouts.connect
         self._aborted = threading.Event()
         self._name = f"netloader-{secrets.token_hex(16)}"
@@ -80,6 +81,7 @@ class _DescriptorSender(Sender):
                 connection.settimeout(self._timeout)
                 _require_own_user(connection)
                 socket.send_fds(connection, [b"\0"], [self._descriptor])
+                self._handed_over = True
         except TimeoutError as error:
             raise Stalled(f"the client did not fetch the descriptor within {self._timeout:g} s") from error
         except (OSError, TransportError) as error:
@@ -99,6 +101,10 @@ class _DescriptorSender(Sender):
 
     def abort(self) -> None:
         self._aborted.set()
+
+    @property
+    def delivered(self) -> int:
+        return self._nbytes if self._handed_over else 0
 
     def close(self) -> None:
         self._listener.close()

@@ -16,10 +16,10 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, FileRange
 from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch
+from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Refuse
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -44,8 +44,7 @@ class TcpTransport(Transport):
 
 class _RangeSender(Sender):
     def __init__(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> None:
-        super().__init__()
-        self._nbytes = store.manifest.nbytes
+        super().__init__(store.manifest.nbytes)
         self._bytes = store.bytes
         descriptor = store.memory.descriptor
         self._descriptor = None if descriptor is None else os.dup(descriptor)
@@ -96,9 +95,10 @@ class _RangeSender(Sender):
         while not self._aborted.is_set():
             match channel.receive(Deadline(self._timeout)):
                 case Fetch(offset, length) as fetch:
-                    self.check(fetch, self._nbytes)
+                    self.check(fetch)
                     content = FileRange(self._descriptor, self._bytes, offset, length)
                     channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
+                    self.note_delivered(offset, length)
 
 
 class _Pull:
@@ -119,22 +119,33 @@ class _Pull:
             for thread in threads:
                 thread.start()
                 started.append(thread)
-        except BaseException as error:
-            self._fail(error)
+        except RuntimeError as error:
+            self._fail(TransportError(f"this process cannot start threads: {error}"))
         for thread in started:
             thread.join()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback would hold this frame, and this frame the failure
 
     def _connection(self) -> None:
         try:
             with self._reception.connect() as channel:
                 with self._lock:
                     self._channels.append(channel)
-                channel.send(Attach(self._reception.session), self._reception.timeouts.connect)
+                self._attach(channel)
                 self._fetch_chunks(channel)
         except BaseException as error:  # whatever it is, `run` raises it: bytes are missing
             self._fail(error)
+
+    def _attach(self, channel: Channel) -> None:
+        timeout = self._reception.timeouts.connect
+        channel.send(Attach(self._reception.session), timeout)
+        answer = channel.receive(Deadline(timeout))
+        if isinstance(answer, Refuse):
+            raise ProtocolError(f"it refused a data connection: {one_line(answer.reason)}")
 
     def _fetch_chunks(self, channel: Channel) -> None:
         timeout = self._reception.timeouts.stall
