@@ -283,9 +283,11 @@ class WeightServer:
         for session in sessions:
             session.end(reason)
 
+        channels = [session.channel for session in sessions]  # whose end releases what the sessions hold
+
         def cut() -> None:
-            for session in sessions:
-                session.cut()
+            for channel in channels:
+                channel.shut_down()
 
         if sessions:
             timer = threading.Timer(END_SECONDS, cut)

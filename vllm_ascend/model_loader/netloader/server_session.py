@@ -1,8 +1,8 @@
 """The server's side of one session: from Accept to Confirm, by whatever transport.
 
 A session that `end` has ended is over, whatever its client does: it takes no further message, tells why as long as the
-client listens, and `cut` closes its connection if it is still there END_SECONDS later. So weights that move or change
-wait for no client.
+client listens, and the server closes its connection if it is still there END_SECONDS later. So weights that move or
+change wait for no client.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Ended(Exception):
 
 
 class Session:
-    """One client that takes one publication. `run` is for the connection's thread, `end` and `cut` for any other."""
+    """One client that takes one publication. `run` is for the connection's thread; `end` comes from any other."""
 
     def __init__(
         self,
@@ -80,15 +80,11 @@ class Session:
         self._ended_because: str | None = None
 
     def end(self, reason: str) -> None:
-        """Breaks the transfer off; the client is told `reason`. Call `cut` after END_SECONDS."""
+        """Breaks the transfer off; the client is told `reason`. Shut its channel down after END_SECONDS."""
         if self._ended_because is None:
             self._ended_because = reason
         self.sender.abort()
         self.channel.interrupt()
-
-    def cut(self) -> None:
-        """Ends whatever the session's thread still says to the client."""
-        self.channel.shut_down()
 
     def run(self) -> bool:
         """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
