@@ -188,7 +188,7 @@ class Session:
         self.transport = next((each for each in self.transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
-        ours = request.identity.fingerprint
+        ours = self._terms.request.identity.fingerprint
         if ours and accept.fingerprint not in ("", ours):
             raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
         try:
