@@ -315,9 +315,9 @@ class WatchedTransport(MemoryTransport):
         self.senders = 0
         self.receptions = 0
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         self.senders += 1
-        return super().sender(store, server_host, timeouts, pacer)
+        return super().sender(store, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Arena:
         self.receptions += 1

@@ -392,8 +392,8 @@ class Stuck(MemoryTransport):
         super().__init__()
         self.go = threading.Event()
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        sender = super().sender(store, server_host, timeouts, pacer)
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        sender = super().sender(store, timeouts, pacer)
         sender.run = self.go.wait  # type: ignore[method-assign, assignment]
         return sender
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.manifest import chunks
 from vllm_ascend.model_loader.netloader.memory import Readable
@@ -96,6 +96,20 @@ class Channel:
     @property
     def state(self) -> State:
         return self._conversation.state
+
+    @property
+    def local_host(self) -> str:
+        """The address by which the peer reaches this end, unless something between them translates it."""
+        return unmapped(self.socket.getsockname()[0])
+
+    @property
+    def peer_host(self) -> str:
+        """Raises OSError where the connection has ended."""
+        return unmapped(self.socket.getpeername()[0])
+
+    def may_send(self, kind: type[Message]) -> bool:
+        """Whether it is this end's turn to say that."""
+        return self._conversation.may_send(kind)
 
     def secure(self, context: ssl.SSLContext, timeout: float) -> None:
         """Goes on under TLS, as the server's end if this is one. Raises ConnectionLost or Stalled."""

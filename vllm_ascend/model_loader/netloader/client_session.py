@@ -45,7 +45,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Leave,
     Message,
     Refuse,
-    State,
     Wait,
 )
 from vllm_ascend.model_loader.netloader.report import Phases
@@ -338,7 +337,7 @@ class Session:
 
     def _leave(self, reason: Exception) -> None:
         control = self._opened()
-        if control.state is not State.TRANSFER:
+        if not control.may_send(Leave):
             return
         with contextlib.suppress(ProtocolError, OSError):  # whether it hears of it or not, the next way is tried
             control.send(Leave(one_line(str(reason))), self._terms.timeouts.connect)

@@ -50,3 +50,8 @@ def require_host(host: str) -> None:
         raise ValueError(f"{host!r} cannot be a host name: {reason}") from error
     if len(encoded) > _NAME_LIMIT:
         raise ValueError(f"{host!r} cannot be a host name: it is {len(encoded)} characters long, of {_NAME_LIMIT}")
+
+
+def unmapped(address: str) -> str:
+    """An IPv4 peer of a dual-stack socket has an address like ::ffff:10.0.0.1."""
+    return address.removeprefix("::ffff:")

@@ -4,7 +4,8 @@ A frame is a 4-byte big-endian length and that many bytes: one tagged struct in 
 checked against a limit before anything is allocated. `Conversation` is one end of one connection: it is fed received
 bytes, yields messages, and encodes what is sent; which message may be said by whom in which state is one table.
 Anything else from the peer raises ProtocolError. After Attached, the server answers each Fetch with the raw bytes of
-the range, unframed.
+the range, unframed. Only the process_group transport gathers: what its library wants the other rank to know travels in
+Publish, in either direction.
 
     control connection                                     data connection (tcp transport)
     client                     server                      client                    server
@@ -15,7 +16,11 @@ the range, unframed.
                            <-  Accept | Refuse             Fetch                 ->
     AskDigests             ->                                                    <-  raw bytes
                            <-  Digests                     Fetch                 ->
-    ... the transport moves the bytes ...                                        <-  raw bytes
+    Gather, Publish ...    ->                                                    <-  raw bytes
+                           <-  Publish ...
+    Gathered               ->
+                           <-  Gathered
+    ... the transport moves the bytes ...
                            <-  End, or:
     Done | Leave           ->
                            <-  Confirm
@@ -51,6 +56,9 @@ FETCH_LIMIT: Final = 64 << 20
 DIGESTS_LIMIT: Final = 64
 """Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
+PUBLISH_LIMIT: Final = 8 << 10
+"""Bytes of one value of a rendezvous: the largest, HCCL's root info, has 4,108."""
+KEY_LIMIT: Final = 256
 _LENGTH_BYTES: Final = 4
 _CHECKSUM_BYTES: Final = 4
 _TAG_BYTES: Final = 16
@@ -218,6 +226,21 @@ class Fetch(Message, frozen=True):
     length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
 
 
+class Gather(Message, frozen=True):
+    """Begins a process group of the two: until Gathered, both make it."""
+
+
+class Publish(Message, frozen=True):
+    """Tells the other rank of the group a value that its library waits for."""
+
+    key: Annotated[str, msgspec.Meta(max_length=KEY_LIMIT)]
+    value: Annotated[bytes, msgspec.Meta(max_length=PUBLISH_LIMIT)]
+
+
+class Gathered(Message, frozen=True):
+    """The group works at this end. The client says so first; after the answer neither publishes any more."""
+
+
 class Inquire(Message, frozen=True):
     """Asks what the server holds."""
 
@@ -258,6 +281,8 @@ class State(enum.Enum):
     JOINING = enum.auto()
     TRANSFER = enum.auto()
     DIGESTING = enum.auto()
+    GATHERING = enum.auto()
+    GATHERED = enum.auto()
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
     ATTACHING = enum.auto()
@@ -280,20 +305,29 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.JOINING, Role.SERVER): {Wait: State.JOINING, Accept: State.TRANSFER, Refuse: State.ENDED},
     (State.TRANSFER, Role.CLIENT): {
         AskDigests: State.DIGESTING,
+        Gather: State.GATHERING,
         Fetch: State.TRANSFER,
         Done: State.CONFIRMING,
         Leave: State.ENDED,
     },
     (State.TRANSFER, Role.SERVER): {End: State.ENDED},
     (State.DIGESTING, Role.SERVER): {Digests: State.TRANSFER, End: State.ENDED},
+    (State.GATHERING, Role.CLIENT): {Publish: State.GATHERING, Gathered: State.GATHERED, Leave: State.ENDED},
+    (State.GATHERING, Role.SERVER): {Publish: State.GATHERING, End: State.ENDED},
+    (State.GATHERED, Role.CLIENT): {Leave: State.ENDED},
+    (State.GATHERED, Role.SERVER): {Publish: State.GATHERED, Gathered: State.TRANSFER, End: State.ENDED},
     (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
     (State.ATTACHING, Role.SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
 
-_ClientMessage = Hello | Prove | Join | AskDigests | Done | Leave | Announce | Attach | Fetch | Inquire
-_ServerMessage = Welcome | Challenge | Wait | Accept | Attached | Digests | Refuse | Confirm | End | Status
+_ClientMessage = (
+    Hello | Prove | Join | AskDigests | Gather | Publish | Gathered | Done | Leave | Announce | Attach | Fetch | Inquire
+)
+_ServerMessage = (
+    Welcome | Challenge | Wait | Accept | Attached | Digests | Publish | Gathered | Refuse | Confirm | End | Status
+)
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),
     Role.SERVER: msgspec.msgpack.Decoder(_ServerMessage),
@@ -316,6 +350,9 @@ class Conversation:
     def authenticate(self, key: bytes) -> None:
         """From now on, every frame in either direction carries a tag made with `key`."""
         self._key = key
+
+    def may_send(self, kind: type[Message]) -> bool:
+        return kind in _TRANSITIONS.get((self.state, self.role), {})
 
     def send(self, message: Message) -> bytes:
         """The bytes to transmit."""

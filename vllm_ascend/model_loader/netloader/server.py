@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.admission import Guard, LogLimit, Turn, Turns
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
@@ -282,6 +282,7 @@ class WeightServer:
         """They are told `reason`, and gone soon, whatever their clients do."""
         for session in sessions:
             session.end(reason)
+        channels = [session.channel for session in sessions]  # a session would keep the weights until the time is up
 
         channels = [session.channel for session in sessions]  # whose end releases what the sessions hold
 
@@ -306,7 +307,7 @@ class WeightServer:
                 if self._listener is listener:
                     time.sleep(_ACCEPT_PAUSE)
                 continue
-            self._handle_in_thread(sock, Endpoint(_unmapped(address[0]), address[1]))
+            self._handle_in_thread(sock, Endpoint(unmapped(address[0]), address[1]))
 
     def _handle_in_thread(self, sock: socket.socket, peer: Endpoint) -> None:
         channel = Channel(sock, Role.SERVER)
@@ -433,10 +434,10 @@ class WeightServer:
     def _serve(
         self, channel: Channel, peer: Endpoint, publication: Publication, transport: Transport, turn: Turn | None
     ) -> None:
-        timeouts, server_host = self._settings.timeouts, _unmapped(channel.socket.getsockname()[0])
+        timeouts = self._settings.timeouts
         with contextlib.ExitStack() as ended:
             forget = ended.enter_context(contextlib.ExitStack())  # the last: by then nothing reads the weights
-            sender = ended.enter_context(transport.sender(publication.store, server_host, timeouts, self._pacer))
+            sender = ended.enter_context(transport.sender(publication.store, timeouts, self._pacer))
             if turn is not None:
                 turn.is_slow = lambda: sender.is_slow(self._slow_rate)
             session = Session(
@@ -527,8 +528,3 @@ class WeightServer:
         )
         names = tuple(transport.name for transport in self._settings.transports)
         return Status(holdings, sessions, names, declined, self._turns.waiting)
-
-
-def _unmapped(address: str) -> str:
-    """An IPv4 peer of a dual-stack socket has an address like ::ffff:10.0.0.1."""
-    return address.removeprefix("::ffff:")

@@ -15,7 +15,7 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import (
     Accept,
@@ -25,6 +25,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Done,
     End,
     Fetch,
+    Gather,
     Leave,
     Message,
     Refuse,
@@ -94,6 +95,8 @@ class Session:
             self.channel.send(self._accept(), self._timeouts.connect)
             self.sender.run()
             complete = self._serve()
+        except TransportError as error:
+            self._ended_because = self._ended_because or one_line(str(error))
         except (_Ended, ProtocolError, OSError):
             if self._ended_because is None:
                 raise
@@ -139,6 +142,9 @@ class Session:
             match self._next_message():
                 case AskDigests(first, count):
                     self._tell_digests(first, count)
+                case Gather():
+                    self.sender.gather(self.channel)
+                    self.sender.note_progress()
                 case Fetch() as fetch:
                     self.sender.note_progress()
                     self.sender.push(fetch)

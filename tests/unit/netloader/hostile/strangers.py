@@ -42,6 +42,8 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Done,
     End,
     Fetch,
+    Gather,
+    Gathered,
     Hello,
     Holding,
     Inquire,
@@ -50,6 +52,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Message,
     Offer,
     Prove,
+    Publish,
     Refuse,
     Role,
     Status,
@@ -65,6 +68,9 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
         Prove(bytes(32)),
         Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("shared_memory", "boot/4/7"), Offer("tcp"))),
         AskDigests(0, 1),
+        Gather(),
+        Publish("0/1", bytes(170)),
+        Gathered(),
         Done(),
         Leave("the transport failed"),
         Announce(SESSION, 19001),
@@ -87,6 +93,8 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
             BLAKE3,
         ),
         Digests((bytes(16), bytes(range(16)))),
+        Publish("0/0", bytes(170)),
+        Gathered(),
         Refuse(
             "the tensors differ",
             (Difference("tensor w0", "float32 [16, 8]", ""),),
@@ -398,7 +406,8 @@ class Intruder(Line):
         return self
 
     def join(self, transport: str = "tcp", tensors: Tensors = SMALL) -> Self:
-        return self.say(Join(IDENTITY, RankCoordinates(), tensors.manifest.digest, (Offer(transport),)))
+        offer = Offer(transport, "gloo" if transport == "process_group" else "")
+        return self.say(Join(IDENTITY, RankCoordinates(), tensors.manifest.digest, (offer,)))
 
     def accepted(self, transport: str = "tcp", tensors: Tensors = SMALL) -> bytes:
         """Joins and waits for its turn. The session that it has then."""

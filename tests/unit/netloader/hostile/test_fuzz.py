@@ -480,19 +480,6 @@ def test_an_end_during_the_transfer_is_told(caplog: pytest.LogCaptureFixture) ->
 
 
 WRONG_PARAMETERS: dict[str, tuple[str, dict[str, str | int]]] = {
-    "no group": ("process_group", {}),
-    "a host that is a number": ("process_group", {"host": 7, "port": 40000}),
-    "a port that is a text": ("process_group", {"host": "127.0.0.1", "port": "40000"}),
-    "a negative port": ("process_group", {"host": "127.0.0.1", "port": -1}),
-    "no port": ("process_group", {"host": "127.0.0.1", "port": 0}),
-    "a port beyond all": ("process_group", {"host": "127.0.0.1", "port": 65536}),
-    "a huge port": ("process_group", {"host": "127.0.0.1", "port": (1 << 63) - 1}),
-    "no host": ("process_group", {"host": "", "port": 40000}),
-    "half a host": ("process_group", {"host": "[", "port": 40000}),
-    "a host that is a query": ("process_group", {"host": "?rank=0&world_size=1#", "port": 40000}),
-    "a host of control characters": ("process_group", {"host": f"127.0.0.1{NULL}", "port": 40000}),
-    "a host without end": ("process_group", {"host": "x" * 4096, "port": 40000}),
-    "a scope of control characters": ("process_group", {"host": f"fe80::1%{NULL}", "port": 40000}),
     "no socket": ("shared_memory", {}),
     "a socket that is a number": ("shared_memory", {"socket": 7}),
     "an empty socket": ("shared_memory", {"socket": ""}),

@@ -126,7 +126,7 @@ def test_a_session_for_which_descriptors_run_out_leaves_none(name: str) -> None:
     for free in range(4):
         with free_descriptors(free):
             try:
-                transport.sender(store, "127.0.0.1", PATIENT, Pacer(None)).close()
+                transport.sender(store, PATIENT, Pacer(None)).close()
             except OSError:
                 failures += 1
         assert held() == before

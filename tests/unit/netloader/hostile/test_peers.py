@@ -697,8 +697,8 @@ class Halting(TcpTransport):
         self.go = threading.Event()
         self.halted = threading.Event()
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        sender = super().sender(store, server_host, timeouts, pacer)
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        sender = super().sender(store, timeouts, pacer)
         sender.run = self._halt  # type: ignore[method-assign]
         return sender
 

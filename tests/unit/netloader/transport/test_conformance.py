@@ -160,7 +160,7 @@ def test_a_server_that_closes_fails_the_source_and_not_the_client(setting: Setti
 
 def test_the_sender_closes_twice(setting: Setting) -> None:
     store = setting.small.store()
-    sender = setting.kind[0].sender(store, "127.0.0.1", SHORT, Pacer(None))
+    sender = setting.kind[0].sender(store, SHORT, Pacer(None))
     sender.close()
     sender.close()
     store.close()

@@ -93,6 +93,13 @@ class Sender(ABC):
         """Does what the server must do by itself; returns when that is done. Raises ProtocolError or OSError."""
         return
 
+    def gather(self, control: Channel) -> None:
+        """Makes a process group with the client, which has asked for it on the control connection.
+
+        Raises TransportError where none comes about, ProtocolError or OSError where the client failed.
+        """
+        raise ProtocolError("this session's transport makes no process group")
+
     def push(self, fetch: Fetch) -> None:
         """Sends what the client asks for on the control connection. Raises ProtocolError."""
         raise ProtocolError("this session's transport does not push")
@@ -188,8 +195,8 @@ class Transport(ABC):
         return offer == self.offer()
 
     @abstractmethod
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        """The server's half. `server_host` is the address under which the client reached this server."""
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        """The server's half."""
 
     @abstractmethod
     def receive(self, reception: Reception) -> Memory:

@@ -26,7 +26,7 @@ class MemoryTransport(Transport):
     def __init__(self, tamper: Callable[[Chunk, bytes], bytes] = lambda _, content: content) -> None:
         self._tamper = tamper
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _MemorySender(store)
 
     def receive(self, reception: Reception) -> Memory:

@@ -1,9 +1,10 @@
 """Between accelerators, and wherever a collective library knows the best way: send and receive in a process group.
 
-For each session the server binds a port for the group's store before it tells the client (no port race). With its first
-Fetch on the control connection the client begins to make a group of two, and so does the server. Each Fetch is answered
-by one send of a chunk, which small tensors share and large ones span; several are in flight at once, so that neither
-side waits for the other after each tensor.
+With Gather the client begins to make a group of two, and so does the server. What their libraries have to tell each
+other travels on the control connection, which knows who is there, by Publish; the library's own connections follow.
+When a byte has passed at both ends they say so, and the transfer begins. Each Fetch is answered by one send of a chunk,
+which small tensors share and large ones span; several are in flight at once, so that neither side waits for the other
+after each tensor.
 
 Between NPUs the bytes never touch host memory, except to be digested. What a session takes there is IN_FLIGHT buckets
 of a chunk on each side, and what HCCL itself takes for a group.
@@ -12,8 +13,7 @@ of a chunk on each side, and what HCCL itself takes for a group.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import re
+import functools
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -23,12 +23,23 @@ import torch
 from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
-from vllm_ascend.model_loader.netloader.channel import ConnectionLost
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.delivery import Arrival, Chunk, Delivery
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.memory import Memory, own_stream
 from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
+from vllm_ascend.model_loader.netloader.protocol import (
+    KEY_LIMIT,
+    PUBLISH_LIMIT,
+    End,
+    Fetch,
+    Gather,
+    Gathered,
+    Leave,
+    Message,
+    Offer,
+    Publish,
+)
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -46,8 +57,8 @@ class ProcessGroupTransport(Transport):
     def offer(self) -> Offer:
         return Offer(self.name, process_group.BACKENDS[self._device.type])
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        return _GroupSender(store, self._device, server_host, timeouts, pacer)
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        return _GroupSender(store, self._device, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Memory:
         delivery = reception.deliver()
@@ -55,6 +66,54 @@ class ProcessGroupTransport(Transport):
             with own_stream(self._device):
                 _Receiver(reception, delivery, self._device).run()
         return delivery.memory
+
+
+class _Exchange:
+    """What the two ends tell each other on the control connection until their group has come about."""
+
+    def __init__(self, control: Channel, timeout: float) -> None:
+        self._control = control
+        self._timeout = timeout
+        self._deadline = Deadline(timeout)
+
+    def meet(self, rank: int, device: torch.device, aborted: threading.Event) -> process_group.Pair:
+        """The group; the caller leaves it.
+
+        Raises TransportError where none comes about, ProtocolError or OSError where the peer failed.
+        """
+        rendezvous = process_group.Rendezvous(self._publish, self._published)
+        route = process_group.Route(self._control.local_host, self._control.peer_host)
+        scope = functools.partial(own_stream, device)
+        try:
+            return process_group.meet(
+                rank, rendezvous, route, device, scope=scope, timeout=self._timeout, aborted=aborted
+            )
+        except RuntimeError as error:
+            raise _explained(rendezvous, error, route.peer) from error
+
+    def finish(self) -> None:
+        """Returns when the peer says that the group works. Raises ProtocolError, OSError or TransportError."""
+        while not isinstance(message := self._receive(), Gathered):
+            assert isinstance(message, Publish)  # which came too late to be asked for
+
+    def _publish(self, key: str, value: bytes) -> None:
+        if len(key) > KEY_LIMIT or len(value) > PUBLISH_LIMIT:
+            raise TransportError(f"the value {key[:KEY_LIMIT]!r} of its library has {len(value)} bytes: too many")
+        self._control.send(Publish(key, bytes(value)), self._deadline.remaining())
+
+    def _published(self) -> tuple[str, bytes]:
+        message = self._receive()
+        if not isinstance(message, Publish):
+            raise ProtocolError(f"the peer sent {type(message).__name__} before the process group had come about")
+        return message.key, message.value
+
+    def _receive(self) -> Message:
+        match message := self._control.receive(self._deadline):
+            case End(reason):
+                raise TransportError(f"it ended the session: {one_line(reason)}")
+            case Leave(reason):
+                raise ProtocolError(f"it gave up the process group: {one_line(reason)}")
+        return message
 
 
 class _Incoming(NamedTuple):
@@ -77,30 +136,29 @@ class _Receiver:
         self._receiving: deque[_Incoming] = deque()
 
     def run(self) -> None:
-        host, port = self._meeting_place()
-        self._request_ahead()
         with contextlib.ExitStack() as group_scope:
             # The last: until the group is left, an operation could still write into its buffer.
             group_scope.callback(self._receiving.clear)
-            try:
-                pair = group_scope.enter_context(process_group.receiver_group(host, port, self._device, self._timeout))
-            except RuntimeError as error:
-                raise TransportError(f"no process group with {host}, port {port}: {_first_line(error)}") from error
+            pair = self._gather()
+            group_scope.callback(pair.leave)
+            self._request_ahead()
             try:
                 self._receive_chunks(pair)
             except RuntimeError as error:
                 raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
 
-    def _meeting_place(self) -> tuple[str, int]:
-        """Where the server waits: torch makes a URL of it, so it must be an address and a port and nothing else."""
-        host, port = self._reception.text("host"), self._reception.number("port")
+    def _gather(self) -> process_group.Pair:
+        control = self._reception.control
+        control.send(Gather(), self._timeout)
+        exchange = _Exchange(control, self._timeout)
+        pair = exchange.meet(process_group.RECEIVER, self._device, threading.Event())
         try:
-            scope = getattr(ipaddress.ip_address(host), "scope_id", None) or ""
-        except ValueError as error:
-            raise ProtocolError(f"the transport parameter 'host' is {host!r}: expected an IP address") from error
-        if not 1 <= port <= 65535 or not re.fullmatch(r"[\w.-]*", scope, re.ASCII):
-            raise ProtocolError(f"the source waits at {host!r}, port {port}, which cannot be")
-        return host, port
+            control.send(Gathered(), self._timeout)
+            exchange.finish()
+        except BaseException:
+            pair.leave()
+            raise
+        return pair
 
     def _request_ahead(self) -> None:
         while len(self._requested) + len(self._receiving) < IN_FLIGHT and (chunk := self._delivery.take()):
@@ -132,32 +190,33 @@ class _Outgoing(NamedTuple):
 
 
 class _GroupSender(Sender):
-    def __init__(
-        self, store: WeightStore, device: torch.device, server_host: str, timeouts: Timeouts, pacer: Pacer
-    ) -> None:
+    def __init__(self, store: WeightStore, device: torch.device, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__(store.manifest.nbytes)
-        self._host = server_host
+        self._memory = store.memory
         self._device = device
         self._timeout = timeouts.stall
         self._pacer = pacer
-        self._listener = process_group.listen(server_host)
-        self._port = self._listener.getsockname()[1]
-        self._memory = store.memory
-        self._group_scope = contextlib.ExitStack()
         self._pair: process_group.Pair | None = None
         self._sending: deque[_Outgoing] = deque()
         self._aborted = threading.Event()
 
     @property
     def parameters(self) -> Mapping[str, str | int]:
-        return {"host": self._host, "port": self._port}
+        return {}
+
+    def gather(self, control: Channel) -> None:
+        if self._pair is not None:
+            raise ProtocolError("the client asks for a second process group")
+        exchange = _Exchange(control, self._timeout)
+        self._pair = exchange.meet(process_group.SENDER, self._device, self._aborted)
+        exchange.finish()
+        control.send(Gathered(), self._timeout)
 
     def push(self, fetch: Fetch) -> None:
         self.check(fetch)
+        if self._pair is None:
+            raise ProtocolError("the client fetches before there is a process group")
         try:
-            if self._pair is None:
-                group = process_group.sender_group(self._host, self._listener, self._device, self._timeout)
-                self._pair = self._group_scope.enter_context(group)
             self._pacer.wait_for(fetch.length)
             if self._aborted.is_set():
                 raise RuntimeError("the session has ended")
@@ -176,11 +235,19 @@ class _GroupSender(Sender):
         self._aborted.set()
 
     def close(self) -> None:
-        self._pair = None
-        with own_stream(self._device):
-            self._group_scope.close()
+        pair, self._pair = self._pair, None
+        if pair is not None:
+            with own_stream(self._device):
+                pair.leave()
         self._sending.clear()  # not before: the device reads the content for as long as there is a group
-        self._listener.close()
+
+
+def _explained(rendezvous: process_group.Rendezvous, error: RuntimeError, peer: str) -> Exception:
+    """What to raise where no group came about."""
+    failure = rendezvous.take_failure()
+    if isinstance(failure, ProtocolError | OSError | TransportError):
+        return failure
+    return TransportError(f"no process group with {peer} came about: {one_line(_first_line(failure or error))}")
 
 
 def _first_line(error: Exception) -> str:

@@ -39,7 +39,7 @@ class SharedMemoryTransport(Transport):
     def offer(self) -> Offer:
         return Offer(self.name, host_scope())
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _DescriptorSender(store, timeouts)
 
     def receive(self, reception: Reception) -> Arena:

@@ -32,7 +32,7 @@ _REQUESTED_AHEAD: Final = 2
 class TcpTransport(Transport):
     name = "tcp"
 
-    def sender(self, store: WeightStore, server_host: str, timeouts: Timeouts, pacer: Pacer) -> Sender:
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _RangeSender(store, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Memory:
