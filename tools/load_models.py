@@ -51,7 +51,7 @@ class Loads:
         vLLM's parallel configuration, where no engine argument does), prompts (makes a whole engine in this process,
         which answers them: lists of token ids, or tones for a speech model).
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
-        digests, flags (attributes that loading may set), draft (the same of a draft model), and answers.
+        digests, modules, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
@@ -178,11 +178,13 @@ def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
 
 
 def answers(engine: Any, prompts: list[Any]) -> list[Any]:
-    """Greedy token ids with their log probabilities, or embeddings where `engine` pools."""
+    """Greedy token ids with their log probabilities, or embeddings or probabilities of classes where `engine` pools."""
     from vllm import SamplingParams
 
     inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else _with_audio(prompt) for prompt in prompts]
     if engine.model_config.runner_type == "pooling":
+        if engine.model_config.convert_type == "classify":
+            return [output.outputs.probs for output in engine.classify(inputs, use_tqdm=False)]
         return [output.outputs.embedding for output in engine.embed(inputs, use_tqdm=False)]
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
     outputs = [output.outputs[0] for output in engine.generate(inputs, sampling, use_tqdm=False)]
@@ -229,6 +231,7 @@ class _Observer:
         result["weight_seconds"] = time.perf_counter() - begun
         result["private_bytes"] = private_bytes() - private_before
         result["parameter_bytes"] = sum(each.numel() * each.element_size() for each in model.parameters())
+        result["modules"] = [name for name, _ in model.named_modules(remove_duplicate=False)]
         result["flags"] = {name: value for name, value in vars(model).items() if name.startswith("has_own_")}
         if self._with_digests:
             result["digests"] = digests(model)

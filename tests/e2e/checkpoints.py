@@ -134,14 +134,21 @@ def encoder_only(root: Path) -> str:
             vocab_size=2048, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
         )
         BertModel(config).bfloat16().save_pretrained(directory)
-        _save_tokenizer(directory)
+        save_tokenizer(directory)
     return str(directory)
 
 
 def pooling(root: Path) -> str:
     """A decoder that gives embeddings."""
     directory = make_random_model(root / "pooling", DENSE, architecture="qwen3")
-    _save_tokenizer(directory)
+    save_tokenizer(directory)
+    return str(directory)
+
+
+def reranker(root: Path) -> str:
+    """A decoder of which vLLM makes a classifier; its head is the embedding."""
+    directory = make_random_model(root / "reranker", {**DENSE, "tie_word_embeddings": True}, architecture="qwen3")
+    save_tokenizer(directory)
     return str(directory)
 
 
@@ -169,7 +176,7 @@ def encoder_decoder(root: Path) -> str:
     )
     WhisperForConditionalGeneration(config).bfloat16().save_pretrained(directory)
     WhisperFeatureExtractor().save_pretrained(directory)
-    _save_tokenizer(directory)
+    save_tokenizer(directory)
     return str(directory)
 
 
@@ -272,14 +279,16 @@ def _change_config(directory: Path, changes: dict[str, Any]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def _save_tokenizer(directory: Path) -> None:
-    """Some engines need one, though the tests ask with token ids."""
+def save_tokenizer(directory: Path, words: list[str] | None = None) -> str:
+    """Some engines need one, though the tests ask with token ids. The words get their numbers in order."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = models.WordLevel({f"t{number}": number for number in range(2048)}, unk_token="t3")
+    numbers = {word: number for number, word in enumerate(words or [f"t{number}" for number in range(2048)])}
     special = {"pad_token": "t0", "eos_token": "t1", "bos_token": "t2", "unk_token": "t3"}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="t3"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    return str(directory)
 
 
 def _random(*shape: int) -> torch.Tensor:

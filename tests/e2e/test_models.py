@@ -44,6 +44,11 @@ class Row:
         return {"model": self.make(models), "engine": engine, **answering}
 
 
+def classifier(method: str, tokens: list[str]) -> dict[str, Any]:
+    overrides = {"architectures": ["Qwen3ForSequenceClassification"], "method": method, "classifier_from_token": tokens}
+    return {"runner": "pooling", "hf_overrides": overrides, **WITH_TOKENIZER}
+
+
 TWO_TOKENS = {"num_speculative_tokens": 2}
 ROWS = {
     "SmolLM2 with its own weights": Row(lambda _: fetch_model(), transports=ALL_TRANSPORTS),
@@ -55,6 +60,8 @@ ROWS = {
     "latent attention": Row(checkpoints.latent_attention),
     "encoder only": Row(checkpoints.encoder_only, {"runner": "pooling", **WITH_TOKENIZER}),
     "decoder that pools": Row(checkpoints.pooling, {"runner": "pooling", "convert": "embed", **WITH_TOKENIZER}),
+    "classifier of two tokens": Row(checkpoints.reranker, classifier("from_2_way_softmax", ["t7", "t9"])),
+    "classifier of three tokens": Row(checkpoints.pooling, classifier("no_post_processing", ["t7", "t9", "t11"])),
     "encoder-decoder": Row(checkpoints.encoder_decoder, {**WITH_TOKENIZER, "max_model_len": 64}, TONES),
     "compressed-tensors int8": Row(checkpoints.w8a8),
     "GPTQ 4 bit": Row(checkpoints.gptq),
@@ -129,10 +136,12 @@ def source(server: Loader, transport: str) -> dict[str, Any]:
 
 def assert_equal(loader: Loader, plain: Loader, row: Row) -> None:
     assert loader.digests == plain.digests
+    assert loader.result["modules"] == plain.result["modules"]
     assert not row.prompts or loader.answers == plain.answers
     assert ("draft" in loader.result) == row.separate_draft
     if row.separate_draft:
         assert loader.result["draft"]["digests"] == plain.result["draft"]["digests"]
+        assert loader.result["draft"]["modules"] == plain.result["draft"]["modules"]
         assert loader.result["draft"]["flags"] == plain.result["draft"]["flags"]
 
 
@@ -155,6 +164,18 @@ def test_flags_that_loading_sets_go_from_client_to_client(load: Load, models: Pa
     third = load(**request, extra=source(second, "tcp")).finish_loading()
     assert third.report_of("draft")["source"] == second.address
     assert third.result["draft"]["flags"] == {"has_own_embed_tokens": True}
+
+
+def test_a_classifier_is_not_taken_from_one_that_was_made_from_other_tokens(load: Load, models: Path) -> None:
+    """Both configurations say the same words, which another tokenizer numbers otherwise."""
+    request = ROWS["classifier of two tokens"].request(models)
+    server = load(**request).finish_loading()
+    words = [f"t{number}" for number in (*range(4), 9, 8, 7, *range(10, 2048))]
+    tokenizer = checkpoints.save_tokenizer(models / "other_tokenizer", words)
+    client = load(**{**request, "engine": {**request["engine"], "tokenizer": tokenizer}}, extra=source(server, "tcp"))
+    assert "(here a classifier made from the tokens [6, 4], there a classifier made from the tokens [7, 9])" in (
+        client.fails_with()
+    )
 
 
 def test_what_post_processing_changes_is_kept_in_host_memory(load: Load, models: Path) -> None:

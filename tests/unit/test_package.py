@@ -105,7 +105,8 @@ LAYERS: list[set[str]] = [
     {"places"},
     {"search"},
     {"client", "server", "transport"},
-    {"cli", "disk", "serving", "vllm_identity", "takeover"},
+    {"adapters"},
+    {"cli", "disk", "serving", "takeover", "vllm_identity"},
     {"rehearsal", "reload"},
     {"load"},
     {"loader"},
@@ -161,7 +162,7 @@ BOTTOM: dict[str, set[str]] = {
     "digests": {"manifest", "memory", "pacing"},
     "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol", "resolution"},
     "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
-    "vllm_identity": {"errors", "identity", "reading"},
+    "vllm_identity": {"adapters", "errors", "identity", "reading"},
 }
 
 
@@ -182,6 +183,7 @@ TORCH = {
     "transport.process_group",
     "serving",
     "load",
+    "adapters",
     "loader",
     "rehearsal",
     "reload",
@@ -193,6 +195,7 @@ TORCH = {
 VLLM = {
     "disk",
     "load",
+    "adapters",
     "loader",
     "rehearsal",
     "reload",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import enum
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -233,7 +234,6 @@ UNTELLABLE: dict[str, tuple[str, Load]] = {
     "a flag removed": ("has_own_lm_head", lambda model: delattr(model, "has_own_lm_head")),
     "a number of a layer removed": ("layers.1.rank", lambda model: delattr(model.layers[1], "rank")),
     "a list instead of a number": ("limit", setting("limit", [8])),
-    "a layer removed": ("layers.1.rank", lambda model: model.layers.pop(1)),
 }
 
 
@@ -243,6 +243,23 @@ def test_what_cannot_be_told_makes_a_model_that_is_not_served_and_is_named(name:
         loaded(load)
     said = str(error.value).removeprefix("loading set ").removesuffix(", which cannot be told to another process")
     assert name in said.split(", ")
+
+
+MODULES: dict[str, tuple[str, Load]] = {
+    "removed": ("removed the module layers", lambda model: delattr(model, "layers")),
+    "a child removed": ("removed the module layers.1", lambda model: model.layers.pop(1)),
+    "added": ("added the module cache", setting("cache", nn.ModuleList([nn.Linear(2, 2)]))),
+    "replaced": ("replaced the module layers.0", lambda model: operator.setitem(model.layers, 0, nn.Identity())),
+}
+
+
+@pytest.mark.parametrize(("event", "load"), MODULES.values(), ids=MODULES.keys())
+def test_a_module_that_loading_adds_removes_or_replaces_is_named_and_not_all_that_it_holds(
+    event: str, load: Load
+) -> None:
+    with pytest.raises(UnsupportedModel) as error:
+        loaded(load)
+    assert str(error.value) == f"loading {event}, which cannot be told to another process"
 
 
 def test_of_what_cannot_be_told_the_first_eight_are_named_and_what_can_be_told_is_not() -> None:

@@ -3,8 +3,8 @@
 Some models note facts while they read a checkpoint: an EAGLE draft, for example, that it brought its own embedding. A
 copy of the weights alone does not carry that. So whoever loads from disk compares the model before and after, and
 serves the flags, numbers and texts that changed together with the weights; a client sets them on its model. What else
-may change (a table computed from the checkpoint, an attribute deleted) cannot be told to another process, and such a
-model is not served.
+may change (a table computed from the checkpoint, an attribute or a module deleted) cannot be told to another process,
+and such a model is not served.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Snapshot:
     have none, since they change with them.
     """
 
-    modules: frozenset[str]
+    modules: dict[str, type[nn.Module]]
     attributes: dict[str, object]
     tensors: dict[str, tuple[torch.Tensor, int | None]]
 
@@ -59,15 +59,16 @@ class Snapshot:
             for name, value in (vars(module) | derived).items():
                 if isinstance(value, torch.Tensor):
                     tensors[qualified(prefix, name)] = value, _checksum(value, weights)
-        return cls(frozenset(modules), attributes, tensors)
+        return cls({name: type(module) for name, module in modules.items()}, attributes, tensors)
 
     def changes(self, model: nn.Module) -> dict[str, Plain]:
         """The plain values that `model` has gained or changed since.
 
-        Raises UnsupportedModel, naming the attributes, where something else happened. What happens within other
+        Raises UnsupportedModel, naming modules or attributes, where something else happened. What happens within other
         objects, such as lists, is not seen.
         """
         after = Snapshot.of(model)
+        self._require_same_modules(after)
         changed = [name for name in self.attributes | after.attributes if self._has_changed(name, after)]
         impossible = {name for name in changed if not self._travels(name, after, model)}
         impossible |= {name for name in self.tensors | after.tensors if not self._same_tensor(name, after)}
@@ -75,6 +76,18 @@ class Snapshot:
             names = ", ".join(sorted(impossible)[:8])
             raise UnsupportedModel(f"loading set {names}, which cannot be told to another process")
         return {name: value for name in changed if _is_plain(value := after.attributes[name])}
+
+    def _require_same_modules(self, after: Snapshot) -> None:
+        """Raises UnsupportedModel with the outermost modules that are there no longer, or now, or of another class."""
+        ours, theirs = self.modules, after.modules
+        changed = {name for name in ours.keys() | theirs.keys() if ours.get(name) is not theirs.get(name)}
+        within = {name for name in changed for other in changed if name.startswith(f"{other}.")}
+        if outermost := sorted(changed - within)[:8]:
+            happened = (
+                "added" if name not in ours else "replaced" if name in theirs else "removed" for name in outermost
+            )
+            events = ", ".join(f"{verb} the module {name}" for verb, name in zip(happened, outermost, strict=True))
+            raise UnsupportedModel(f"loading {events}, which cannot be told to another process")
 
     def _has_changed(self, name: str, after: Snapshot) -> bool:
         ours, theirs = self.attributes.get(name, _MISSING), after.attributes.get(name, _MISSING)

@@ -20,6 +20,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from vllm_ascend.model_loader.netloader import attributes
+from vllm_ascend.model_loader.netloader.adapters import remove_passing_head
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.disk import DiskLoader
 from vllm_ascend.model_loader.netloader.load import Load
@@ -63,6 +64,7 @@ class NetLoader(BaseModelLoader):
         A model that this process already uses gets new weights in place; the caller drops what was computed with the
         old ones. Called from outside `load_model`, it needs vLLM's configuration to be set.
         """
+        remove_passing_head(model, model_config)
         if self._load is not None:
             self._load.fill(model, self._load_from_disk)
         elif model in _in_use:
@@ -89,6 +91,7 @@ class NetLoader(BaseModelLoader):
         with load.failure_reported(), load.suspension_undone_on_failure(), all_or_none():
             require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
+            remove_passing_head(scratch, model_config)
             before = attributes.Snapshot.of(scratch)
             load.fill(scratch, self._load_from_disk)
             told = before.changes(scratch)

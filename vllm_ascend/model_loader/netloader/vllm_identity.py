@@ -53,7 +53,7 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=str(model_config.quantization or ""),
         role=role,
-        load_options=_load_options(vllm_config),
+        load_options=_load_options(vllm_config, model_config),
         versions={package.__name__: package.__version__.partition("+")[0] for package in (vllm, torch, vllm_ascend)},
     )
 
@@ -109,12 +109,17 @@ def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
     return "", ""
 
 
-def _load_options(vllm_config: VllmConfig) -> str:
-    """Options that change the bytes of a rank beside the model and its partition."""
-    parallel = vllm_config.parallel_config
-    if not parallel.enable_eplb:
-        return ""
-    return f"expert load balancing with {parallel.eplb_config.num_redundant_experts} redundant experts"
+def _load_options(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
+    """What changes the bytes of a rank beside the model and its partition."""
+    from vllm_ascend.model_loader.netloader.adapters import classifier_tokens
+
+    parallel, options = vllm_config.parallel_config, []
+    if parallel.enable_eplb:
+        redundant = parallel.eplb_config.num_redundant_experts
+        options.append(f"expert load balancing with {redundant} redundant experts")
+    if tokens := classifier_tokens(model_config):
+        options.append(f"a classifier made from {tokens}")
+    return ", ".join(options)
 
 
 def _essential(config: Any) -> Any:
