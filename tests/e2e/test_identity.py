@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from hub import Hub
-from loaders import Load, Loader
+from loaders import Load, Loader, two_free_ports
 from safetensors.torch import load_file
 
 from vllm_ascend.model_loader.netloader.client import inquire
@@ -41,10 +41,6 @@ def useless_source(when_asked: Callable[[], object]) -> Iterator[str]:
 def served(loader: Loader) -> ModelIdentity:
     (holding,) = inquire(Endpoint.parse(loader.address), 10).holdings
     return holding.identity
-
-
-def declined(loader: Loader) -> str:
-    return inquire(Endpoint.parse(loader.address), 10).declined["target"]
 
 
 def test_weights_are_served_as_what_they_are_whenever_files_are_replaced(
@@ -84,25 +80,28 @@ def test_weights_are_served_as_what_they_are_whenever_files_are_replaced(
         instance.finish_loading()
     assert served(instance).fingerprint == of_the_old
 
-    # Replaced in the middle of a reload: what was read may be neither, and is not served.
+    # Replaced in the middle of a reload: what was read may be neither, and is not taken over.
     sources.write_text("{}")
     shutil.copy(Path(fine_tune) / "model.safetensors", model / "next")
-    instance.reload(replace_while_reading=[str(model / "next"), str(model / "model.safetensors")])
-    instance.finish_loading()
+    in_the_middle = [str(model / "next"), str(model / "model.safetensors")]
+    instance.reload(replace_while_reading=in_the_middle)
     reason = "the checkpoint changed while it was read: model.safetensors was replaced"
-    assert declined(instance) == instance.report["not_served"] == reason
-    assert f"the target weights of rank 0 cannot be served: {reason}" in instance.log_text()
-
-    # Left alone: served again.
+    assert (
+        instance.fails_with() == f"ReloadRefused: {reason}: nothing was changed, reload again when nobody writes to it"
+    )
+    assert served(instance).fingerprint == of_the_old
     instance.reload()
     instance.finish_loading()
     assert served(instance).fingerprint == of_the_new
 
-    # Replaced in the middle of a first load.
+    # Replaced in the middle of a first load: computed with, as by vLLM's own loader, and not served.
     shutil.copy(Path(untied) / "model.safetensors", model / "next")
-    mixed = load(str(model), replace_while_reading=[str(model / "next"), str(model / "model.safetensors")])
-    assert mixed.finish_loading().report["not_served"] == reason
-    assert mixed.report["listening"] is None
+    port = two_free_ports()
+    mixed = load(str(model), {"LISTEN_PORT": port}, replace_while_reading=in_the_middle).finish_loading()
+    assert mixed.report["not_served"] == reason
+    assert f"the target weights of rank 0 cannot be served: {reason}" in mixed.log_text()
+    status = inquire(Endpoint("127.0.0.1", port), 10)
+    assert (status.holdings, status.declined) == ((), {"target": reason})
 
 
 def test_what_lies_beside_a_checkpoint_in_the_format_of_torch_does_not_count(
@@ -118,7 +117,18 @@ def test_what_lies_beside_a_checkpoint_in_the_format_of_torch_does_not_count(
     server = load(str(plain)).finish_loading()
     client = load(str(trained_here), {"SOURCE": [server.address], **ONLY_FROM_A_SOURCE}).finish_loading()
     assert client.digests == server.digests
-    assert served(client).fingerprint == served(server).fingerprint != ""
+    fingerprint = served(server).fingerprint
+    assert served(client).fingerprint == fingerprint != ""
+
+    # As after an interrupted download, of which vLLM's loader does not know that it was one.
+    index = {"metadata": {}, "weight_map": {"w": "pytorch_model.bin", "v": "missing.bin"}}
+    (trained_here / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    partial = load(str(trained_here), {"SOURCE": [server.address]}).finish_loading()
+    names = f"name (here {trained_here}, there {plain}); fingerprint (here none, there {fingerprint})"
+    assert partial.report["attempts"][0]["reason"].endswith(names)
+    warning = f"the checkpoint of {trained_here} cannot be fingerprinted, so names decide"
+    assert warning in partial.log_text()
+    assert "1 of its files are missing, among them: 'missing.bin'" in partial.log_text()
 
 
 def test_a_model_that_its_load_downloads_is_served_by_its_fingerprint(untied: str, load: Load, hub: Hub) -> None:

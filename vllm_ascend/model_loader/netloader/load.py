@@ -32,7 +32,12 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import (
+    CheckpointChanged,
+    ReloadRefused,
+    SourcesExhausted,
+    UnsupportedModel,
+)
 from vllm_ascend.model_loader.netloader.files import require_writable
 from vllm_ascend.model_loader.netloader.live import LiveMemory
 from vllm_ascend.model_loader.netloader.memory import Memory
@@ -77,6 +82,7 @@ class Load:
         self._contents: Request | None = None
         self._memory: Memory | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
+        self._mixture = ""
         self._server: WeightServer | None = None
         self._undo_suspension: Callable[[], None] = lambda: None
         self._fetched: Fetched | None = None
@@ -130,6 +136,11 @@ class Load:
                 serving.resume(self._engine)
         except OSError as error:
             self._cannot_serve(str(error), self._memory)
+
+    def require_one_checkpoint(self) -> None:
+        """After `fill`. Raises ReloadRefused where the model may have got weights of two checkpoints."""
+        if self._mixture:
+            raise ReloadRefused(f"{self._mixture}: nothing was changed, reload again when nobody writes to it")
 
     def suspend(self) -> None:
         """Before a model in use changes: what is served from its own parameters is not served meanwhile.
@@ -316,14 +327,14 @@ class Load:
         load_from_disk: Callable[[nn.Module, ModelConfig], Reading],
     ) -> None:
         if weights is None or not self._serves:
-            load_from_disk(model, self._model_config)
+            self._warn_of_mixture(load_from_disk(model, self._model_config))
             return
         self._report.bytes = weights.manifest.nbytes
         try:
             memory = weights.allocate()
         except UnsupportedModel as error:
             self._cannot_serve(str(error))
-            load_from_disk(model, self._model_config)
+            self._warn_of_mixture(load_from_disk(model, self._model_config))
             return
         weights.move_into(memory)
         before = attributes.Snapshot.of(model)
@@ -332,17 +343,30 @@ class Load:
             weights.collect_into(model, memory)
             self._attributes = before.changes(model)
         except UnsupportedModel as error:
+            self._warn_of_mixture(reading)
             self._cannot_serve(str(error), memory)
             return
-        try:
-            fingerprint = reading.finish()
-        except CheckpointChanged as error:
-            self._cannot_serve(str(error), memory)
+        fingerprint = self._fingerprint_of(reading)
+        if fingerprint is None:
+            self._cannot_serve(self._mixture, memory)
             return
         assert self._asked is not None
         identity = as_read(self._asked.identity, reading, fingerprint)
         self._contents = dataclasses.replace(self._asked, identity=identity)
         self._keep(memory)
+
+    def _fingerprint_of(self, reading: Reading) -> str | None:
+        """None where it cannot be told what was read."""
+        try:
+            return reading.finish()
+        except CheckpointChanged as error:
+            self._mixture = str(error)
+            return None
+
+    def _warn_of_mixture(self, reading: Reading) -> None:
+        """Where nothing is served that could be declined."""
+        if self._fingerprint_of(reading) is None:
+            logger.error("the %s weights of rank %d may be a mixture: %s", self._report.role, self._rank, self._mixture)
 
     def _keep(self, memory: Memory) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""

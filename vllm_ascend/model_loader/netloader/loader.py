@@ -94,6 +94,7 @@ class NetLoader(BaseModelLoader):
             remove_passing_head(scratch, model_config)
             before = attributes.Snapshot.of(scratch)
             load.fill(scratch, self._load_from_disk)
+            load.require_one_checkpoint()
             told = before.changes(scratch)
             weights = rehearse(scratch, model, model_config)
             load.suspend()  # here, where it may still fail
