@@ -93,7 +93,7 @@ def imported_siblings(module: str) -> set[str]:
 
 LAYERS: list[set[str]] = [
     {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
-    {"config", "files", "fingerprint", "identity", "installation", "replicas", "resolution", "route"},
+    {"config", "files", "fingerprint", "foreign", "identity", "installation", "replicas", "resolution", "route"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
     {"memory"},
     {"arena", "channel", "digests", "live"},
@@ -152,7 +152,8 @@ BOTTOM: dict[str, set[str]] = {
     "resolution": {"endpoint"},
     "route": {"endpoint"},
     "config": {"endpoint", "errors"},
-    "protocol": {"errors", "identity"},
+    "foreign": {"errors"},
+    "protocol": {"errors", "foreign", "identity"},
     "manifest": {"errors", "identity"},
     "attributes": {"errors"},
     "files": {"errors"},
@@ -161,7 +162,7 @@ BOTTOM: dict[str, set[str]] = {
     "access": {"config", "errors", "files"},
     "digests": {"manifest", "memory", "pacing"},
     "channel": {"endpoint", "errors", "manifest", "memory", "pacing", "protocol", "resolution"},
-    "greeting": {"access", "channel", "endpoint", "errors", "identity", "protocol"},
+    "greeting": {"access", "channel", "endpoint", "errors", "foreign", "identity", "protocol"},
     "vllm_identity": {"adapters", "errors", "identity", "reading"},
 }
 

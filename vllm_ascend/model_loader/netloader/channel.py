@@ -130,6 +130,19 @@ class Channel:
             self.socket.settimeout(timeout)
             self.socket.sendall(self._conversation.send(message))
 
+    def say_last(self, content: bytes, seconds: float) -> None:
+        """Sends what is no message of ours, and lets the peer read it: to close with bytes unread would reset it away.
+
+        Whether it does read does not matter.
+        """
+        deadline = Deadline(seconds)
+        with contextlib.suppress(OSError):
+            self.socket.settimeout(seconds)
+            self.socket.sendall(content)
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)
+            while self.socket.recv(_RECEIVE_BYTES):
+                self.socket.settimeout(deadline.remaining() or 1e-6)
+
     def receive(self, deadline: Deadline) -> Message:
         """The next message. Raises ProtocolError."""
         while (message := self._conversation.next_message()) is None:

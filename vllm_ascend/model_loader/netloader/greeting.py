@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ssl
+from typing import Final
 
 from vllm_ascend.model_loader.netloader.access import Access, Proofs, challenge
 from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, connect
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused, SourceUnreachable, one_line
+from vllm_ascend.model_loader.netloader.foreign import ForeignProtocol
 from vllm_ascend.model_loader.netloader.identity import Difference
 from vllm_ascend.model_loader.netloader.protocol import (
     PROTOCOL_VERSION,
@@ -20,6 +22,9 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Refuse,
     Welcome,
 )
+
+_LAST_WORD_SECONDS: Final = 1.0
+"""For a peer that speaks another protocol to hear so."""
 
 
 class Unauthorized(ProtocolError):
@@ -50,7 +55,10 @@ def _under(access: Access) -> str:
 
 
 def _hint(error: ProtocolError, access: Access) -> str:
-    """What a server may mean that just closes the connection."""
+    """What a server may mean that closes the connection without a word of its own."""
+    reason = getattr(error.__cause__, "reason", None)
+    if isinstance(reason, str) and "UNEXPECTED_MESSAGE" in reason:  # as `foreign` answers TLS
+        return "; it has no TLS: TLS_CERT, TLS_KEY and TLS_CA belong on all instances or on none"
     if not _just_closed(error):
         return ""
     tls = "want TLS (TLS_CERT, TLS_KEY, TLS_CA)" if access.client_tls is None else "have no TLS"
@@ -101,7 +109,7 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
                 raise  # it went away, as health checks do
             raise Unauthorized(f"no TLS with a certificate of our authority: {error}") from error
     deadline = Deadline(timeout)
-    hello = channel.receive(deadline)
+    hello = _first_message(channel, deadline)
     assert isinstance(hello, Hello)
     if hello.protocol != PROTOCOL_VERSION:
         difference = Difference("protocol", str(PROTOCOL_VERSION), str(hello.protocol))
@@ -123,3 +131,11 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
         raise Unauthorized("it has another token")
     channel.send(Welcome(proof=proofs.server), timeout)
     channel.authenticate(proofs.frame_key)
+
+
+def _first_message(channel: Channel, deadline: Deadline) -> Message:
+    try:
+        return channel.receive(deadline)
+    except ForeignProtocol as error:
+        channel.say_last(error.answer, min(deadline.remaining(), _LAST_WORD_SECONDS))
+        raise

@@ -43,7 +43,9 @@ from typing import Annotated, Final
 
 import msgspec
 
+from vllm_ascend.model_loader.netloader import foreign
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, one_line
+from vllm_ascend.model_loader.netloader.foreign import ForeignProtocol
 from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
 
 PROTOCOL_VERSION: Final = 1
@@ -372,6 +374,8 @@ class Conversation:
             return None
         length = int.from_bytes(self._received[:_LENGTH_BYTES], "big")
         if length > self._limit:
+            if (stranger := self._foreign()) is not None:
+                raise stranger
             raise ProtocolError(f"the {self._peer.value} announces a frame of {length} bytes: at most {self._limit}")
         if len(self._received) < _LENGTH_BYTES + length:
             return None
@@ -379,6 +383,13 @@ class Conversation:
         del self._received[: _LENGTH_BYTES + length]
         self._advance(message)
         return message
+
+    def _foreign(self) -> ForeignProtocol | None:
+        if self.state is State.START and self.role is Role.SERVER:
+            return foreign.of_client(bytes(self._received))
+        if self.state is State.GREETED and self.role is Role.CLIENT:
+            return foreign.of_server(bytes(self._received))
+        return None
 
     def _tag(self, role: Role, payload: bytes) -> bytes:
         """With a key it counts the frames, so that none can be left out, repeated or moved."""
