@@ -31,8 +31,7 @@ _SEND_BYTES: Final = 1 << 20
 """Bytes after which progress shows: the kernel would come back only after all of them, however slow the peer."""
 _TLS_BYTES: Final = 256 << 10
 _RECEIVE_INTO_BYTES: Final = 1 << 20
-_OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
-"""Errors of this host that are not the peer's doing."""
+_OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 _TIMEVAL: Final = struct.Struct("@ll")
 
 
@@ -268,6 +267,12 @@ def connect(endpoint: Endpoint, timeout: float) -> Channel:
     raise failure
 
 
+def is_our_own(error: OSError) -> bool:
+    """Whether it tells what this process or host lacks, which is not the peer's doing."""
+    has_own_numbers = isinstance(error, ssl.SSLError | socket.gaierror)
+    return error.errno in _OUR_OWN and not has_own_numbers
+
+
 @contextlib.contextmanager
 def _translated_errors(timeout: float) -> Iterator[None]:
     try:
@@ -275,6 +280,6 @@ def _translated_errors(timeout: float) -> Iterator[None]:
     except (TimeoutError, BlockingIOError) as error:
         raise Stalled(f"the peer was silent for {timeout:g} s") from error
     except OSError as error:
-        if error.errno in _OUR_OWN and not isinstance(error, ssl.SSLError):  # which has numbers of its own
+        if is_our_own(error):
             raise
         raise ConnectionLost(f"the connection broke: {error.strerror or error}") from error

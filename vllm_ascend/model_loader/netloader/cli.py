@@ -13,7 +13,7 @@ import msgspec
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.protocol import Holding, Status
 
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         status = inquire(options.source, options.timeout, access)
-    except SourceError as error:
+    except (SourceError, TransportError) as error:
         print(f"netloader: {options.source}: {error}", file=sys.stderr)
         return 1
     print(msgspec.json.encode(status).decode() if options.json else describe(options.source, status))

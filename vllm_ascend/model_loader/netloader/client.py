@@ -72,7 +72,7 @@ class Client:
 
 
 def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> Status:
-    """What `source` holds. Raises SourceError."""
+    """What `source` holds. Raises SourceError, or TransportError where this process cannot connect."""
     with greet(source, access or Access(), timeout) as channel:
         try:
             channel.send(Inquire(), timeout)
@@ -86,7 +86,7 @@ def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> S
 def announce(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
     """Tells `source` that what was taken from it in `session` is served on `port` now.
 
-    `source` is the address at which it was reached. Raises SourceError.
+    `source` is the address at which it was reached. Raises as `inquire`.
     """
     with greet(source, access, timeout) as channel:
         try:

@@ -201,13 +201,18 @@ class Session:
     def take(self) -> Fetched:
         """Brings the weights, once the turn has come. Raises SourceError or TransportError."""
         with self._failures_translated():
-            accept, control = self._accept, self._opened()
+            accept, control, transport = self._accept, self._opened(), self.transport
             assert accept is not None, "it is not this client's turn"
-            with self._phases("join"):
-                evidence = self._evidence(control, accept)
+            assert transport is not None
+            evidence: Evidence | None = None
+            if transport.copies and (self._terms.verify or self.candidate.is_replica):
+                with self._phases("join"):
+                    evidence = self._evidence(control, accept)
             with self._phases("transfer"):
                 memory = self._receive(control, accept, evidence)
             with self._phases("verify"):
+                if not transport.copies and self.candidate.is_replica:
+                    evidence = self._verify_adopted(control, accept, memory)
                 self._confirm(control, accept, memory, evidence)
 
         contents = self.candidate.contents
@@ -239,11 +244,7 @@ class Session:
         if self._control is not None:
             self._control.close()
 
-    def _evidence(self, control: Channel, accept: Accept) -> Evidence | None:
-        """What is to be verified by, None where nothing is: pages of a source that is trusted are taken as they are."""
-        assert self.transport is not None
-        if not self.candidate.is_replica and not (self._terms.verify and self.transport.copies):
-            return None
+    def _evidence(self, control: Channel, accept: Accept) -> Evidence:
         try:
             count, manifest = len(self._inventory.chunks), self._terms.request.manifest
             evidence = obtain(control, accept, manifest, count, self._terms.timeouts)
@@ -275,10 +276,14 @@ class Session:
                 self.delivery.close()
         if self.delivery is not None:
             self._inventory.require_complete()
-        elif evidence is not None:
-            with closed_on_failure(memory):
-                verify(memory, self._inventory.chunks, evidence)
         return memory
+
+    def _verify_adopted(self, control: Channel, accept: Accept, memory: Memory) -> Evidence:
+        """Pages that somebody else has filled are taken as they are from a source that is trusted, and only from it."""
+        with closed_on_failure(memory):
+            evidence = self._evidence(control, accept)
+            verify(memory, self._inventory.chunks, evidence)
+        return evidence
 
     def _deliver(self, evidence: Evidence | None) -> Delivery:
         memory, terms = self._memory_to_fill(), self._terms

@@ -8,9 +8,15 @@ import ssl
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.access import Access, Proofs, challenge
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, connect
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, connect, is_our_own
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused, SourceUnreachable, one_line
+from vllm_ascend.model_loader.netloader.errors import (
+    ProtocolError,
+    SourceRefused,
+    SourceUnreachable,
+    TransportError,
+    one_line,
+)
 from vllm_ascend.model_loader.netloader.foreign import ForeignProtocol
 from vllm_ascend.model_loader.netloader.identity import Difference
 from vllm_ascend.model_loader.netloader.protocol import (
@@ -32,10 +38,15 @@ class Unauthorized(ProtocolError):
 
 
 def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
-    """A greeted connection, which the caller closes. Raises SourceUnreachable or SourceRefused."""
+    """A greeted connection, which the caller closes.
+
+    Raises SourceUnreachable or SourceRefused, and TransportError where this process cannot connect to anybody.
+    """
     try:
         channel = connect(source, timeout)
     except OSError as error:
+        if is_our_own(error):
+            raise TransportError(f"this process cannot connect: {error.strerror or error}") from error
         raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
     try:
         if access.client_tls is not None:

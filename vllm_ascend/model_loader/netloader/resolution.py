@@ -6,6 +6,7 @@ left to itself when the time is over: it holds nothing and ends when the library
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from typing import Any, NamedTuple
@@ -41,7 +42,10 @@ def _look_up_within(seconds: float, endpoint: Endpoint, flags: int) -> list[Addr
             outcome.append(error)
 
     thread = threading.Thread(target=look_up, name=f"netloader-resolve {endpoint.host}", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"no thread can be had to look up {endpoint.host}: {error}") from error
     thread.join(seconds)
     if not outcome:
         raise TimeoutError(f"no name server has told the address of {endpoint.host} within {seconds:g} s")

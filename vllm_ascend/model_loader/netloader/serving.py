@@ -25,7 +25,7 @@ from vllm_ascend.model_loader.netloader.client import announce
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceError
+from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
@@ -154,10 +154,13 @@ def tell_source(source: Endpoint, session: bytes, port: int, timeout: float, acc
     def tell() -> None:
         try:
             announce(source, session, port, timeout, access)
-        except SourceError as error:
+        except (SourceError, TransportError) as error:
             logger.debug("%s does not hear that its weights are served here too: %s", source, error)
 
-    threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
+    try:
+        threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
+    except RuntimeError as error:
+        logger.debug("no thread can be had to tell %s that its weights are served here too: %s", source, error)
 
 
 def suspend(engine: object, reason: str) -> Callable[[], None]:

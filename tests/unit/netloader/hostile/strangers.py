@@ -23,8 +23,9 @@ from typing import Any, Self
 import msgspec
 from netloader.sources import IDENTITY, SMALL, Tensors
 
+from vllm_ascend.model_loader.netloader import digests
 from vllm_ascend.model_loader.netloader.access import Access, Proofs
-from vllm_ascend.model_loader.netloader.digests import BLAKE3, CHUNK_BYTES, digest_of, root_of
+from vllm_ascend.model_loader.netloader.digests import BLAKE3, digest_of, root_of
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import chunks
@@ -454,7 +455,7 @@ class Impostor:
         store = tensors.store()
         self._bytes = bytes(store.bytes)
         store.close()
-        pieces = chunks(len(self._bytes), CHUNK_BYTES)
+        pieces = chunks(len(self._bytes), digests.CHUNK_BYTES)
         self.digests = tuple(digest_of(memoryview(self._bytes)[offset : offset + length]) for offset, length in pieces)
         self.root = root_of(tensors.manifest.digest, {}, self.digests)
 

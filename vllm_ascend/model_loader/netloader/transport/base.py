@@ -123,15 +123,19 @@ class Sender(ABC):
         self._asked_for += fetch.length
         if self._asked_for > TRIES_PER_CHUNK * self._nbytes:  # others want their turn
             raise ProtocolError(f"the client has asked for {self._asked_for} bytes: there are {self._nbytes}")
+        self._note_delivered(fetch.offset, fetch.length)
 
-    def note_delivered(self, offset: int, length: int) -> None:
-        """Notes that the client has been sent these bytes. Only whole chunks count, each once."""
+    def _note_delivered(self, offset: int, length: int) -> None:
+        """Only whole chunks count, each once.
+
+        It is noted before it is sent: a client may have the last byte, and say so, before the thread that sent it runs.
+        """
         if offset % digests.CHUNK_BYTES == 0 and length == min(digests.CHUNK_BYTES, self._nbytes - offset):
             self._delivered[offset] = length
 
     @property
     def delivered(self) -> int:
-        """Bytes that the client has been sent, those that it has been sent twice counted once."""
+        """Bytes that the client has fetched, those that it has fetched twice counted once."""
         return sum(self._delivered.copy().values())
 
     @property

@@ -14,6 +14,7 @@ from vllm_ascend.model_loader.netloader.channel import ConnectionLost
 from vllm_ascend.model_loader.netloader.delivery import Chunk
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.pacing import Pacer
+from vllm_ascend.model_loader.netloader.protocol import Fetch
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
 
@@ -35,13 +36,13 @@ class MemoryTransport(Transport):
             raise ConnectionLost("the sender is gone")
         delivery = reception.deliver()
         while chunk := delivery.take():
+            source.check(Fetch(chunk.offset, chunk.length))
             content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
             arrival = delivery.begin(chunk)
             arrival.landing.host[: len(content)] = content
             arrival.advance(len(content))
             delivery.finish(arrival)
             source.note_progress(len(content))
-            source.note_delivered(chunk.offset, chunk.length)
         return delivery.memory
 
 

@@ -223,7 +223,6 @@ class _GroupSender(Sender):
             with own_stream(self._device):
                 content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
                 self._sending.append(_Outgoing(content, self._pair.send(content)))
-                self.note_delivered(fetch.offset, fetch.length)
                 if len(self._sending) >= IN_FLIGHT:
                     content, work = self._sending.popleft()
                     self._pair.finish(work, self._aborted)

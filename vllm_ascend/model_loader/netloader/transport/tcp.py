@@ -98,7 +98,6 @@ class _RangeSender(Sender):
                     self.check(fetch)
                     content = FileRange(self._descriptor, self._bytes, offset, length)
                     channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
-                    self.note_delivered(offset, length)
 
 
 class _Pull:

@@ -1,0 +1,378 @@
+"""Whoever a source names can waste a client's time, and never change a byte or a word of what it gets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from netloader.hostile.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
+from netloader.sources import IDENTITY, Tensors, client_for, fetch, serving
+
+from vllm_ascend.model_loader.netloader import delivery, digests
+from vllm_ascend.model_loader.netloader.access import Access
+from vllm_ascend.model_loader.netloader.client import Client, announce, inquire
+from vllm_ascend.model_loader.netloader.client_session import Fetched
+from vllm_ascend.model_loader.netloader.delivery import Chunk
+from vllm_ascend.model_loader.netloader.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.protocol import Done, Fetch, Wait
+from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server_session import Publication
+from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+
+CHUNK = 4096
+PATIENT = Timeouts(connect=60.0, stall=60.0)
+TCP = transports(["tcp"])
+SHARED = transports(["shared_memory"])
+WEIGHTS = Tensors({"w": torch.arange(8 * CHUNK // 4, dtype=torch.int32)})
+FORGED = Tensors({"w": torch.arange(8 * CHUNK // 4, dtype=torch.int32) * 3})
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """The test's own timeout is the deadline."""
+    while not condition():
+        time.sleep(0.01)
+
+
+def take_everything(source: Endpoint) -> bytes:
+    """A stranger's session, in which it has fetched every byte."""
+    _, fetched = fetch(WEIGHTS, TCP, source)
+    fetched.memory.close()
+    return fetched.session
+
+
+def referrals_of(server: WeightServer) -> tuple[str, ...]:
+    return server._replicas.referrals("target", 1)
+
+
+@contextlib.contextmanager
+def trusted(kinds: tuple[object, ...] = TCP) -> Iterator[tuple[WeightServer, Endpoint]]:
+    """A server with one turn."""
+    with serving(WEIGHTS, kinds, timeouts=PATIENT, max_clients=1) as (server, source):
+        yield server, source
+
+
+@contextlib.contextmanager
+def turn_taken(source: Endpoint) -> Iterator[Intruder]:
+    """Somebody holds the only turn until the connection is closed."""
+    with Intruder(source).greet() as line:
+        line.accepted(tensors=WEIGHTS)
+        yield line
+
+
+@contextlib.contextmanager
+def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
+    """Fetches in a thread, to be ended by calling what is given."""
+    results: list[Fetched | Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(client.fetch(sources))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+
+    def result() -> Fetched:
+        thread.join()
+        (outcome,) = results
+        assert isinstance(outcome, Fetched), outcome
+        return outcome
+
+    thread.start()
+    yield result
+
+
+def fetched_past(stranger: Endpoint, server: WeightServer, source: Endpoint, **terms: object) -> tuple[Client, Fetched]:
+    """What a client gets that waits at `source`, which refers it to `stranger`; the turn comes when that was tried."""
+    announce(source, take_everything(source), stranger.port, 5, Access())
+    until(lambda: referrals_of(server))
+    client = client_for(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, **terms)
+    with turn_taken(source) as held, fetching(client, source) as result:
+        until(lambda: client.attempts and inquire(source, 5).waiting)
+        held.reset()
+        fetched = result()
+    WEIGHTS.assert_in(fetched.memory)
+    assert (fetched.source, fetched.fingerprint) == (source, IDENTITY.fingerprint)
+    return client, fetched
+
+
+def test_a_stranger_that_took_everything_cannot_pass_other_contents_on() -> None:
+    """Under its own digests, which fit to its own bytes."""
+    with trusted() as (server, source), serving(FORGED, TCP) as (_, stranger):
+        client, fetched = fetched_past(stranger, server, source)
+    (attempt,) = client.attempts
+    assert attempt.source == str(stranger)
+    assert f"it holds other contents than those for which {source} named it: its root digest is " in attempt.reason
+    assert attempt.received == 0
+    assert fetched.evidence is not None
+    assert fetched.evidence.root == WEIGHTS.store().root()
+
+
+def test_a_stranger_cannot_change_an_attribute_of_the_model() -> None:
+    store = replace(WEIGHTS.store(), attributes={"has_own_embed_tokens": True})
+    settings = Settings(TCP, PATIENT)
+    with trusted() as (server, source), WeightServer("127.0.0.1", 0, settings) as lying:
+        lying.publish(Publication(IDENTITY, RankCoordinates(), store))
+        client, fetched = fetched_past(Endpoint("127.0.0.1", lying.port), server, source)
+    assert "it holds other contents" in client.attempts[0].reason
+    assert fetched.attributes == {}
+
+
+def test_a_stranger_cannot_sell_pages_that_are_not_those_of_its_digests() -> None:
+    """By shared memory nothing is fetched that could be verified on its way."""
+    forged, true = FORGED.store(), WEIGHTS.store()
+    assert true.digests is not None
+    forged = replace(forged, digests=StoreDigests(forged.memory.reader(), true.digests.all()))
+    with trusted() as (server, source), WeightServer("127.0.0.1", 0, Settings(SHARED, PATIENT)) as lying:
+        lying.publish(Publication(IDENTITY, RankCoordinates(), forged))
+        client, _ = fetched_past(Endpoint("127.0.0.1", lying.port), server, source)
+    (attempt,) = client.attempts
+    assert attempt.reason == "chunk 0 of the memory that it shares is not the one of its digest"
+
+
+def test_a_replica_cannot_give_weights_another_fingerprint() -> None:
+    """It says one; what the client publishes is what its own source has said."""
+    lie = replace_fingerprint("5ad")
+    unknown = replace_fingerprint("")
+    with trusted() as (server, source), serving(WEIGHTS, TCP, identity=lie) as (_, replica):
+        announce(source, take_everything(source), replica.port, 5, Access())
+        until(lambda: referrals_of(server))
+        with turn_taken(source):
+            _, fetched = fetch(WEIGHTS.request(unknown), TCP, source)
+    WEIGHTS.assert_in(fetched.memory)
+    assert (fetched.source, fetched.fingerprint) == (replica, IDENTITY.fingerprint)
+
+
+def replace_fingerprint(fingerprint: str) -> object:
+    import msgspec
+
+    return msgspec.structs.replace(IDENTITY, fingerprint=fingerprint)
+
+
+def test_who_fetches_nothing_is_no_replica() -> None:
+    with trusted() as (server, source):
+        with Intruder(source).greet() as line:
+            session = line.accepted(tensors=WEIGHTS)
+            line.say(Done()).hear()
+        announce(source, session, 19001, 5, Access())
+        until(lambda: is_idle(server))
+        assert referrals_of(server) == ()
+
+
+def test_who_fetches_all_but_one_chunk_is_no_replica() -> None:
+    with trusted() as (server, source):
+        with Intruder(source).greet() as line, Intruder(source).greet() as data:
+            session = line.accepted(tensors=WEIGHTS)
+            data.attach(session)
+            for number in range(7):
+                data.say(Fetch(number * CHUNK, CHUNK)).read(CHUNK)
+            data.say(Fetch(0, CHUNK), Fetch(0, CHUNK)).read(2 * CHUNK)
+            line.say(Done()).hear()
+        announce(source, session, 19001, 5, Access())
+        until(lambda: is_idle(server))
+        assert referrals_of(server) == ()
+
+
+def test_a_server_that_does_not_digest_names_nobody() -> None:
+    with serving(WEIGHTS, TCP, timeouts=PATIENT, max_clients=1, verify=False) as (server, source):
+        _, fetched = fetch(WEIGHTS, TCP, source, verify=False)
+        announce(source, fetched.session, 19001, 5, Access())
+        until(lambda: referrals_of(server))
+        with turn_taken(source), Intruder(source).greet() as line:
+            heard = line.join(tensors=WEIGHTS).hear_kind(Wait)
+    assert (heard["referrals"], heard["root"]) == ([], "")
+
+
+def test_who_does_not_verify_follows_nobody() -> None:
+    with trusted() as (server, source), serving(FORGED, TCP) as (lying, stranger):
+        announce(source, take_everything(source), stranger.port, 5, Access())
+        until(lambda: referrals_of(server))
+        client = client_for(WEIGHTS, TCP, timeouts=PATIENT, verify=False)
+        with turn_taken(source) as held, fetching(client, source) as result:
+            until(lambda: inquire(source, 5).waiting)
+            held.reset()
+            fetched = result()
+        assert (fetched.source, client.attempts) == (source, [])
+        assert not lying._replicas._taken
+
+
+def test_a_root_that_is_not_known_yet_is_waited_for_before_anybody_is_named() -> None:
+    with serving(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, max_clients=1) as (server, source):
+        _, fetched = fetch(WEIGHTS, SHARED, source)  # which needs no digests
+        fetched.memory.close()
+        announce(source, fetched.session, 19001, 5, Access())
+        until(lambda: referrals_of(server))
+        with turn_taken(source), Intruder(source).greet() as line:
+            assert line.join(tensors=WEIGHTS).hear_kind(Wait)["referrals"] == []
+        take_everything(source)
+        with turn_taken(source), Intruder(source).greet() as line:
+            assert line.join(tensors=WEIGHTS).hear_kind(Wait)["referrals"] == [":19001"]
+
+
+SILENT_REPLICAS = 8
+ROOT = "5eed" * 16
+
+
+@contextlib.contextmanager
+def silent_replicas(act: object = silent) -> Iterator[list[Impostor]]:
+    with contextlib.ExitStack() as scope:
+        yield [scope.enter_context(Impostor({"Join": act}, WEIGHTS)) for _ in range(SILENT_REPLICAS)]
+
+
+def naming(replicas: list[Impostor]) -> Wait:
+    return Wait(1, tuple(str(each.endpoint) for each in replicas), ROOT)
+
+
+def test_silent_replicas_delay_nobody_whose_turn_comes() -> None:
+    """The place is kept: the source lets the client in while it listens to the first of them."""
+    asked = threading.Event()
+
+    def join(line: object, heard: dict[str, object]) -> None:
+        line.say(naming(replicas))  # type: ignore[attr-defined]
+        asked.wait()
+        line.say(source.right_answer("Join"))  # type: ignore[attr-defined]
+
+    def hear_nothing(_: object, __: object) -> None:
+        asked.set()
+
+    with silent_replicas(hear_nothing) as replicas, Impostor({"Join": join}, WEIGHTS) as source:
+        client, fetched = fetch(WEIGHTS, TCP, source.endpoint, timeouts=PATIENT)
+    WEIGHTS.assert_in(fetched.memory)
+    assert fetched.source == source.endpoint
+    assert sum("Join" in each.heard for each in replicas) == 1
+    assert client.attempts == []
+
+
+def test_silent_replicas_of_a_source_that_is_gone_cost_no_more_than_one_stall() -> None:
+    """Each is left after CONNECT_TIMEOUT, and all of them after STALL_TIMEOUT."""
+
+    def join(line: object, _: object) -> None:
+        line.say(naming(replicas))  # type: ignore[attr-defined]
+        line.reset()  # type: ignore[attr-defined]
+
+    with silent_replicas() as replicas, Impostor({"Join": join}, WEIGHTS) as source:
+        with serving(WEIGHTS, TCP) as (_, healthy):
+            _, fetched = fetch(WEIGHTS, TCP, source.endpoint, healthy, timeouts=Timeouts(connect=0.25, stall=0.6))
+    assert fetched.source == healthy
+    assert 2 <= sum("Join" in each.heard for each in replicas) <= 4
+
+
+def test_a_replica_that_lets_others_wait_for_ever_is_left_for_the_source() -> None:
+    waiting = answering(Wait(7))
+    with silent_replicas(waiting) as replicas, trusted() as (server, source):
+        announce(source, take_everything(source), replicas[0].endpoint.port, 5, Access())
+        until(lambda: referrals_of(server))
+        client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
+        with turn_taken(source) as held, fetching(client, source) as result:
+            until(lambda: "Join" in replicas[0].heard and inquire(source, 5).waiting)
+            held.reset()
+            fetched = result()
+    assert (fetched.source, client.attempts) == (source, [])
+
+
+def test_a_turn_at_the_source_ends_what_a_replica_brings_and_keeps_what_it_has_brought() -> None:
+    turn_came, brought = threading.Event(), threading.Event()
+
+    def stop_at_the_fourth(chunk: Chunk, content: bytes) -> bytes:
+        if chunk.number == 3 and not turn_came.is_set():
+            brought.set()
+            turn_came.wait()
+        return content
+
+    def count(nbytes: int) -> None:
+        moved.append(nbytes)
+
+    moved: list[int] = []
+    kind = (MemoryTransport(stop_at_the_fourth),)
+    with (
+        serving(WEIGHTS, kind, timeouts=PATIENT, max_clients=1) as (server, source),
+        serving(WEIGHTS, kind) as (_, replica),
+    ):
+        client = client_for(WEIGHTS, (MemoryTransport(),))
+        session = client.fetch([source]).session
+        announce(source, session, replica.port, 5, Access())
+        until(lambda: referrals_of(server))
+        client = client_for(WEIGHTS, kind, timeouts=PATIENT, progress=count)
+        with Intruder(source).greet() as held, fetching(client, source) as result:
+            held.accepted("memory", WEIGHTS)
+            brought.wait()
+            held.reset()
+            until(lambda: not inquire(source, 5).waiting)
+            time.sleep(0.05)  # the turn is told to the client's thread
+            turn_came.set()
+            fetched = result()
+    WEIGHTS.assert_in(fetched.memory)
+    assert client.attempts == []
+    assert client.received.total() == WEIGHTS.manifest.nbytes
+    assert sum(moved) == WEIGHTS.manifest.nbytes
+
+
+def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
+    begun, turn_came = threading.Event(), threading.Event()
+
+    def hold_the_first(chunk: Chunk, content: bytes) -> bytes:
+        begun.set()
+        turn_came.wait()
+        return content
+
+    kind = (MemoryTransport(hold_the_first),)
+    with (
+        serving(WEIGHTS, kind, timeouts=PATIENT, max_clients=1) as (busy, first),
+        serving(WEIGHTS, kind, timeouts=PATIENT) as (_, second),
+        Intruder(first).greet() as held,
+    ):
+        held.accepted("memory", WEIGHTS)
+        client = client_for(WEIGHTS, kind, timeouts=PATIENT)
+        with fetching(client, first, second) as result:
+            begun.wait()
+            held.reset()
+            until(lambda: is_idle(busy) or (not busy._sessions and not busy._turns.waiting))
+            turn_came.set()
+            fetched = result()
+    assert (fetched.source, client.attempts) == (second, [])
+    assert client.received[str(first)] == 0
+
+
+def test_a_stranger_that_hangs_up_is_tried_once() -> None:
+    with silent_replicas(hanging_up) as replicas, trusted() as (server, source):
+        announce(source, take_everything(source), replicas[0].endpoint.port, 5, Access())
+        until(lambda: referrals_of(server))
+        client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
+        with turn_taken(source) as held, fetching(client, source) as result:
+            until(lambda: client.attempts)
+            held.reset()
+            fetched = result()
+        assert replicas[0].heard.count("Join") == 1
+    assert fetched.source == source
+
+
+def test_the_memory_that_a_client_fills_is_its_own_whoever_it_is_referred_to() -> None:
+    """Nobody can write into it later: what came is sealed like any other."""
+    with trusted() as (server, source), serving(WEIGHTS, TCP) as (_, replica):
+        announce(source, take_everything(source), replica.port, 5, Access())
+        until(lambda: referrals_of(server))
+        with turn_taken(source):
+            _, fetched = fetch(WEIGHTS, TCP, source)
+    assert fetched.source == replica
+    fetched.memory.seal()
+    assert fetched.memory.descriptor is not None
+    with pytest.raises(PermissionError):
+        os.pwrite(fetched.memory.descriptor, b"?", 0)
