@@ -150,8 +150,10 @@ def test_data_parallel_replicas_share_experts(
     assert tokens(replicas[1].finish_loading().answers) == expected[:1]
 
 
-def test_an_engine_sleeps_and_wakes(engine: Load, models: Path) -> None:
-    model = checkpoints.dense(models)
+@pytest.mark.parametrize("make", [checkpoints.dense, checkpoints.mixture_of_experts], ids=["Llama", "Qwen3-MoE"])
+def test_an_engine_sleeps_and_wakes(make: Make, engine: Load, models: Path) -> None:
+    """What wakes is as it went to sleep, experts too, which others process a second time (vllm-ascend #12226)."""
+    model = make(models)
     sleeper = engine("npu", model, {"enable_sleep_mode": True, **EAGER}).finish_loading()
     answers = sleeper.answers
     sleeper.call("sleep", level=1)

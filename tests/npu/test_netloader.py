@@ -109,7 +109,7 @@ def test_each_tensor_parallel_rank_takes_its_part_from_its_peer(start: Load, mod
 def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_is_awake(
     start: Load, models: Path
 ) -> None:
-    model = checkpoints.dense(models)
+    model = checkpoints.mixture_of_experts(models)
     engine = {"enable_sleep_mode": True}
     server = start("0", model, {"MAX_BANDWIDTH": SLOW}, prompts=PROMPTS, engine=engine).finish_loading()
     answers, first = server.answers, generation(server)
@@ -132,6 +132,13 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
     refused = start("1", model, {"SOURCE": [server.address]}).finish_loading()
     assert "its weights were dropped" in refused.report["attempts"][0]["reason"]
     refused.end()
+
+    server.call("wake_up")
+    server.reload(PROMPTS, weights_path=model)
+    assert server.finish_loading().answers == answers
+    reloaded = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert reloaded.answers == answers
+    reloaded.end()
     server.end()
 
 
