@@ -28,6 +28,7 @@ from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 _ABORT_SECONDS: Final = 0.1
 """Within which a session that is waiting notices its end."""
+_DESCRIPTOR: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -48,7 +49,7 @@ class SharedMemoryTransport(Transport):
             try:
                 sock.connect("\0" + reception.text("socket"))
                 _require_own_user(sock)
-                _, descriptors, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                descriptors = _receive_descriptors(sock)
             except OSError as error:
                 raise TransportError(f"the source's Unix socket gave no descriptor: {error}") from error
         if len(descriptors) != 1:
@@ -111,6 +112,16 @@ class _DescriptorSender(Sender):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _receive_descriptors(sock: socket.socket) -> list[int]:
+    """Those that come with the next byte, closed in children from the first moment: recv_fds of CPython drops flags."""
+    _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC)
+    return [
+        _DESCRIPTOR.unpack_from(data)[0]
+        for level, kind, data in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= _DESCRIPTOR.size
+    ]
 
 
 def host_scope() -> str:
