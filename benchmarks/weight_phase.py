@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from random_model import LARGE, make_random_model  # noqa: E402
 
+from vllm_ascend.model_loader.netloader.config import TRANSPORTS  # noqa: E402
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS  # noqa: E402
 
 GIGABYTE = 1e9
@@ -61,7 +62,7 @@ def main() -> None:
 def measure(model: Path, server: _Server, rounds: int) -> dict[str, Any]:
     """Seconds per way and round, and the memory figures."""
     nbytes = server.result["parameter_bytes"]
-    netloader: dict[str, list[dict[str, Any]]] = {"shared_memory": [], "tcp": [], "process_group": []}
+    netloader: dict[str, list[dict[str, Any]]] = {transport: [] for transport in TRANSPORTS}
     ways: dict[str, Callable[[], float]] = {
         "disk": lambda: float(load(model, "auto", {})["weight_seconds"]),
         "gloo per tensor": lambda: gloo_per_tensor(model),
@@ -113,7 +114,9 @@ class _Server:
     def __init__(self, model: Path) -> None:
         self._scratch = tempfile.TemporaryDirectory()
         self._prefix = str(Path(self._scratch.name) / "listen-")
-        self._process = _start_load(model, "netloader", {"OUTPUT_PREFIX": self._prefix}, hold=True)
+        self._process = _start_load(
+            model, "netloader", {"OUTPUT_PREFIX": self._prefix, "TRANSPORT": list(TRANSPORTS)}, hold=True
+        )
         self.result: dict[str, Any] = {}
 
     def __enter__(self) -> _Server:

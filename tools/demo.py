@@ -44,14 +44,12 @@ def demonstrate(model: str, transport: str, on_npus: bool) -> int:
         ours, theirs = ("0", "1") if on_npus else (None, None)
         if on_npus:
             say("on simulated NPUs: what works here has a chance on hardware, and times mean nothing")
-        with Instance("server", model, directory, npus=ours) as server:
+        chosen: dict[str, Any] = {"TRANSPORT": [transport]} if transport else {}
+        with Instance("server", model, directory, chosen, npus=ours) as server:
             say(f"server: vllm serve {model} --load-format netloader")
             server.wait_until_ready(progress("server"))
             say(f"server: ready, its weights are served on {server.address}")
-            extra: dict[str, Any] = {"SOURCE": [server.address]}
-            if transport:
-                extra["TRANSPORT"] = [transport]
-            with Instance("client", model, directory, extra, npus=theirs) as client:
+            with Instance("client", model, directory, {"SOURCE": [server.address], **chosen}, npus=theirs) as client:
                 say(f'client: the same with --model-loader-extra-config \'{{"SOURCE": ["{server.address}"]}}\'')
                 client.wait_until_ready(progress("client"))
                 say("client: ready; asking both the same prompts")

@@ -20,6 +20,7 @@ from loaders import Load, Loader
 PROMPTS: list[Any] = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 TONES: list[Any] = [{"decoder": [5, 9, 13], "tone": 440}, {"decoder": [5, 9, 13], "tone": 880}]
 ALL_TRANSPORTS = ("shared_memory", "tcp", "process_group")
+BY_ALL = {"TRANSPORT": list(ALL_TRANSPORTS)}
 WITH_TOKENIZER = {"skip_tokenizer_init": False}
 
 
@@ -93,7 +94,7 @@ RELOADABLE = {name: row for name, row in ROWS.items() if row.prompts and row.mak
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_a_client_equals_a_load_from_disk(row: Row, load: Load, models: Path) -> None:
     request = row.request(models)
-    server, plain = load(**request), load(**request, load_format="auto")
+    server, plain = load(**request, extra=BY_ALL), load(**request, load_format="auto")
     plain.finish_loading()
     server.finish_loading()
     plain.end()
@@ -112,7 +113,7 @@ def test_a_client_equals_a_load_from_disk(row: Row, load: Load, models: Path) ->
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_every_transport_brings_every_model(row: Row, load: Load, models: Path) -> None:
     request = row.request(models)
-    server = load(**request).finish_loading()
+    server = load(**request, extra=BY_ALL).finish_loading()
     for transport in set(ALL_TRANSPORTS) - set(row.transports):
         client = load(**request, extra=source(server, transport)).finish_loading()
         assert_equal(client, server, row)

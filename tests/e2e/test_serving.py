@@ -46,7 +46,8 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
     expected = answers(first)
     assert " Paris" in expected[0]
 
-    second = start("B", {"SOURCE": [first.address], "FALLBACK": "error"})
+    transports = ["shared_memory", "tcp", "process_group"]
+    second = start("B", {"SOURCE": [first.address], "FALLBACK": "error", "TRANSPORT": transports})
     second.wait_until_ready()
     assert answers(second) == expected
     assert (second.report()["outcome"], second.report()["transport"]) == ("p2p", "shared_memory")

@@ -477,15 +477,27 @@ def test_under_tls_the_transports_are_those_that_the_configuration_names() -> No
     assert NetLoaderConfig.parse({**TLS, "TRANSPORT": transport}).transports_for("cpu") == tuple(transport)
 
 
-def test_a_token_leaves_the_transports_as_they_are() -> None:
-    with_token = NetLoaderConfig.parse({"TOKEN_FILE": "token"})
-    assert with_token.transports_for("cpu") == NetLoaderConfig().transports_for("cpu")
+@pytest.mark.parametrize("access", [{}, {"TOKEN_FILE": "token"}, TLS], ids=["anybody", "token", "TLS"])
+def test_between_cpus_no_ports_of_a_library_are_opened_by_default(access: dict[str, str]) -> None:
+    assert NetLoaderConfig.parse(access).transports_for("cpu") == ("shared_memory", "tcp")
+    asked_for = NetLoaderConfig.parse({**access, "TRANSPORT": ["process_group"]})
+    assert asked_for.transports_for("cpu") == ("process_group",)
 
 
-def test_weights_on_an_accelerator_go_by_process_groups_first_and_never_by_shared_memory() -> None:
+def test_weights_on_an_npu_go_by_process_groups_first_and_never_by_shared_memory() -> None:
     assert NetLoaderConfig().transports_for("npu") == ("process_group", "tcp")
+    assert NetLoaderConfig.parse({"TOKEN_FILE": "token"}).transports_for("npu") == ("process_group", "tcp")
     assert NetLoaderConfig.parse(TLS).transports_for("npu") == ("tcp",)
     assert NetLoaderConfig.parse({"TRANSPORT": ["shared_memory", "tcp"]}).transports_for("npu") == ("tcp",)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "another"])
+def test_weights_on_any_other_device_go_by_way_of_host_memory(device: str) -> None:
+    assert NetLoaderConfig().transports_for(device) == ("tcp",)
+    assert NetLoaderConfig.parse({"TRANSPORT": ["shared_memory", "tcp"]}).transports_for(device) == ("tcp",)
+    for transport in (["process_group"], ["process_group", "tcp"], ["shared_memory"]):
+        with pytest.raises(ConfigError, match=rf"TRANSPORT has .*weights on {device} devices are carried by tcp$"):
+            NetLoaderConfig.parse({"TRANSPORT": transport}).transports_for(device)
 
 
 def test_a_transport_list_of_no_use_on_the_device_is_refused_with_what_would_be() -> None:

@@ -18,10 +18,11 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint, require_host
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
-ACCELERATOR_TRANSPORTS: Final = ("process_group", "tcp")
-"""Those for weights that are not in host memory, best first."""
-ENCRYPTED_TRANSPORTS: Final = ("shared_memory", "tcp")
-"""Those whose bytes nobody can read on the way, given TLS."""
+_TRANSPORTS_BY_DEVICE: Final = {"cpu": TRANSPORTS, "npu": ("process_group", "tcp")}
+_TRANSPORTS_ELSEWHERE: Final = ("tcp",)
+"""Those for weights on any other device, by way of host memory."""
+CLOSED_TRANSPORTS: Final = ("shared_memory", "tcp")
+"""Those that open nothing to strangers: no ports beside the listener's, and given TLS no bytes that can be read."""
 LEAST_LIMIT: Final = 1 << 20
 """Bytes per second; a lower MAX_BANDWIDTH would serve nobody."""
 
@@ -75,11 +76,13 @@ class NetLoaderConfig:
 
     def transports_for(self, device: str) -> tuple[str, ...]:
         """Names, best first, for weights on a `device` of that type. Raises ConfigError where TRANSPORT has none."""
-        possible = TRANSPORTS if device == "cpu" else ACCELERATOR_TRANSPORTS
+        possible = _TRANSPORTS_BY_DEVICE.get(device, _TRANSPORTS_ELSEWHERE)
         if self.transport is None:
-            return tuple(name for name in possible if self.tls_cert is None or name in ENCRYPTED_TRANSPORTS)
+            # Whoever reaches Gloo's ports can end the process; HCCL's are on the NPUs' own network.
+            only_closed = device == "cpu" or self.tls_cert is not None
+            return tuple(name for name in possible if name in CLOSED_TRANSPORTS or not only_closed)
         usable = tuple(name for name in self.transport if name in possible)
-        if not usable:
+        if not usable or ("process_group" in self.transport and "process_group" not in possible):
             raise ConfigError(
                 f"Netloader key TRANSPORT has the value {json.dumps(self.transport)}: weights on {device} devices are "
                 f"carried by {', '.join(possible)}"

@@ -250,5 +250,15 @@ def _warn_of_strangers(terms: Terms) -> None:
             "TLS_CA",
             reachable,
         )
-    if access.server_tls is not None and any(each.name == "process_group" for each in terms.transports):
-        logger.warning("TLS does not cover the transport process_group: its bytes travel unencrypted")
+    library = next((each.offer().scope for each in terms.transports if each.name == "process_group"), None)
+    if library == "gloo":
+        logger.warning(
+            "the transport process_group opens a port of Gloo's for each client: whoever can reach it can read the "
+            "weights, without token and TLS, and can end this process"
+        )
+    elif library is not None and access.restricted:
+        logger.warning(
+            "the transport process_group opens ports of %s's, which know neither token nor TLS: its bytes travel "
+            "unencrypted",
+            library,
+        )
