@@ -1,7 +1,4 @@
-"""vLLM's worker on an NPU: which device it has, and how that sleeps. All else is vLLM's own, from GPUs.
-
-What Netloader serves meanwhile is the matter of `weight_changes`.
-"""
+"""vLLM's worker on an NPU: which device it has, and how that sleeps. All else is vLLM's own, from GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ import vllm_ascend.ops.experts
 import vllm_ascend.ops.layers  # noqa: F401
 from vllm_ascend.worker.runner import NPUModelRunner
 from vllm_ascend.worker.sleep import KV_CACHE, WEIGHTS, NPUSleepMode, device_tensors
-from vllm_ascend.worker.weight_changes import WorkerThatServes
 
 
 def _warm_no_kernels_up(worker: Any) -> None:
@@ -34,7 +30,7 @@ def _warm_no_kernels_up(worker: Any) -> None:
 gpu_worker.kernel_warmup = _warm_no_kernels_up
 
 
-class NPUWorker(WorkerThatServes):
+class NPUWorker(gpu_worker.Worker):
     local_rank: int
     _sleep_mode_backend: NPUSleepMode | None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.live import LiveMemory, checksum
 from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.memory import flat
+from vllm_ascend.model_loader.netloader.memory import flat, own_stream
 from vllm_ascend.model_loader.netloader.weights import LiveWeights, current_tensors
 
 CPU = torch.device("cpu")
@@ -206,3 +208,37 @@ def test_a_manifest_without_bytes_is_memory_too() -> None:
     memory = LiveMemory(Manifest([]), {}, CPU)
     memory.seal()
     assert contents_of(memory) == b""
+
+
+class StandIn(types.ModuleType):
+    """What torch has for each type of device, of a type that is none here: it notes what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__("stand_in")
+        self.calls: list[str] = []
+
+    def set_device(self, device: torch.device) -> None:
+        self.calls.append(f"set {device.index}")
+
+    def Stream(self, device: torch.device) -> StandIn:  # noqa: N802
+        self.calls.append(f"make a stream on {device.index}")
+        return self
+
+    @contextlib.contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        self.calls.append("enter")
+        yield
+        self.calls.append("leave")
+
+    def synchronize(self) -> None:
+        self.calls.append("wait")
+
+
+def test_a_device_of_any_type_needs_nothing_but_a_module_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, device = StandIn(), torch.device("xpu", 3)
+    monkeypatch.setattr(torch, device.type, module)
+    for _ in range(2):
+        with own_stream(device):
+            module.calls.append("work")
+    once = ["enter", "work", "leave", "wait"]
+    assert module.calls == ["set 3", "make a stream on 3", *once, "set 3", *once]

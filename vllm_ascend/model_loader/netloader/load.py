@@ -34,6 +34,7 @@ from vllm_ascend.model_loader.netloader.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     CheckpointChanged,
+    ConfigError,
     ReloadRefused,
     SourcesExhausted,
     UnsupportedModel,
@@ -53,6 +54,7 @@ from vllm_ascend.model_loader.netloader.vllm_identity import (
     require_checkpoint,
     role_of,
 )
+from vllm_ascend.model_loader.netloader.weight_changes import watch_workers
 from vllm_ascend.model_loader.netloader.weights import (
     LiveWeights,
     ModelWeights,
@@ -381,6 +383,7 @@ class Load:
             self._cannot_serve(f"the arena cannot be sealed: {error}", memory)
             return
         if isinstance(memory, LiveMemory):
+            watch_workers()
             memory.remember(self._config.int8_cache, self._config.int8_cache_name)
         self._memory = memory
 
@@ -420,6 +423,8 @@ def _progress_bar(nbytes: int, enabled: bool) -> Iterator[Callable[[int], None]]
 def _device(vllm_config: VllmConfig) -> torch.device:
     """Where the model computes: this rank's, for which vLLM's configuration has only a type."""
     kind = torch.device(vllm_config.device_config.device).type
+    if not hasattr(torch, kind):
+        raise ConfigError(f"--load-format netloader: torch has no module for {kind} devices, take another load format")
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 

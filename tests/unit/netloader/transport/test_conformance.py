@@ -7,11 +7,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from netloader.sources import SHORT, SMALL, Tensors, fetch, serving
 
+from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.memory import Memory
@@ -62,23 +64,39 @@ SETTINGS = {
     "tcp, from an arena to live": Setting(transports(["tcp"]), None, CPU),
     "process_group, live": Setting(transports(["process_group"]), CPU, CPU),
 }
-if importlib.util.find_spec("torch_npu") and torch.accelerator.is_available():
-    NPU, OTHER_NPU = (torch.device("npu", index) for index in range(2))
-    SETTINGS = {
-        "tcp, NPU to NPU": Setting(transports(["tcp"]), NPU, OTHER_NPU),
-        "tcp, NPU to arena": Setting(transports(["tcp"]), NPU, None),
-        "tcp, arena to NPU": Setting(transports(["tcp"]), None, NPU),
-        "HCCL": Setting(transports(["process_group"], NPU), NPU, OTHER_NPU, transports(["process_group"], OTHER_NPU)),
-        "HCCL, from a reloaded arena": Setting(
-            transports(["process_group"], NPU), None, OTHER_NPU, transports(["process_group"], OTHER_NPU)
-        ),
+
+
+def settings_between(first: torch.device, second: torch.device) -> dict[str, Setting]:
+    """With weights on an accelerator."""
+    tcp, kind = transports(["tcp"]), first.type.upper()
+    by_tcp = {
+        f"tcp, {kind} to {kind}": Setting(tcp, first, second),
+        f"tcp, {kind} to arena": Setting(tcp, first, None),
+        f"tcp, arena to {kind}": Setting(tcp, None, second),
+    }
+    if first.type not in BACKENDS:
+        return by_tcp
+    sends, receives = transports(["process_group"], first), transports(["process_group"], second)
+    library = BACKENDS[first.type].upper()
+    return by_tcp | {
+        library: Setting(sends, first, second, receives),
+        f"{library}, from a reloaded arena": Setting(sends, None, second, receives),
     }
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
-def setting(request: pytest.FixtureRequest) -> Setting:
-    chosen: Setting = request.param
-    return chosen
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Those between the first two devices of the type that is asked for, or of NPUs where there are any."""
+    if "setting" not in metafunc.fixturenames:
+        return
+    chosen: dict[str, Any] = dict(SETTINGS)
+    has_npus = importlib.util.find_spec("torch_npu") and torch.accelerator.is_available()
+    device = metafunc.config.getoption("--device", default=None) or ("npu" if has_npus else None)
+    if device is not None:
+        count = getattr(torch, device).device_count() if hasattr(torch, device) else 0
+        missing = pytest.mark.skipif(not count, reason=f"torch sees no {device} device here")
+        devices = [torch.device(device, index) for index in (0, int(count > 1))] if count else [CPU, CPU]
+        chosen = settings_between(*devices) if count else {device: pytest.param(None, marks=missing)}
+    metafunc.parametrize("setting", chosen.values(), ids=chosen.keys())
 
 
 SHAPES = {
@@ -193,11 +211,7 @@ def test_tcp_refuses_a_range_beyond_the_weights() -> None:
         SMALL.assert_in(fetched.memory)
 
 
-def test_groups_that_are_made_at_the_same_time_leave_standard_output_alone() -> None:
-    """vLLM points it elsewhere while it makes one; client and server of this test make theirs in one process."""
-    kind = transports(["process_group"])
-    before = os.readlink("/proc/self/fd/1")
-    with serving(SMALL, kind) as (_, source):
-        for _ in range(3):
-            fetch(SMALL, kind, source)
-    assert os.readlink("/proc/self/fd/1") == before
+def test_a_process_group_needs_a_library_for_its_device() -> None:
+    elsewhere = torch.device("cuda", 0)
+    by_tcp = transports(["tcp"], elsewhere)
+    assert [transport.offer().transport for transport in by_tcp] == ["tcp"]
