@@ -20,6 +20,7 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.protocol import Offer
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
 
@@ -248,3 +249,37 @@ def test_an_instance_of_another_fleet_on_a_port_that_ours_had_is_left(name: str,
     theirs = Engine(name, listen_port=port)
     assert theirs.loads(OTHER, fingerprint="another") == source
     assert f"the model or its partitioning differs: {differs}" in why_not(source)
+
+
+class Grouped(MemoryTransport):
+    """Of process groups it has the name, and of their library too."""
+
+    name = "process_group"
+
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self._library = library
+
+    def offer(self) -> Offer:
+        return Offer(self.name, self._library)
+
+
+GLOO = "whoever can reach it can read the weights, without token and TLS, and can end this process"
+HCCL = "opens ports of hccl's, which know neither token nor TLS: its bytes travel unencrypted"
+TOKEN = Access(token=b"t" * 32)
+
+
+@pytest.mark.parametrize(
+    ("library", "access", "warning"),
+    [("gloo", Access(), GLOO), ("gloo", TOKEN, GLOO), ("hccl", Access(), ""), ("hccl", TOKEN, HCCL)],
+    ids=["gloo", "gloo and a token", "hccl", "hccl and a token"],
+)
+def test_ports_of_a_library_are_warned_of(
+    library: str, access: Access, warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    engine.terms = replace(engine.terms, transports=(Grouped(library),), access=access)
+    engine.begins()
+    warnings = [message for message in caplog.messages if "process_group" in message]
+    assert len(warnings) == bool(warning)
+    assert warning in "".join(warnings)
