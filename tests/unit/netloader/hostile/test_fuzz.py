@@ -64,7 +64,9 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Digests,
     End,
     Fetch,
+    Gather,
     Message,
+    Publish,
     Refuse,
     Role,
     State,
@@ -255,13 +257,22 @@ def attached(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
         yield line
 
 
-STAGES: tuple[Stage, ...] = (before_tls, before_the_greeting, greeted, in_a_session, attached)
+@contextlib.contextmanager
+def gathering(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
+    with Intruder(source, host, access) as line:
+        line.greet().accepted("process_group")
+        line.say(Gather()).hear_kind(Publish)
+        yield line
+
+
+STAGES: tuple[Stage, ...] = (before_tls, before_the_greeting, greeted, in_a_session, attached, gathering)
 
 
 def test_a_server_outlives_whatever_is_said_to_it(access: Access, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     corpus, hosts = Corpus(2, Role.CLIENT), many_hosts()
-    with serving(SMALL, transports(["shared_memory", "tcp"]), timeouts=PATIENT, access=access) as (server, source):
+    kinds = transports(["shared_memory", "tcp", "process_group"])
+    with serving(SMALL, kinds, timeouts=PATIENT, access=access) as (server, source):
         for stage in itertools.chain.from_iterable(itertools.repeat(STAGES, 30)):
             with stage(source, access, next(hosts)) as line, contextlib.suppress(OSError):
                 for _ in range(corpus.random.randint(1, 5)):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from netloader.hostile.strangers import (
     Act,
+    Corpus,
     Impostor,
     Intruder,
     Line,
@@ -27,7 +28,9 @@ from netloader.hostile.strangers import (
     is_idle,
     many_hosts,
     netloader_threads,
+    payload,
     saying,
+    sending,
     silent,
     wait_until,
 )
@@ -46,6 +49,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Leave,
     Message,
     Publish,
+    Role,
 )
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -264,6 +268,17 @@ def test_a_client_gives_up_a_source_that_answers_its_wish_for_a_group_with(
 ) -> None:
     with Impostor({"Join": answering(accepting("process_group")), "Gather": answer}) as impostor:
         assert re.search(reason, outlives(impostor, kinds=GROUP, timeouts=BRIEF))
+    assert_orderly(caplog)
+
+
+def test_a_client_outlives_whatever_is_answered_to_its_wish_for_a_group(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    corpus, right = Corpus(5, Role.SERVER), Publish("0/0", rank_info("127.0.0.1", 9))
+    for _ in range(20):
+        content = corpus.content(payload(right))
+        strange = sending(corpus.stream(content)) if corpus.random.random() < 0.3 else saying(content)
+        with Impostor({"Join": answering(accepting("process_group")), "Gather": strange}) as impostor:
+            assert outlives(impostor, kinds=GROUP, timeouts=Timeouts(1.0, 0.1))
     assert_orderly(caplog)
 
 
