@@ -92,13 +92,14 @@ def imported_siblings(module: str) -> set[str]:
 
 
 LAYERS: list[set[str]] = [
-    {"admission", "backoff", "endpoint", "errors", "pacing", "report"},
-    {"config", "files", "fingerprint", "foreign", "identity", "installation", "replicas", "resolution", "route"},
+    {"admission", "backoff", "descriptors", "endpoint", "errors", "pacing", "report"},
+    {"config", "files", "fingerprint", "foreign", "identity", "installation", "replicas", "resolution", "route"}
+    | {"peer_log"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
     {"memory"},
     {"arena", "channel", "digests", "live"},
-    {"delivery", "greeting", "weights"},
-    {"transport.base"},
+    {"delivery", "greeting", "waiting", "weights"},
+    {"acceptor", "transport.base"},
     {"transport.memory", "transport.process_group", "transport.shared_memory", "transport.tcp"}
     | {"server_session", "verification"},
     {"client_session"},
@@ -147,6 +148,8 @@ BOTTOM: dict[str, set[str]] = {
     "reading": {"errors", "fingerprint"},
     "pacing": set(),
     "admission": set(),
+    "descriptors": set(),
+    "peer_log": {"admission", "errors"},
     "backoff": set(),
     "replicas": {"endpoint"},
     "resolution": {"endpoint"},

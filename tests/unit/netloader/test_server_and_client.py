@@ -22,6 +22,7 @@ from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch
 
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader import serving as process_serving
+from vllm_ascend.model_loader.netloader.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.arena import Arena
 from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.channel import ConnectionLost
@@ -43,7 +44,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Welcome,
     frame,
 )
-from vllm_ascend.model_loader.netloader.server import MAX_STRANGERS_PER_HOST, Peer, Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server import Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
@@ -412,6 +413,25 @@ def test_what_cannot_be_suspended_is_served_as_before() -> None:
         SMALL.assert_in(fetch(SMALL, (stuck,), source)[1].memory)
 
 
+def test_a_session_that_comes_too_late_is_told_the_reason_for_that() -> None:
+    class Overtaken(MemoryTransport):
+        """Between the answer to Join and the session, something else happens."""
+
+        def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+            meanwhile.pop()()
+            return super().sender(store, timeouts, pacer)
+
+    newer = Tensors.of_shapes((16, 8), (5,), (33, 7), seed=1)
+    with serving(SMALL, (Overtaken(),)) as (server, source):
+        meanwhile: list[Callable[[], object]] = [lambda: server.suspend("it sleeps")]
+        with pytest.raises(SourcesExhausted, match="this instance cannot serve its target weights: it sleeps"):
+            fetch(SMALL, MEMORY, source)
+        server.resume()
+        store = newer.store(server.next_generation("target"))
+        meanwhile += [lambda: None, lambda: server.publish(Publication(IDENTITY, RankCoordinates(), store))]
+        newer.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+
+
 def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
     with serving(SMALL, MEMORY) as (first, source), serving(SMALL, (stuck,), timeouts=timeouts) as (second, other):
@@ -465,7 +485,7 @@ def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.L
         server.decline("target", CONTROL)
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
-        _wait_until(lambda: not server._connections)
+        _wait_until(lambda: not server.acceptor.connections)
     expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
     assert logged(caplog, "refused ").endswith(expected)
     assert logged(caplog, "could not load from ").endswith(expected)
@@ -647,7 +667,7 @@ def joins_and_vanishes(source: Endpoint) -> Iterator[socket.socket]:
 
 
 def many_at_once(source: Endpoint) -> Iterator[socket.socket]:
-    for _ in range(MAX_STRANGERS_PER_HOST - 8):
+    for _ in range(MAX_CONNECTIONS // STRANGERS_SHARE - 8):
         yield _connected(source)
 
 
@@ -673,14 +693,14 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
         SMALL.assert_in(fetched.memory)
         for connection in connections:
             connection.close()
-        _wait_until(lambda: not server._connections)
+        _wait_until(lambda: not server.acceptor.connections)
 
 
 def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
-        _wait_until(lambda: not server._connections and not server._sessions)
+        _wait_until(lambda: not server.acceptor.connections and not server._sessions)
         for connection in connections:
             connection.close()
 

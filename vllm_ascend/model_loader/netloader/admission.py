@@ -1,99 +1,74 @@
 """Who is let in, and when: `Turns` for those who take weights, `Guard` for those who fail to show that they may.
 
-`LogLimit` keeps those who are not let in from filling the log.
+Both count by host, and what counts as a host is `network_of` an address, because whoever has an IPv6 address has 2^64.
+
+A server sends to a few clients at a time, so that the first are done, and become sources, sooner. That must not let the
+few keep all others out. So what a host has beyond its share does not count while others wait, and neither does a client
+that takes far less than its share of what the server can send, as far as has been seen.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import ipaddress
+import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final, Self, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
 
-_Value = TypeVar("_Value")
-
+SLOW_SHARE: Final = 4
+"""A client is slow when it takes less than this part of its share of what the server can send."""
+LEAST_CAPACITY: Final = 32 << 20
+"""Bytes per second that every server is taken to be able to send before it has been seen to send more."""
+OVERCOMMITMENT: Final = 4
+"""Times the limit: more do not have a turn together, however slow they are. They share one line, after all."""
+_CAPACITY_HALVES: Final = 20.0
+"""Seconds without seeing it, after which only half of what the server has been seen to send is taken for granted."""
 _FREE_FAILURES: Final = 3
-"""Failures of an address before it has to wait: a wrong file is corrected by trying again."""
+"""Failures of a host before it has to wait: a wrong file is corrected by trying again."""
 _LONGEST_BLOCK: Final = 60.0
 _MOST_DOUBLINGS: Final = 6
-"""Of one second: enough for the longest block, and no overflow however often an address fails."""
-_LOG_INTERVAL: Final = 60.0
+"""Of one second: enough for the longest block, and no overflow however often a host fails."""
 _REMEMBERED: Final = 1024
-"""Addresses; the one that failed least recently is forgotten first."""
+"""Hosts; the one that failed least recently is forgotten first."""
+_IPV6_NETWORK_BITS: Final = 64
 
 
-class Turns:
-    """Lets `limit` sessions at a time transfer, the others in the order in which they came, hosts taking turns.
+@functools.lru_cache(maxsize=4096)
+def network_of(address: str) -> str:
+    """What counts as one host: an IPv4 address, also in the clothes of IPv6, or the /64 of an IPv6 address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    host_bits = 128 - _IPV6_NETWORK_BITS
+    return str(ipaddress.IPv6Network((int(parsed) >> host_bits << host_bits, _IPV6_NETWORK_BITS)))
 
-    One that is slow does not count: whoever takes next to nothing delays nobody. Thread-safe.
-    """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._changed = threading.Condition()
-        self._waiting: list[Turn] = []
-        self._taken: list[Turn] = []
+class Meter(Protocol):
+    """How fast a client takes bytes, in bytes per second."""
 
-    def set_limit(self, limit: int) -> None:
-        with self._changed:
-            self._limit = limit
-            self._changed.notify_all()
+    def lately(self) -> float:
+        """Infinite before it can be told."""
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    def queue(self, host: str) -> Turn:
-        """A place at the end, to be left by `with`."""
-        turn = Turn(self, host)
-        with self._changed:
-            self._waiting.append(turn)
-        return turn
-
-    def _has_come(self, turn: Turn) -> bool:
-        if turn in self._taken:
-            return True
-        free = self._limit - sum(not taken.is_slow() for taken in self._taken)
-        return self._in_order().index(turn) < free
-
-    def _in_order(self) -> list[Turn]:
-        """The waiting, those first whose host has the fewest turns now: one host that queues often delays itself."""
-        turns_of = Counter(taken.host for taken in self._taken)
-        return sorted(self._waiting, key=lambda turn: turns_of[turn.host])
-
-    def wait(self, turn: Turn, timeout: float) -> bool:
-        """Whether its turn has come, within `timeout` seconds."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._has_come(turn), timeout):
-                return False
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-                self._taken.append(turn)
-            return True
-
-    def ahead_of(self, turn: Turn) -> int:
-        """How many will have their turn before this one."""
-        with self._changed:
-            return self._in_order().index(turn) if turn in self._waiting else 0
-
-    def leave(self, turn: Turn) -> None:
-        with self._changed:
-            for turns in (self._waiting, self._taken):
-                with contextlib.suppress(ValueError):
-                    turns.remove(turn)
-            self._changed.notify_all()
+    def overall(self) -> float:
+        """Since its beginning."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """A place among the waiting, then among those who transfer. `is_slow` may be set once it is known."""
+    """A place among the waiting, then among those who transfer. `meter` is set once there is something to see."""
 
     _turns: Turns
     host: str
-    is_slow: Callable[[], bool] = field(default=lambda: False)
+    meter: Meter | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -101,12 +76,155 @@ class Turn:
     def __exit__(self, *_: object) -> None:
         self._turns.leave(self)
 
-    def wait(self, timeout: float) -> bool:
-        return self._turns.wait(self, timeout)
+
+class _Load:
+    """Turns by host. There is room for `limit`; what hosts have beyond `share` does not count for hosts below it."""
+
+    def __init__(self, turns: Iterable[Turn], share: int, limit: int) -> None:
+        self._by_host = Counter(turn.host for turn in turns)
+        self._share = share
+        self._limit = limit
+        self._all = self._by_host.total()
+        self._within_shares = sum(min(count, share) for count in self._by_host.values())
 
     @property
-    def ahead(self) -> int:
-        return self._turns.ahead_of(self)
+    def is_full(self) -> bool:
+        """Whether there is no room for anybody."""
+        return self._all >= self._limit and self._within_shares >= self._limit
+
+    def has_room_for(self, host: str) -> bool:
+        below = self._by_host[host] < self._share and self._within_shares < self._limit
+        return below or self._all < self._limit
+
+    def add(self, host: str) -> None:
+        self._within_shares += self._by_host[host] < self._share
+        self._by_host[host] += 1
+        self._all += 1
+
+
+class Turns:
+    """Lets about `limit` clients at a time transfer, hosts taking turns, each host's in the order in which they came.
+
+    Nobody waits in here: `grant` says whose turn has come, and is to be asked again when `on_free` is called, and now
+    and then, since clients become slow without a notice. `max_bandwidth` in bytes per second, None without a limit.
+    Thread-safe.
+    """
+
+    def __init__(
+        self, limit: int, max_bandwidth: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limit = limit
+        self._max_bandwidth = max_bandwidth
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting: dict[Turn, None] = {}
+        self._waiting_hosts: Counter[str] = Counter()
+        self._taken: dict[Turn, None] = {}
+        self._order: list[Turn] | None = None
+        self._seen, self._seen_at = 0.0, clock()
+        self.on_free: Callable[[], None] = lambda: None
+
+    def configure(self, limit: int, max_bandwidth: int | None) -> None:
+        with self._lock:
+            self._limit, self._max_bandwidth = limit, max_bandwidth
+        self.on_free()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def taken(self) -> int:
+        return len(self._taken)
+
+    def take(self, address: str) -> Turn | None:
+        """A turn, if nobody else waits for one and there is one left."""
+        with self._lock:
+            if self._waiting or len(self._taken) >= self._limit:
+                return None
+            turn = Turn(self, network_of(address))
+            self._taken[turn] = None
+            return turn
+
+    def queue(self, address: str) -> Turn:
+        """A place among the waiting."""
+        with self._lock:
+            turn = Turn(self, network_of(address))
+            self._waiting[turn] = None
+            self._waiting_hosts[turn.host] += 1
+            self._order = None
+            return turn
+
+    def grant(self) -> list[Turn]:
+        """Those whose turn has come now."""
+        with self._lock:
+            if not self._waiting:
+                return []
+            slow = self._capacity() / self._limit / SLOW_SHARE
+            fast = [turn for turn in self._taken if turn.meter is None or turn.meter.lately() >= slow]
+            share = max(1, self._limit // len({turn.host for turn in fast} | self._waiting_hosts.keys()))
+            counting = _Load(fast, share, self._limit)
+            every = _Load(self._taken, share, OVERCOMMITMENT * self._limit)
+            granted: list[Turn] = []
+            for turn in self._in_order():
+                if counting.is_full or every.is_full:
+                    break
+                if counting.has_room_for(turn.host) and every.has_room_for(turn.host):
+                    granted.append(turn)
+                    counting.add(turn.host)
+                    every.add(turn.host)
+            for turn in granted:
+                self._forget_waiting(turn)
+                self._taken[turn] = None
+            return granted
+
+    def in_order(self) -> list[Turn]:
+        """The waiting in the order in which their turns will come, made once for each change."""
+        with self._lock:
+            return self._in_order()
+
+    def leave(self, turn: Turn) -> None:
+        with self._lock:
+            if turn in self._waiting:
+                self._forget_waiting(turn)
+            elif turn in self._taken:
+                if turn.meter is not None:
+                    self._note_sent(turn.meter.overall())
+                del self._taken[turn]
+                self._order = None
+        self.on_free()
+
+    def _forget_waiting(self, turn: Turn) -> None:
+        del self._waiting[turn]
+        self._waiting_hosts[turn.host] -= 1
+        if not self._waiting_hosts[turn.host]:
+            del self._waiting_hosts[turn.host]
+        self._order = None
+
+    def _in_order(self) -> list[Turn]:
+        if self._order is None:
+            self._order = self._arrange()
+        return self._order
+
+    def _arrange(self) -> list[Turn]:
+        """Each host's next one comes before any host's one after that; turns that are taken count like those before."""
+        before = Counter(turn.host for turn in self._taken)
+        places: list[tuple[int, int, Turn]] = []
+        for arrival, turn in enumerate(self._waiting):
+            places.append((before[turn.host], arrival, turn))
+            before[turn.host] += 1
+        return [turn for _, _, turn in sorted(places, key=lambda place: place[:2])]
+
+    def _capacity(self) -> float:
+        """Bytes per second that the server can send, as it is configured, and has been seen to send of late."""
+        rates = [turn.meter.lately() for turn in self._taken if turn.meter is not None]
+        self._note_sent(sum(rate for rate in rates if rate < math.inf))
+        return min(max(self._seen, LEAST_CAPACITY), self._max_bandwidth or math.inf)
+
+    def _note_sent(self, rate: float) -> None:
+        now = self._clock()
+        remembered = self._seen * 0.5 ** ((now - self._seen_at) / _CAPACITY_HALVES)
+        self._seen, self._seen_at = max(rate, remembered), now
 
 
 @dataclass
@@ -115,55 +233,31 @@ class _Record:
     blocked_until: float = 0.0
 
 
-class LogLimit:
-    """Says of an address whether to log what it does: once a minute. Thread-safe."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._again: OrderedDict[str, float] = OrderedDict()
-
-    def admits(self, host: str) -> bool:
-        with self._lock:
-            now = self._clock()
-            if now < self._again.get(host, now):
-                return False
-            _remember(self._again, host, now + _LOG_INTERVAL)
-            return True
-
-
 class Guard:
-    """Slows down addresses that fail to authenticate: each failure doubles the time that they are not listened to."""
+    """Slows down hosts that fail to authenticate: each failure doubles the time that they are not listened to."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._log_limit = LogLimit(clock)
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
-    def admits(self, host: str) -> bool:
+    def admits(self, address: str) -> bool:
         with self._lock:
-            record = self._records.get(host)
+            record = self._records.get(network_of(address))
             return record is None or self._clock() >= record.blocked_until
 
-    def failed(self, host: str) -> bool:
-        """Notes a failure; whether it is to be logged, which is once a minute for an address."""
+    def failed(self, address: str) -> None:
         with self._lock:
-            record = self._records.get(host) or _Record()
-            _remember(self._records, host, record)
+            host = network_of(address)
+            record = self._records.pop(host, None) or _Record()
+            self._records[host] = record
+            if len(self._records) > _REMEMBERED:
+                self._records.popitem(last=False)
             record.failures += 1
             if record.failures > _FREE_FAILURES:
                 doublings = min(record.failures - _FREE_FAILURES - 1, _MOST_DOUBLINGS)
                 record.blocked_until = self._clock() + min(2.0**doublings, _LONGEST_BLOCK)
-        return self._log_limit.admits(host)
 
-    def succeeded(self, host: str) -> None:
+    def succeeded(self, address: str) -> None:
         with self._lock:
-            self._records.pop(host, None)
-
-
-def _remember(by_host: OrderedDict[str, _Value], host: str, value: _Value) -> None:
-    by_host.pop(host, None)
-    by_host[host] = value
-    if len(by_host) > _REMEMBERED:
-        by_host.popitem(last=False)
+            self._records.pop(network_of(address), None)

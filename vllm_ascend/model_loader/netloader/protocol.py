@@ -121,7 +121,7 @@ class Join(Message, frozen=True):
 
 
 class Wait(Message, frozen=True):
-    """All turns are taken: `ahead` clients come first. Repeated until it is this one's turn.
+    """All turns are taken: `served` clients have one, and `ahead` others come first. Repeated until the turn has come.
 
     `referrals` are endpoints that took the same weights from this server, written as in `Refuse`. The server vouches
     for none of them: they are to be believed only if what they hold has this `root` (see `digests`), and it is the
@@ -132,6 +132,7 @@ class Wait(Message, frozen=True):
     referrals: Referrals = ()
     root: ShortText = ""
     fingerprint: ShortText = ""
+    served: Count = 0
 
 
 class Accept(Message, frozen=True):

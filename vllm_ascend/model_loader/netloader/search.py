@@ -134,7 +134,8 @@ class Search:
         if session.broken_off or (candidate.is_replica and (self._route.has_next or len(self._places))):
             self._route.postponed(candidate)
             return False
-        logger.info("waiting for a turn at %s: %d clients come first", candidate.endpoint, wait.ahead)
+        text = "waiting for a turn at %s: %d served now, %d more come first"
+        logger.info(text, candidate.endpoint, wait.served, wait.ahead)
         self._places.keep(session)
         return True
 

@@ -1,23 +1,21 @@
-"""The listener of a worker process: hands the weights it holds to whoever may have them.
+"""Hands the weights that a worker process holds to whoever may have them.
 
-One thread accepts and does nothing else; every connection gets a thread of its own, with a deadline on every wait,
-so a silent, slow or hostile peer ends or delays only itself. Threads that serve give way to inference. What is served
-is immutable (a sealed arena), so serving needs no lock against inference, and copies release the GIL.
+The `acceptor` brings connections, each in a thread of its own, with a deadline on every wait, so a silent, slow or
+hostile peer ends or delays only itself. Threads that serve give way to inference. What is served is immutable (a sealed
+arena), so serving needs no lock against inference, and copies release the GIL.
 
 `publish` and `withdraw` change what is served by role (target, draft). Sessions that still take what was served before
-are ended and told why. At most MAX_CLIENTS sessions move bytes at once; the others wait for their turn and are told
-which earlier clients now have the same weights.
+are ended and told why. At most about MAX_CLIENTS sessions move bytes at once; the others are in the `waiting` room
+until their turn comes, and are told which earlier clients now have the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
-import math
-import socket
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,17 +23,19 @@ from typing import Final, Self
 
 import msgspec
 
+from vllm_ascend.model_loader.netloader import descriptors
+from vllm_ascend.model_loader.netloader.acceptor import Acceptor, Connection
 from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.admission import Guard, LogLimit, Turn, Turns
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
+from vllm_ascend.model_loader.netloader.admission import Turn, Turns
+from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
-from vllm_ascend.model_loader.netloader.greeting import Unauthorized, welcome
+from vllm_ascend.model_loader.netloader.greeting import welcome
 from vllm_ascend.model_loader.netloader.identity import Difference, RankCoordinates
-from vllm_ascend.model_loader.netloader.listening import Listener
 from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.pacing import Pacer, give_way
+from vllm_ascend.model_loader.netloader.pacing import Pacer
+from vllm_ascend.model_loader.netloader.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.protocol import (
     REFERRALS_LIMIT,
     Announce,
@@ -45,36 +45,22 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Inquire,
     Join,
     Refuse,
-    Role,
-    State,
     Status,
     Wait,
 )
 from vllm_ascend.model_loader.netloader.replicas import Copy, Replicas
 from vllm_ascend.model_loader.netloader.server_session import END_SECONDS, Publication, Session
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.waiting import Guest, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS: Final = 1024
-"""Open connections, of all kinds; more are closed at once. Bounds threads and descriptors."""
-MAX_CONNECTIONS_PER_HOST: Final = 512
-MAX_STRANGERS_PER_HOST: Final = 256
-"""Connections of one address that have not said yet what they want."""
 MAX_INQUIRIES: Final = 64
 """Status messages on one connection; whoever wants more connects again."""
-WAIT_NOTICE: Final = 1.0
-"""Seconds between two messages to a client that waits for its turn."""
-SLOW: Final = 1 << 20
-"""Bytes per second that nobody who takes weights falls below for long, unless MAX_BANDWIDTH makes it so."""
 _UNKNOWN_SESSION: Final = (
     "this server has no such session: it is over, or this connection reached another server than the one before, as "
     "behind a load balancer, where each instance needs an address of its own"
 )
-_REFUSAL_TIMEOUT: Final = 0.1
-"""Seconds that the accepting thread may spend on telling a peer that there is no room for it."""
-_ACCEPT_PAUSE: Final = 0.05
-"""Seconds before the next try after a failed accept, so that a lasting shortage does not busy the process."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +82,10 @@ class Peer(msgspec.Struct, frozen=True):
     port: int
 
 
-@dataclass
-class _Connection:
-    thread: threading.Thread
-    host: str
-    is_stranger: bool = True
-
-
 class WeightServer:
     """Serves from `start` to `close`. `host` None means all addresses, `port` 0 an ephemeral one."""
 
     def __init__(self, host: str | None, port: int, settings: Settings) -> None:
-        self._host = host
-        self._port = port
         self._lock = threading.RLock()  # a finalizer may withdraw within any of its blocks
         self._publications: dict[str, Publication] = {}
         self._suspended: dict[str, Publication] = {}
@@ -118,13 +95,11 @@ class WeightServer:
         self._sessions: dict[bytes, Session] = {}
         self._session_over = threading.Condition(self._lock)
         self._replicas = Replicas()
-        self._connections: dict[Channel, _Connection] = {}
-        self._guard = Guard()
-        self._log_limit = LogLimit()
-        self._turns = Turns(settings.max_clients)
+        self._log = PeerLog(logger)
+        self.acceptor = Acceptor(host, port, self._converse, self._log)
+        self._turns = Turns(settings.max_clients, settings.max_bandwidth)
+        self._waiting_room = WaitingRoom(self._turns)
         self._pacer = Pacer(settings.max_bandwidth)
-        self._listener: Listener | None = None
-        self._acceptor: threading.Thread | None = None
         self.configure(settings)
 
     def __enter__(self) -> Self:
@@ -136,38 +111,29 @@ class WeightServer:
 
     def start(self) -> None:
         """Binds and begins to accept. Raises OSError or ConfigError where the address cannot be had."""
-        self._listener = Listener(self._host, self._port, self._settings.timeouts.connect)
-        self._acceptor = threading.Thread(target=self._accept_forever, name="netloader-accept", daemon=True)
-        self._acceptor.start()
+        self.acceptor.start(self._settings.timeouts.connect)
 
     def close(self) -> None:
         """Ends all sessions, waits for their threads, and closes what is served. Idempotent."""
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
-        if self._acceptor is not None:
-            self._acceptor.join()
+        self.acceptor.stop_accepting()
         with self._lock:
-            connections = dict(self._connections)
             sessions = list(self._sessions.values())
         self._end(sessions, "the server shuts down")
-        for channel in connections.keys() - {session.channel for session in sessions}:
-            channel.shut_down()
-        for connection in connections.values():
-            connection.thread.join(self._settings.timeouts.stall)
+        self.acceptor.close(self._settings.timeouts.stall, unless={session.channel for session in sessions})
+        self._log.tell_left_out(at_once=True)
         for role in [*self._publications, *self._suspended]:
             self.withdraw(role)
 
     @property
     def port(self) -> int:
-        assert self._listener is not None, "the server is not started"
-        return self._listener.port
+        return self.acceptor.port
 
     def configure(self, settings: Settings) -> None:
         """For sessions from now on: a load may come with another configuration than the one that opened the port."""
         self._settings = settings
         self._pacer.rate = settings.max_bandwidth
-        self._turns.set_limit(settings.max_clients)
+        self._turns.configure(settings.max_clients, settings.max_bandwidth)
+        self.acceptor.greets_in_clear = settings.access.server_tls is None
 
     def require_access(self, access: Access, role: str) -> None:
         """Raises ConfigError where `role` is to be served to others than what is served already."""
@@ -178,12 +144,6 @@ class WeightServer:
                 f"TOKEN_FILE or TLS_CERT, TLS_KEY, TLS_CA of the {role} model are not those under which the "
                 f"{', '.join(others)} model is served, and both are behind one listener: configure them alike"
             )
-
-    @property
-    def _slow_rate(self) -> float:
-        """Bytes per second below which a session does not count as one of MAX_CLIENTS."""
-        share = (self._settings.max_bandwidth or math.inf) / self._settings.max_clients
-        return min(SLOW, share / 4)
 
     def next_generation(self, role: str) -> int:
         """A generation above all earlier ones of `role`, for the store about to be published."""
@@ -282,112 +242,42 @@ class WeightServer:
         """They are told `reason`, and gone soon, whatever their clients do."""
         for session in sessions:
             session.end(reason)
-        channels = [session.channel for session in sessions]  # a session would keep the weights until the time is up
-
-        channels = [session.channel for session in sessions]  # whose end releases what the sessions hold
-
-        def cut() -> None:
-            for channel in channels:
-                channel.shut_down()
-
         if sessions:
-            timer = threading.Timer(END_SECONDS, cut)
-            timer.daemon = True
+            cutter = threading.Thread(target=self._cut, args=(sessions,), name="netloader-end", daemon=True)
             try:
-                timer.start()
+                cutter.start()
             except RuntimeError:  # the system has no thread left
-                cut()
+                self._cut(sessions, 0)
 
-    def _accept_forever(self) -> None:
-        listener = self._listener
-        while listener is not None and self._listener is listener:
-            try:
-                sock, address = listener.accept()
-            except OSError:  # out of descriptors, a connection already aborted, or the listener closed
-                if self._listener is listener:
-                    time.sleep(_ACCEPT_PAUSE)
-                continue
-            self._handle_in_thread(sock, Endpoint(unmapped(address[0]), address[1]))
+    def _cut(self, sessions: Sequence[Session], seconds: float = END_SECONDS) -> None:
+        """Closes the connections of those that are not over after `seconds`."""
+        with self._session_over:
+            self._session_over.wait_for(lambda: not self._going_on(sessions), seconds)
+        for session in self._going_on(sessions):
+            session.cut()
 
-    def _handle_in_thread(self, sock: socket.socket, peer: Endpoint) -> None:
-        channel = Channel(sock, Role.SERVER)
-        if not self._guard.admits(peer.host):
-            channel.close()
-            return
-        thread = threading.Thread(target=self._handle, args=(channel, peer), name=f"netloader {peer}", daemon=True)
-        with self._lock:
-            crowd = self._crowd(peer.host)
-            if crowd is None:
-                self._connections[channel] = _Connection(thread, peer.host)
-        if crowd is not None:
-            self._turn_away(channel, peer, crowd)
-            return
-        try:
-            thread.start()
-        except RuntimeError as error:  # the system has no thread left
-            self._forget(channel)
-            self._turn_away(channel, peer, str(error))
+    def _going_on(self, sessions: Sequence[Session]) -> list[Session]:
+        return [session for session in sessions if session.id in self._sessions]
 
-    def _crowd(self, host: str) -> str | None:
-        """What stands in the way of one more connection, so that no single host can take them all."""
-        if len(self._connections) >= MAX_CONNECTIONS:
-            return f"there are {MAX_CONNECTIONS} connections"
-        same_host = [each for each in self._connections.values() if each.host == host]
-        if len(same_host) >= MAX_CONNECTIONS_PER_HOST:
-            return f"there are {MAX_CONNECTIONS_PER_HOST} connections from there"
-        if sum(each.is_stranger for each in same_host) >= MAX_STRANGERS_PER_HOST:
-            return f"{MAX_STRANGERS_PER_HOST} connections from there have not said yet what they want"
-        return None
-
-    def _turn_away(self, channel: Channel, peer: Endpoint, reason: str) -> None:
-        if self._log_limit.admits(peer.host):
-            logger.warning("no room for a connection from %s: %s", peer, reason)
-        with channel, contextlib.suppress(ProtocolError, OSError):  # nothing may end the accepting thread
-            if self._settings.access.server_tls is None:  # under TLS there is no time for a word
-                channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
-
-    def _handle(self, channel: Channel, peer: Endpoint) -> None:
-        """Ends with the connection. What a peer does wrong is logged once and touches nobody else."""
-        give_way()
-        try:
-            with channel:
-                self._converse(channel, peer)
-        except Unauthorized as error:
-            if self._guard.failed(peer.host):
-                logger.warning("turned away %s: %s", peer, one_line(str(error)))
-        except ConnectionLost as error:
-            level = logging.WARNING if channel.state in (State.TRANSFER, State.CONFIRMING) else logging.DEBUG
-            logger.log(level, "%s went away: %s", peer, error)
-        except (ProtocolError, OSError) as error:
-            if not self._connections[channel].is_stranger or self._log_limit.admits(peer.host):
-                logger.warning("ended the connection with %s: %s", peer, one_line(str(error)))
-        except Exception:
-            logger.exception("ended the connection with %s: an error of this server", peer)
-        finally:
-            self._forget(channel)
-
-    def _forget(self, channel: Channel) -> None:
-        with self._lock:
-            del self._connections[channel]
-
-    def _converse(self, channel: Channel, peer: Endpoint) -> None:
-        timeout = self._settings.timeouts.connect
+    def _converse(self, connection: Connection) -> bool:
+        channel, timeout = connection.channel, self._settings.timeouts.connect
         welcome(channel, self._settings.access, timeout)
-        self._guard.succeeded(peer.host)
+        self.acceptor.guard.succeeded(connection.peer.host)
         for _ in range(MAX_INQUIRIES):
             request = channel.receive(Deadline(timeout))
             if isinstance(request, Inquire):
                 channel.send(self._status(), timeout)
                 continue
-            self._connections[channel].is_stranger = False
+            connection.is_stranger = False
             match request:
                 case Attach(session):
                     self._attach(session, channel)
                 case Join() as join:
-                    self._serve_join(channel, peer, join)
+                    return self._serve_join(connection, join)
                 case Announce(session, port):
-                    self._note_replica(session, Endpoint(peer.host, port))
-            return
+                    self._note_replica(session, Endpoint(connection.peer.host, port))
+            return False
+        return False
 
     def _attach(self, session_id: bytes, channel: Channel) -> None:
         with self._lock:
@@ -403,57 +293,99 @@ class WeightServer:
     def _note_replica(self, session: bytes, endpoint: Endpoint) -> None:
         if not self._replicas.note_serving(session, endpoint):
             raise ProtocolError("it announces weights that it did not take from here")
-        logger.info("%s serves weights that it took from here", endpoint)
+        self._log.say(logging.INFO, endpoint.host, "%s serves weights that it took from here", endpoint)
 
-    def _serve_join(self, channel: Channel, peer: Endpoint, join: Join) -> None:
+    def _serve_join(self, connection: Connection, join: Join) -> bool:
+        """Whether the client waits now."""
         answer = self._answer(join)
-        with contextlib.ExitStack() as turn_scope:
-            turn = None
-            if not isinstance(answer, Refuse) and answer[1].copies:
-                turn = turn_scope.enter_context(self._turns.queue(peer.host))
-                self._await(channel, turn, answer[0])
-                answer = self._answer(join)  # which may be another one by now
-            if isinstance(answer, Refuse):
-                self._refuse(channel, peer, answer)
-            else:
-                self._serve(channel, peer, *answer, turn)
+        if isinstance(answer, Refuse) or not answer[1].copies:
+            self._serve(connection, join)
+            return False
+        turn = self._turns.take(connection.peer.host)
+        if turn is not None:
+            self._serve_in_turn(connection, join, turn)
+            return False
+        publication = answer[0]
+        self._waiting_room.admit(
+            Guest(
+                channel=connection.channel,
+                address=connection.peer.host,
+                notice=lambda ahead, served: self._notice(publication, ahead, served),
+                go_on=functools.partial(self._go_on, connection, join),
+                leave=functools.partial(self.acceptor.end, connection),
+            )
+        )
+        return True
 
-    def _await(self, channel: Channel, turn: Turn, publication: Publication) -> None:
-        """Returns when the turn has come. Raises ConnectionLost when the client no longer waits for it."""
-        has_come = turn.wait(0)
-        while not has_come:
-            channel.send(self._notice(turn, publication), self._settings.timeouts.connect)
-            has_come = turn.wait(WAIT_NOTICE)
-
-    def _notice(self, turn: Turn, publication: Publication) -> Wait:
+    def _notice(self, publication: Publication, ahead: int, served: int) -> Wait:
         """Names replicas only with the root by which they can be told from strangers."""
         root = publication.store.root_if_known()
         referrals = self._replicas.referrals(publication.role, publication.store.generation) if root else ()
-        return Wait(turn.ahead, referrals, root, publication.identity.fingerprint)
+        return Wait(ahead, referrals, root, publication.identity.fingerprint, served)
 
-    def _serve(
-        self, channel: Channel, peer: Endpoint, publication: Publication, transport: Transport, turn: Turn | None
-    ) -> None:
+    def _go_on(self, connection: Connection, join: Join, turn: Turn) -> None:
+        """The turn of somebody who waited has come."""
+
+        def serve(connection: Connection) -> bool:
+            self._serve_in_turn(connection, join, turn)
+            return False
+
+        try:
+            self.acceptor.go_on(connection, serve)
+        except RuntimeError:
+            self._turns.leave(turn)
+
+    def _serve_in_turn(self, connection: Connection, join: Join, turn: Turn) -> None:
+        with turn:
+            self._serve(connection, join, turn)
+
+    def _serve(self, connection: Connection, join: Join, turn: Turn | None = None) -> None:
+        """By what there is to be served now, which may have changed before somebody had a turn, and may do so again."""
+        while True:
+            answer = self._answer(join)
+            if isinstance(answer, Refuse):
+                self._refuse(connection, answer)
+                return
+            if self._hold_session(connection, *answer, turn):
+                return
+
+    def _hold_session(
+        self, connection: Connection, publication: Publication, transport: Transport, turn: Turn | None
+    ) -> bool:
+        """False if the publication is not served any more before the session has begun."""
         timeouts = self._settings.timeouts
+        if not descriptors.of_peers.take(transport.descriptors):
+            self._refuse(connection, Refuse("no room: this process may have no more open files (RLIMIT_NOFILE)"))
+            return True
         with contextlib.ExitStack() as ended:
+            ended.callback(descriptors.of_peers.give, transport.descriptors)
             forget = ended.enter_context(contextlib.ExitStack())  # the last: by then nothing reads the weights
             sender = ended.enter_context(transport.sender(publication.store, timeouts, self._pacer))
-            if turn is not None:
-                turn.is_slow = lambda: sender.is_slow(self._slow_rate)
             session = Session(
-                channel, peer, publication=publication, transport=transport, sender=sender, timeouts=timeouts
+                connection.channel,
+                connection.peer,
+                publication=publication,
+                transport=transport,
+                sender=sender,
+                timeouts=timeouts,
+                log=self._log,
             )
             with self._lock:
+                if self._publications.get(publication.role) is not publication:
+                    return False
                 self._sessions[session.id] = session
             forget.callback(self._forget_session, session)
-            if self._publications.get(publication.role) is not publication:
-                session.end("its weights were replaced by new ones")
+            if session.has_ended:
+                return False
+            if turn is not None:
+                turn.meter = sender.rate
             if session.run():
                 if sender.has_delivered_all:
-                    taken = Copy(peer.host, publication.role, publication.store.generation)
+                    taken = Copy(connection.peer.host, publication.role, publication.store.generation)
                     self._replicas.note_taken(session.id, taken)
                 current = self._publications.get(publication.role)
                 session.confirm(current.store.generation if current is not None else 0)
+        return True
 
     def _forget_session(self, session: Session) -> None:
         with self._session_over:
@@ -501,14 +433,15 @@ class WeightServer:
         )
         return next(usable, None)
 
-    def _refuse(self, channel: Channel, peer: Endpoint, refusal: Refuse) -> None:
+    def _refuse(self, connection: Connection, refusal: Refuse) -> None:
+        peer = connection.peer
         if refusal.referrals:
-            logger.info("referred %s to %s", peer, ", ".join(refusal.referrals))
+            self._log.say(logging.INFO, peer.host, "referred %s to %s", peer, ", ".join(refusal.referrals))
         else:
-            details = one_line("; ".join(map(str, refusal.differences)))
-            if self._log_limit.admits(f"{peer.host} {refusal.reason[:24]}"):
-                logger.warning("refused %s: %s%s", peer, refusal.reason, f": {details}" if details else "")
-        channel.send(refusal, self._settings.timeouts.connect)
+            details = "; ".join(map(str, refusal.differences))
+            text = "refused %s: %s%s"
+            self._log.say(logging.WARNING, peer.host, text, peer, refusal.reason, f": {details}" if details else "")
+        connection.channel.send(refusal, self._settings.timeouts.connect)
 
     def _status(self) -> Status:
         with self._lock:

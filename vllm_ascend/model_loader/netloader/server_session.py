@@ -17,6 +17,7 @@ from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.protocol import (
     Accept,
     AskDigests,
@@ -28,13 +29,10 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Gather,
     Leave,
     Message,
-    Refuse,
     State,
 )
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights import WeightStore
-
-logger = logging.getLogger(__name__)
 
 END_SECONDS: Final = 1.0
 """In which a client can hear why its session was ended: one message, and somebody waits for the end."""
@@ -69,6 +67,7 @@ class Session:
         transport: Transport,
         sender: Sender,
         timeouts: Timeouts,
+        log: PeerLog,
     ) -> None:
         self.id = secrets.token_bytes(16)
         self.peer = peer
@@ -77,6 +76,7 @@ class Session:
         self.channel = channel
         self._transport = transport
         self._timeouts = timeouts
+        self._log = log
         self._told_digests = False
         self._ended_because: str | None = None
 
@@ -87,11 +87,18 @@ class Session:
         self.sender.abort()
         self.channel.interrupt()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._ended_because is not None
+
+    def cut(self) -> None:
+        """Ends whatever the session's thread still says to the client."""
+        self.channel.shut_down()
+
     def run(self) -> bool:
         """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
         complete = False
         try:
-            self._require_going_on()
             self.channel.send(self._accept(), self._timeouts.connect)
             self.sender.run()
             complete = self._serve()
@@ -102,9 +109,8 @@ class Session:
                 raise
         if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
             return complete
-        logger.warning("ended the session of %s: %s", self.peer, self._ended_because)
-        farewell = Refuse if self.channel.state is State.JOINING else End
-        self.channel.send(farewell(self._ended_because), END_SECONDS)
+        self._say(logging.WARNING, "ended the session of %s: %s", self.peer, self._ended_because)
+        self.channel.send(End(self._ended_because), END_SECONDS)
         return False
 
     def _require_going_on(self) -> None:
@@ -114,15 +120,18 @@ class Session:
     def confirm(self, current_generation: int) -> None:
         """Lets the client compare what it has with what is held now. Raises ProtocolError."""
         store = self.publication.store
-        root = store.root() if self._told_digests else ""
+        root = store.root_if_known() if self._told_digests else ""
         self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
-        logger.info(
-            "%s took the %s weights by %s: %.1f MB",
-            self.peer,
-            self.publication.role,
-            self._transport.name,
-            store.manifest.nbytes / 1e6,
-        )
+        role, transport = self.publication.role, self._transport.name
+        taken, whole = self.sender.delivered / 1e6, store.manifest.nbytes / 1e6
+        if self.sender.has_delivered_all:
+            self._say(logging.INFO, "%s took the %s weights by %s: %.1f MB", self.peer, role, transport, whole)
+        else:
+            text = "%s has the %s weights: it took %.1f of %.1f MB here, by %s"
+            self._say(logging.INFO, text, self.peer, role, taken, whole, transport)
+
+    def _say(self, level: int, message: str, *arguments: object) -> None:
+        self._log.say(level, self.peer.host, message, *arguments)
 
     def _accept(self) -> Accept:
         store = self.publication.store
@@ -150,9 +159,8 @@ class Session:
                     self.sender.push(fetch)
                 case Leave(reason):
                     role, transport = self.publication.role, self._transport.name
-                    logger.warning(
-                        "%s gave up taking the %s weights by %s: %s", self.peer, role, transport, one_line(reason)
-                    )
+                    text = "%s gave up taking the %s weights by %s: %s"
+                    self._say(logging.WARNING, text, self.peer, role, transport, reason)
                     return False
                 case Done():
                     return True

@@ -69,7 +69,12 @@ class WeightStore:
 
     def root(self) -> str:
         """The root digest of the contents; makes what digests there are not. Empty where there are to be none."""
-        return "" if self.digests is None else root_of(self.manifest.digest, self.attributes, self.digests.all())
+        return "" if self.digests is None else self._root
+
+    @cached_property
+    def _root(self) -> str:
+        assert self.digests is not None
+        return root_of(self.manifest.digest, self.attributes, self.digests.all())
 
     def root_if_known(self) -> str:
         """As `root`, but empty as long as a digest is missing, so that it costs nothing."""

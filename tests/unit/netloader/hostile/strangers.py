@@ -577,5 +577,5 @@ def netloader_threads() -> list[str]:
 
 def is_idle(server: WeightServer) -> bool:
     """Whether nothing is left of any peer."""
-    left = server._connections or server._sessions or server._turns._taken or server._turns.waiting
+    left = server.acceptor.connections or server._sessions or server._turns._taken or server._turns.waiting
     return not left and netloader_threads() == ["netloader-accept"]

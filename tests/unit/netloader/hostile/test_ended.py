@@ -157,8 +157,8 @@ def test_no_client_keeps_its_session_alive(
 
 def set_buffers_of(server: WeightServer, nbytes: int) -> None:
     """Of connections from now on, which inherit them."""
-    assert server._listener is not None
-    set_buffers(server._listener.socket, nbytes)
+    assert server.acceptor.listener is not None
+    set_buffers(server.acceptor.listener.socket, nbytes)
 
 
 def assert_serves(source: Endpoint, access: Access) -> None:

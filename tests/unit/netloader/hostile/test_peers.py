@@ -28,7 +28,8 @@ from netloader.hostile.strangers import (
 )
 from netloader.sources import IDENTITY, SMALL, Tensors, fetch, serving
 
-from vllm_ascend.model_loader.netloader import server as server_module
+from vllm_ascend.model_loader.netloader import acceptor, peer_log
+from vllm_ascend.model_loader.netloader import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
@@ -54,12 +55,7 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Prove,
     Role,
 )
-from vllm_ascend.model_loader.netloader.server import (
-    MAX_CONNECTIONS,
-    MAX_CONNECTIONS_PER_HOST,
-    MAX_INQUIRIES,
-    MAX_STRANGERS_PER_HOST,
-)
+from vllm_ascend.model_loader.netloader.server import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import base, transports
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
@@ -109,10 +105,11 @@ def in_session(source: Endpoint, host: str) -> Intruder:
     return intruder
 
 
+CONNECTIONS = 64
 FLOODS = {
-    "that say nothing": (Intruder, MAX_STRANGERS_PER_HOST),
-    "that greet": (greeted, MAX_STRANGERS_PER_HOST),
-    "that take weights": (in_session, 100),
+    "that say nothing": (Intruder, CONNECTIONS // acceptor.STRANGERS_SHARE),
+    "that greet": (greeted, CONNECTIONS // acceptor.STRANGERS_SHARE),
+    "that take weights": (in_session, CONNECTIONS // acceptor.HOST_SHARE),
 }
 
 
@@ -123,18 +120,17 @@ def test_a_flood_of_connections_from_one_address(
     opened: contextlib.ExitStack,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert limit < MAX_CONNECTIONS_PER_HOST < MAX_CONNECTIONS
-    if open_one is in_session:
-        monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_HOST", limit)
+    assert limit < CONNECTIONS < acceptor.MAX_CONNECTIONS
+    monkeypatch.setattr(acceptor, "MAX_CONNECTIONS", CONNECTIONS)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=limit + 1) as (server, source):
         for _ in range(limit):
             opened.enter_context(open_one(source, "127.0.0.3"))
-        wait_until(lambda: len(server._connections) == limit)
+        wait_until(lambda: len(server.acceptor.connections) == limit)
         for _ in range(50):
             with Intruder(source) as beyond:
                 assert "no room" in beyond.hear()["reason"]
                 beyond.hear_out()
-        assert len(server._connections) == limit
+        assert len(server.acceptor.connections) == limit
         assert_serves(source)
         opened.close()
         wait_until(lambda: is_idle(server))
@@ -149,8 +145,8 @@ def assert_serves_intruder(source: Endpoint) -> None:
 def test_a_flood_of_connections_from_many_addresses_leaves_the_server_and_those_inside_alone(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosts, limit = many_hosts(), 300
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", limit)
+    hosts, limit = many_hosts(), 100
+    monkeypatch.setattr(acceptor, "MAX_CONNECTIONS", limit)
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
         inside = opened.enter_context(Intruder(source, "127.0.0.2").greet())
         session = inside.accepted()
@@ -158,7 +154,7 @@ def test_a_flood_of_connections_from_many_addresses_leaves_the_server_and_those_
         flood = opened.enter_context(contextlib.ExitStack())
         for _ in range(limit - 2):
             flood.enter_context(Intruder(source, next(hosts)))
-        wait_until(lambda: len(server._connections) == limit)
+        wait_until(lambda: len(server.acceptor.connections) == limit)
         with pytest.raises(SourcesExhausted):
             fetch(SMALL, TCP, source)
         assert len(data.say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)) == SMALL.manifest.nbytes
@@ -264,7 +260,7 @@ def test_those_who_fall_silent_delay_nobody_and_are_sent_away(
 ) -> None:
     with serving(LARGE, ALL, timeouts=Timeouts(3.0, 3.0), max_clients=32) as (server, source):
         silent = [fall_silent(source, opened) for fall_silent in SILENCES]
-        assert len(server._connections) > len(silent)  # they are all still there
+        assert len(server.acceptor.connections) > len(silent)  # they are all still there
         assert_serves(source, LARGE)
         wait_until(lambda: is_idle(server))
         assert_serves(source, LARGE)
@@ -282,7 +278,7 @@ def test_one_who_does_not_prove_that_it_knows_the_token_is_sent_away(opened: con
 def test_one_who_waits_for_its_turn_and_is_gone_does_not_get_it(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "WAIT_NOTICE", 0.05)
+    monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         first = opened.enter_context(Intruder(source).greet())
         first.accepted()
@@ -309,8 +305,8 @@ def test_a_message_that_comes_byte_by_byte_must_be_whole_in_time(
             if greet_first:
                 line.greet()
             line.send(b"\x00\x00\xff\xff")
-        wait_until(lambda: len(server._connections) == len(lines))
-        while server._connections:  # ends, though each byte comes well before any deadline
+        wait_until(lambda: len(server.acceptor.connections) == len(lines))
+        while server.acceptor.connections:  # ends, though each byte comes well before any deadline
             for line in lines:
                 with contextlib.suppress(OSError):
                     line.send(b"\x00")
@@ -356,7 +352,7 @@ class SlowReaders:
 
 def test_those_who_take_next_to_nothing_yield_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
-    monkeypatch.setattr(server_module, "WAIT_NOTICE", 0.05)
+    monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(LARGE, TCP, timeouts=PATIENT, max_clients=2) as (server, source):
         with SlowReaders(source, 8) as readers:
             readers.wait_for(8)
@@ -390,7 +386,7 @@ def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
-    monkeypatch.setattr(server_module, "WAIT_NOTICE", 0.05)
+    monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (_, source):
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted()
@@ -525,7 +521,7 @@ def test_a_session_has_a_limited_number_of_data_connections(opened: contextlib.E
         for _ in range(20):
             with Intruder(source).greet() as beyond:
                 beyond.say(Attach(session), Fetch(0, 1)).hear_out()
-        wait_until(lambda: len(server._connections) == 1 + MAX_DATA_CONNECTIONS)
+        wait_until(lambda: len(server.acceptor.connections) == 1 + MAX_DATA_CONNECTIONS)
         assert_serves(source)
 
 
@@ -572,8 +568,8 @@ def test_questions_for_digests_without_end_whose_answers_nobody_reads_end(
     opened: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(SMALL, TCP, timeouts=IMPATIENT) as (server, source):
-        assert server._listener is not None
-        make_small(server._listener.socket)  # which its connections inherit
+        assert server.acceptor.listener is not None
+        make_small(server.acceptor.listener.socket)  # which its connections inherit
         line = opened.enter_context(Intruder(source).greet())
         line.accepted()
         make_small(line.socket)
@@ -624,7 +620,7 @@ def test_only_who_took_weights_can_announce_them_and_once(caplog: pytest.LogCapt
 def test_announcements_that_are_lies_cost_a_client_little(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "WAIT_NOTICE", 0.05)
+    monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source), socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         for port in itertools.chain([nobody.getsockname()[1], source.port], range(1, 100)):
@@ -636,6 +632,33 @@ def test_announcements_that_are_lies_cost_a_client_little(
         assert_serves(source)
         release.join()
         wait_until(lambda: is_idle(server))
+
+
+def test_a_client_that_gives_up_without_end_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(SMALL, TCP, timeouts=PATIENT) as (_, source):
+        for _ in range(200):
+            with Intruder(source).greet() as line:
+                line.accepted()
+                line.say(Leave("words without end, " * 200)).hear_out()
+    lines = [line for line in caplog.messages if "gave up taking the target weights by tcp" in line]
+    assert len(lines) <= peer_log.LINES_OF_A_HOST + 1  # one tells of those that were left out
+    assert sum(map(len, lines)) < 4000
+    assert f"(... and {200 - peer_log.LINES_OF_A_HOST - 1} more like it)" in lines[-1]
+
+
+def test_the_log_says_what_a_client_has_really_taken(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
+        with Intruder(source).greet() as line:
+            line.accepted(tensors=LARGE)
+            line.say(Done()).hear()
+        wait_until(lambda: is_idle(server))
+        assert not [line for line in caplog.messages if "took the target weights" in line]
+        (nothing,) = [line for line in caplog.messages if "has the target weights" in line]
+        assert nothing.endswith(" has the target weights: it took 0.0 of 33.6 MB here, by tcp")
+        assert_serves(source, LARGE)
+        (all_of_it,) = [line for line in caplog.messages if "took the target weights" in line]
+        assert all_of_it.endswith(" took the target weights by tcp: 33.6 MB")
 
 
 def test_a_client_of_another_protocol_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -732,5 +755,5 @@ def test_a_server_can_be_closed_while_a_client_is_silent(
     timeouts = Timeouts(connect=1.0, stall=1000.0)  # `close` would wait that long, and this test may not
     with serving(LARGE, ALL, timeouts=timeouts) as (server, source):
         arrive(source, opened)
-    assert not server._connections
+    assert not server.acceptor.connections
     assert_no_error_of_the_server(caplog)

@@ -74,7 +74,8 @@ class Sender(ABC):
     def __init__(self, nbytes: int) -> None:
         """`nbytes` is the size of what may be sent."""
         self._nbytes = nbytes
-        self._rate = Rate()
+        self.rate = Rate()
+        """At which the client takes bytes."""
         self._asked_for = 0
         self._delivered: dict[int, int] = {}
 
@@ -110,11 +111,7 @@ class Sender(ABC):
 
     def idle_seconds(self) -> float:
         """Time since the client last took bytes."""
-        return self._rate.idle_seconds()
-
-    def is_slow(self, bytes_per_second: float) -> bool:
-        """Whether the client has lately taken less than that."""
-        return self._rate.lately() < bytes_per_second
+        return self.rate.idle_seconds()
 
     def check(self, fetch: Fetch) -> None:
         """Raises ProtocolError for bytes beyond those that there are, and for more than any client needs."""
@@ -143,7 +140,7 @@ class Sender(ABC):
         return self.delivered == self._nbytes
 
     def note_progress(self, nbytes: int = 0) -> None:
-        self._rate.note(nbytes)
+        self.rate.note(nbytes)
 
     def abort(self) -> None:
         """Ends all that `attach` still serves, from any thread."""
@@ -159,13 +156,14 @@ class Rate:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._begin = self._last = clock()
-        self._bytes = 0
+        self._created = self._begin = self._last = clock()
+        self._bytes = self._total = 0
         self._before = math.inf
 
     def note(self, nbytes: int) -> None:
         self._last = now = self._clock()
         self._bytes += nbytes
+        self._total += nbytes
         if now - self._begin >= RATE_SECONDS:
             self._before = self._bytes / (now - self._begin)
             self._begin, self._bytes = now, 0
@@ -180,6 +178,10 @@ class Rate:
         elapsed = self._clock() - self._begin
         return self._before if elapsed < RATE_SECONDS else self._bytes / elapsed
 
+    def overall(self) -> float:
+        """Bytes per second since the beginning."""
+        return self._total / max(self._clock() - self._created, 1e-3)
+
 
 class Transport(ABC):
     """Stateless; one object serves all sessions of a process."""
@@ -189,6 +191,8 @@ class Transport(ABC):
     """Whether it is of no use to weights on an accelerator."""
     copies: ClassVar[bool] = True
     """Whether bytes move, so that they need a turn, time, and verification."""
+    descriptors: ClassVar[int] = 0
+    """How many a session takes on the server, beside its connections to the listener."""
 
     def offer(self) -> Offer:
         """What a client says of it in Join."""

@@ -50,6 +50,7 @@ class ProcessGroupTransport(Transport):
     """`device` is where the weights are computed with, so that the backend is the one that reaches it."""
 
     name = "process_group"
+    descriptors = 8  # about what Gloo takes
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

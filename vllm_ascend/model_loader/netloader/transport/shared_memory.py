@@ -34,6 +34,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 class SharedMemoryTransport(Transport):
     name = "shared_memory"
+    descriptors = 3  # the socket, the connection, and a duplicate of that of the arena
     on_host_only = True
     copies = False
 

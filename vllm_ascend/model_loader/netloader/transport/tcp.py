@@ -31,6 +31,7 @@ _REQUESTED_AHEAD: Final = 2
 
 class TcpTransport(Transport):
     name = "tcp"
+    descriptors = 1  # a duplicate of that of the arena
 
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _RangeSender(store, timeouts, pacer)
