@@ -99,7 +99,14 @@ def test_all_ranks_reload_or_none(load: Load, models: Path, tmp_path: Path) -> N
     assert "no SOURCE is configured for this rank" in ranks[1].fails_with()
     assert [generation(each) for each in ranks] == before
 
+    # As if a checkpoint were replaced between two ranks.
     settings[1].write_text("{}")
+    for each, checkpoint in zip(ranks, (new, old), strict=True):
+        each.reload(weights_path=checkpoint)
+    for each in ranks:
+        assert "ReloadRefused: the ranks of this instance got weights of different checkpoints" in each.fails_with()
+    assert [generation(each) for each in ranks] == before
+
     for each in ranks:
         each.reload(weights_path=new)
     for each in ranks:
@@ -110,6 +117,18 @@ def test_all_ranks_reload_or_none(load: Load, models: Path, tmp_path: Path) -> N
     expected = start_ranks(load, new, tmp_path, {"SERVE": False}, TWO_TENSOR_RANKS)
     digests = [each.finish_loading().digests for each in clients]
     assert digests == [each.finish_loading().digests for each in expected]
+    assert "different checkpoints" not in clients[0].log_text()
+
+
+def test_ranks_that_load_different_checkpoints_say_so(load: Load, models: Path, tmp_path: Path) -> None:
+    """As if the files, or what a source serves, were replaced between two ranks."""
+    init_method = f"file://{tmp_path}/{uuid.uuid4().hex}"
+    checkpoint = {0: checkpoints.dense(models), 1: checkpoints.dense_retrained(models)}
+    ranks = [
+        load(model, rank=rank, init_method=init_method, engine=TWO_TENSOR_RANKS) for rank, model in checkpoint.items()
+    ]
+    for each in ranks:
+        assert "the ranks of this instance have weights of different checkpoints" in each.finish_loading().log_text()
 
 
 def start_ranks(

@@ -39,6 +39,18 @@ def agreed(consent: bool) -> bool:
     return bool(votes)
 
 
+def alike(value: int | None) -> bool:
+    """Whether all ranks of this replica that know a value, of less than 63 bits, know the same. As `agreed`."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    unknown = torch.iinfo(torch.int64).max
+    least = torch.tensor([unknown, unknown] if value is None else [value, -value], dtype=torch.int64, device="cpu")
+    for group in (get_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(least[0] == unknown or least[0] == -least[1])
+
+
 def _unframe(framed: bytes) -> bytes:
     length = int.from_bytes(framed[:_LENGTH_BYTES], "big")
     return framed[_LENGTH_BYTES : _LENGTH_BYTES + length]

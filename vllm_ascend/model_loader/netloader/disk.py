@@ -60,7 +60,7 @@ def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: L
         return checkpoint_fingerprint(preview.files)
     except _NotHere:
         return ""
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # of vLLM's code on files of any kind; a source may still have the weights
         logger.warning(
             "the checkpoint of %s cannot be fingerprinted, so names decide: weights of other contents would be taken "
             "from a source that knows them by the same name, and the same weights by another name are refused: %s",

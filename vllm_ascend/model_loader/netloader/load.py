@@ -40,6 +40,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     UnsupportedModel,
 )
 from vllm_ascend.model_loader.netloader.files import require_writable
+from vllm_ascend.model_loader.netloader.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.live import LiveMemory
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.reading import Reading
@@ -85,6 +86,7 @@ class Load:
         self._memory: Memory | None = None
         self._attributes: Mapping[str, attributes.Plain] = {}
         self._mixture = ""
+        self.fingerprint = ""
         self._server: WeightServer | None = None
         self._undo_suspension: Callable[[], None] = lambda: None
         self._fetched: Fetched | None = None
@@ -228,20 +230,28 @@ class Load:
     def _address_path(self, prefix: str) -> Path:
         return Path(f"{prefix}{self._rank}.txt")
 
-    def share_endpoints(self) -> None:
+    def meet_ranks(self) -> None:
         """Tells the other ranks of this instance where this one listens, so that each can refer clients to the others.
 
-        Every rank comes here once, for its target model: a draft model may be on some ranks only.
+        They compare their checkpoints too: files or sources may have changed between two ranks. Every rank comes here
+        once, for its target model: a draft model may be on some ranks only.
         """
         if self._report.role != "target":
             return
-        ours, host = b"", self._advertised_host()
-        if self._server is not None:
-            ours = msgspec.msgpack.encode(Peer(rank_coordinates(self._vllm_config), host, self._server.port))
-        peers = [msgspec.msgpack.decode(payload, type=Peer) for payload in gather(ours) if payload]
+        host, port = self._advertised_host(), self._server.port if self._server is not None else None
+        ours = _Rank(rank_coordinates(self._vllm_config), host, port, self.fingerprint)
+        ranks = [msgspec.msgpack.decode(payload, type=_Rank) for payload in gather(msgspec.msgpack.encode(ours))]
+        if len({rank.fingerprint for rank in ranks if rank.fingerprint}) > 1:
+            logger.error(
+                "the ranks of this instance have weights of different checkpoints, this one of %s: its answers will be "
+                "wrong. Start it again when nobody changes them",
+                self.fingerprint or "an unknown one",
+            )
         if self._server is not None:
             self._server.refer_to(
-                msgspec.structs.replace(peer, host="") if peer.host == host else peer for peer in peers
+                Peer(rank.coordinates, "" if rank.host == host else rank.host, rank.port)
+                for rank in ranks
+                if rank.port is not None
             )
 
     def _advertised_host(self) -> str:
@@ -309,6 +319,7 @@ class Load:
             self._attributes = fetched.attributes
             identity = msgspec.structs.replace(identity, fingerprint=fetched.fingerprint)
             self._contents = dataclasses.replace(request, identity=identity)
+            self.fingerprint = fetched.fingerprint
             self._keep(fetched.memory)
         self._fetched = fetched
         self._note_fetched(fetched, weights.manifest.nbytes, client.received)
@@ -348,26 +359,25 @@ class Load:
             self._warn_of_mixture(reading)
             self._cannot_serve(str(error), memory)
             return
-        fingerprint = self._fingerprint_of(reading)
-        if fingerprint is None:
+        self._note_fingerprint(reading)
+        if self._mixture:
             self._cannot_serve(self._mixture, memory)
             return
         assert self._asked is not None
-        identity = as_read(self._asked.identity, reading, fingerprint)
+        identity = as_read(self._asked.identity, reading, self.fingerprint)
         self._contents = dataclasses.replace(self._asked, identity=identity)
         self._keep(memory)
 
-    def _fingerprint_of(self, reading: Reading) -> str | None:
-        """None where it cannot be told what was read."""
+    def _note_fingerprint(self, reading: Reading) -> None:
         try:
-            return reading.finish()
+            self.fingerprint = reading.finish()
         except CheckpointChanged as error:
             self._mixture = str(error)
-            return None
 
     def _warn_of_mixture(self, reading: Reading) -> None:
         """Where nothing is served that could be declined."""
-        if self._fingerprint_of(reading) is None:
+        self._note_fingerprint(reading)
+        if self._mixture:
             logger.error("the %s weights of rank %d may be a mixture: %s", self._report.role, self._rank, self._mixture)
 
     def _keep(self, memory: Memory) -> None:
@@ -397,6 +407,15 @@ class Load:
 
     def _weights_of(self, model: nn.Module) -> ModelWeights:
         return ModelWeights(model) if self._device.type == "cpu" else LiveWeights(model, self._device)
+
+
+class _Rank(msgspec.Struct, frozen=True):
+    """What ranks tell each other: where they listen, if they do, and of which checkpoint their weights are."""
+
+    coordinates: RankCoordinates
+    host: str
+    port: int | None
+    fingerprint: str
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ class NetLoader(BaseModelLoader):
             with load.failure_reported():
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 load.serve(model)
-                load.share_endpoints()
+                load.meet_ranks()
         finally:
             self._load = None
         load.report()
@@ -88,7 +88,7 @@ class NetLoader(BaseModelLoader):
         """
         vllm_config = get_current_vllm_config()
         load = Load(self._config, vllm_config, model_config, on_host=True)
-        with load.failure_reported(), load.suspension_undone_on_failure(), all_or_none():
+        with load.failure_reported(), load.suspension_undone_on_failure(), all_or_none(lambda: load.fingerprint):
             require_reloadable(model)
             scratch = scratch_model(vllm_config, model_config)
             remove_passing_head(scratch, model_config)

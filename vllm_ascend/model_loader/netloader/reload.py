@@ -24,16 +24,16 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from vllm_ascend.distributed.gather import agreed
+from vllm_ascend.distributed.gather import agreed, alike
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 from vllm_ascend.model_loader.netloader.takeover import NewWeights, take_over
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none(fingerprint: Callable[[], str]) -> Iterator[None]:
     """What every rank does within, all have done afterwards; where one fails, it fails on all.
 
-    Raises ReloadRefused where another rank failed.
+    Raises ReloadRefused where another rank failed, or one has weights with another `fingerprint`, if that is known.
     """
     try:
         yield
@@ -42,6 +42,12 @@ def all_or_none() -> Iterator[None]:
         raise
     if not agreed(True):
         raise ReloadRefused("another rank of this instance could not get its weights, see its log: nothing was changed")
+    known = fingerprint()
+    if not alike(int(known[:15], 16) if known else None):
+        raise ReloadRefused(
+            f"the ranks of this instance got weights of different checkpoints, this one of {known or 'an unknown one'}"
+            f": nothing was changed, reload again when nobody changes them"
+        )
 
 
 def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module:
