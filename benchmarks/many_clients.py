@@ -222,7 +222,7 @@ def synthetic_arena(nbytes: int) -> Arena:
     return arena
 
 
-def synthetic_publication(arena: Arena, token: bytes | None = None) -> Publication:
+def synthetic_publication(arena: Arena) -> Publication:
     """All digests are made, as they are in an instance that runs for a while."""
     manifest = synthetic_manifest(arena.nbytes)
     digests = StoreDigests(arena.reader())
