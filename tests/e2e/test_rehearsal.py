@@ -20,7 +20,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
-from vllm_ascend.model_loader.netloader.rehearsal import rehearse, require_reloadable
+from vllm_ascend.model_loader.netloader.rehearsal import rehearse
+from vllm_ascend.model_loader.netloader.reloadable import require_reloadable
 from vllm_ascend.model_loader.netloader.takeover import take_over
 
 SIZE = 8
@@ -200,6 +201,26 @@ def test_weights_that_loading_tied_since_they_were_equal_are_reloaded_only_with_
     equal.head.weight.data.copy_(equal.embedding.weight)
     reload(model, equal)
     assert torch.equal(model.head.weight, different.embedding.weight)
+
+
+class WithView(Model):
+    def __init__(self, process: Process) -> None:
+        super().__init__(process)
+        self.register_buffer("view", self.layers[0].weight.data.view(-1), persistent=False)
+
+
+def test_a_view_of_a_weight_is_reloaded_with_it() -> None:
+    model = WithView(nothing).filled(1).processed()
+    reload(model, WithView(nothing).filled(2))
+    assert torch.equal(model.view, Model(nothing).filled(2).layers[0].weight.view(-1))
+
+
+@pytest.mark.parametrize("process", [transpose, pack_and_drop])
+def test_a_view_of_a_weight_that_processing_has_moved_is_refused(process: Process) -> None:
+    """Mamba-2 on the CPU platform: the convolution's weight is packed, and its view is what it was."""
+    model = WithView(process).filled(1).processed()
+    with pytest.raises(ReloadRefused, match=r"view is a view of what layers.0.weight was before it was processed"):
+        reload(model, WithView(process).filled(2))
 
 
 def test_a_model_that_is_processed_as_a_whole_is_refused() -> None:

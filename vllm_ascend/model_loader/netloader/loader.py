@@ -25,8 +25,9 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.disk import DiskLoader
 from vllm_ascend.model_loader.netloader.load import Load
 from vllm_ascend.model_loader.netloader.reading import Reading
-from vllm_ascend.model_loader.netloader.rehearsal import rehearse, require_reloadable
+from vllm_ascend.model_loader.netloader.rehearsal import rehearse
 from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, scratch_model
+from vllm_ascend.model_loader.netloader.reloadable import require_reloadable
 
 _in_use: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 """Models whose parameters are post-processed: they can only be reloaded."""

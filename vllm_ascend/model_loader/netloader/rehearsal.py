@@ -7,20 +7,19 @@ given memory of its own on the device, and goes the whole way: processed as afte
 same weights. The reload must bring the very same tensors, bit for bit; and what the first load left must be what the
 model in use has. No knowledge of layers is needed for that.
 
-What stays hidden is what layers keep outside of tensors, such as handles of a library; `require_reloadable` knows the
-one of these that is wrong after a reload.
+What stays hidden is what layers keep outside of tensors, such as handles of a library; `reloadable` knows the one of
+these that is wrong after a reload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import ModelConfig
-from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -30,6 +29,13 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_ascend.model_loader.netloader.attributes import own_tensors, qualified
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
+from vllm_ascend.model_loader.netloader.reloadable import (
+    equal,
+    layout,
+    require_counterparts,
+    require_same_layout,
+    require_that_views_follow,
+)
 from vllm_ascend.model_loader.netloader.takeover import (
     NewWeights,
     Tensors,
@@ -39,25 +45,6 @@ from vllm_ascend.model_loader.netloader.takeover import (
     take_over,
 )
 
-Layout = tuple[torch.dtype | None, tuple[int, ...]]
-"""Nothing is read from an empty tensor, so its type does not matter: vLLM leaves what is the default at the time."""
-
-
-def require_reloadable(model: nn.Module) -> None:
-    """Raises ReloadRefused where a reload would leave wrong weights behind that no comparison of tensors shows."""
-    if hasattr(model, "process_weights_after_loading"):
-        raise ReloadRefused(
-            f"{type(model).__name__} processes its weights as a whole after loading, which vLLM's reload leaves out: "
-            f"start the instance anew to change its weights"
-        )
-    for name, layer in model.named_modules():
-        kernel = getattr(getattr(layer, "scheme", None), "kernel", None)
-        if isinstance(kernel, CPUInt8ScaledMMLinearKernel) and hasattr(kernel, "dnnl_handler"):
-            raise ReloadRefused(
-                f"{name} has vLLM's CPU kernel for int8, which goes on reading the scales of a reload after they are "
-                f"freed: start the instance anew to change its weights"
-            )
-
 
 def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) -> NewWeights:
     """What `model` can take over from `scratch`, which is loaded, not processed, and of no use afterwards.
@@ -66,7 +53,8 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
     """
     weights = raw_tensors(scratch)
     layers = layers_of(model)
-    _require_counterparts(weights, layers)
+    require_counterparts(weights, layers)
+    require_that_views_follow(scratch, layers)
     detours: dict[str, Mapping[str, torch.Tensor]] = {}
     known: dict[Hashable, _Outcome] = {}
     in_parts: set[str] = set()
@@ -77,11 +65,11 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
         outcome = known[kind]
         for name, tensors in outcome.processed.items():
             path = _join(prefix, name)
-            _require_same_layout(path, tensors, layers[path])
+            require_same_layout(path, tensors, layers[path])
         detours |= {_join(prefix, name): tensors for name, tensors in outcome.detours.items()}
         in_parts.update(_join(prefix, name) for name, _ in part.named_modules())
     for path in weights.keys() - in_parts:
-        _require_same_layout(path, weights[path], layers[path])
+        require_same_layout(path, weights[path], layers[path])
     return NewWeights(weights, detours)
 
 
@@ -120,7 +108,7 @@ def _rehearse_part(
             f"Start the instance anew to change its weights"
         ) from error
     for name in before.keys() | after.keys():
-        if name not in before or name not in after or not _equal(before[name], after[name]):
+        if name not in before or name not in after or not equal(before[name], after[name]):
             raise ReloadRefused(
                 f"{_join(prefix, name)} is another one after a reload than after a first load of the same weights: "
                 f"start the instance anew to change its weights"
@@ -164,7 +152,7 @@ def _detours(alone: Tensors, together: Tensors) -> Tensors:
     """Those of `alone` that are no longer there, or other ones, once attention layers have been processed."""
     changed = {
         prefix: {
-            name: tensor for name, tensor in tensors.items() if _layout(together[prefix].get(name)) != _layout(tensor)
+            name: tensor for name, tensor in tensors.items() if layout(together[prefix].get(name)) != layout(tensor)
         }
         for prefix, tensors in alone.items()
     }
@@ -177,70 +165,16 @@ def _kind(part: nn.Module) -> Hashable:
 
 
 def _kind_of_layer(name: str, layer: nn.Module) -> Hashable:
-    tensors = tuple((key, *_layout_of(tensor), tensor.stride()) for key, tensor in own_tensors(layer))
+    tensors = tuple((key, layout(tensor), tensor.stride()) for key, tensor in own_tensors(layer))
     method: Any = getattr(layer, "quant_method", None)
     helpers = (method, getattr(method, "kernel", None), getattr(layer, "scheme", None), getattr(layer, "impl", None))
     switches = tuple(sorted((key, value) for key, value in vars(layer).items() if isinstance(value, bool)))
     return name, type(layer), tuple(type(each) for each in helpers), tensors, switches
 
 
-def _require_counterparts(weights: Tensors, layers: Mapping[str, nn.Module]) -> None:
-    """Raises ReloadRefused where the model in use lacks something, or has one memory for two different tensors."""
-    sharing: dict[Hashable, tuple[str, torch.Tensor]] = {}
-    for path, tensors in weights.items():
-        if path not in layers:
-            raise ReloadRefused(f"the model in use has no module {path}: start the instance anew to change its weights")
-        for name, tensor in tensors.items():
-            for memory in _memory(layers[path], name):
-                first, contents = sharing.setdefault(memory, (qualified(path, name), tensor))
-                if not _equal(contents, tensor):
-                    raise ReloadRefused(
-                        f"{first} and {qualified(path, name)} are one tensor in the model in use, and two different "
-                        f"ones in the new weights: start the instance anew to change its weights"
-                    )
-
-
-def _memory(layer: nn.Module, name: str) -> Iterator[Hashable]:
-    """What is the same for two tensors that share everything."""
-    yield id(layer), name
-    tensor = getattr(layer, name, None)
-    if isinstance(tensor, torch.Tensor) and tensor.numel() and not tensor.is_meta:
-        yield tensor.data_ptr(), tensor.device
-
-
-def _require_same_layout(path: str, expected: Mapping[str, torch.Tensor], layer: nn.Module) -> None:
-    found = dict(own_tensors(layer))
-    for name in expected.keys() | found.keys():
-        if _layout(expected.get(name)) != _layout(found.get(name)):
-            raise ReloadRefused(
-                f"{qualified(path, name)} is {_text(found.get(name))} in use, and would be "
-                f"{_text(expected.get(name))} after a reload: start the instance anew to change its weights"
-            )
-
-
-def _layout(tensor: torch.Tensor | None) -> Layout | None:
-    return None if tensor is None else _layout_of(tensor)
-
-
-def _layout_of(tensor: torch.Tensor) -> Layout:
-    return (tensor.dtype if tensor.numel() else None), tuple(tensor.shape)
-
-
-def _text(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
-
-
 def _tensors(part: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     for prefix, module in part.named_modules():
         yield from ((qualified(prefix, name), tensor.data) for name, tensor in own_tensors(module))
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit: numbers need not be equal to themselves."""
-    if _layout_of(one) != _layout_of(other):
-        return False
-    mine, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(mine, theirs)
 
 
 def _join(prefix: str, name: str) -> str:
