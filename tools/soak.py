@@ -4,8 +4,9 @@
     python tools/soak.py --seconds 60 --seed 7
 
 Two server processes, "lasting" and "mortal", serve synthetic weights, each on a listener for everybody, one with a
-token and one with TLS. They replace their weights by others now and then, and the mortal one is killed and started
-again. Worker processes do tasks, each chosen by chance:
+token and one with TLS. They replace their weights by others now and then, every other time with serving suspended
+before, which no client may prevent. The mortal one is killed and started again. Worker processes do tasks, each chosen
+by chance:
 
     fetch       takes the weights from both servers in some order, with or without VERIFY
     killed      the same, but the process is killed in the middle
@@ -14,6 +15,7 @@ again. Worker processes do tasks, each chosen by chance:
     slow        bytes pass slowly, and then the connection breaks
     stranger    a client with a wrong token, without one, or without TLS: it must get nothing
     flood       many connections that are silent, send garbage, or ask for nothing but the status
+    clinging    sessions and waiting clients that ask on, do not read, take nothing, or give up with many words
 
 Now and then all is quiet: no task runs, and the lasting server must have no sessions left, and not more descriptors,
 threads and private memory than in the first minute, but for a tolerance. The same holds for the workers.
@@ -67,7 +69,17 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
-from vllm_ascend.model_loader.netloader.protocol import Hello, Inquire, frame
+from vllm_ascend.model_loader.netloader.protocol import (
+    AskDigests,
+    Done,
+    Fetch,
+    Hello,
+    Inquire,
+    Join,
+    Leave,
+    Offer,
+    frame,
+)
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -101,6 +113,8 @@ SLOW_SECONDS: Final = 6.0
 """Above what a server needs to notice that a client takes next to nothing."""
 FLOOD: Final = 100
 """Connections."""
+CLINGING: Final = 20
+"""Connections."""
 UNFRAMED_FROM: Final = 64 << 10
 """Byte of a connection from which on there are only weights: messages to a client of these weights are shorter."""
 IDENTITY: Final = ModelIdentity(name="synthetic", architecture="Synthetic", config_digest="", dtype="uint8")
@@ -119,6 +133,7 @@ SHARES: Final[dict[Kind, int]] = {
     "slow": 1,
     "stranger": 2,
     "flood": 1,
+    "clinging": 1,
 }
 """How often each kind of task is chosen."""
 FETCHING: Final = ("fetch", "cut", "corrupted", "slow")
@@ -550,6 +565,9 @@ def serve(connection: Connection, setting: Setting, ports: Sequence[int], editio
 
 def publish(servers: Mapping[str, WeightServer], setting: Setting, edition: int) -> None:
     """The same pages behind all listeners."""
+    for server in servers.values():
+        if edition % 2:
+            server.suspend("its weights are being replaced")
     with contextlib.closing(Arena.create(setting.nbytes)) as arena:
         with arena.writable() as data:
             data[:] = contents(edition, setting.nbytes)
@@ -625,6 +643,9 @@ def do(task: Task, setting: Setting) -> Result:
         case "flood":
             flood(task, chance)
             return Result(task.kind, succeeded=True)
+        case "clinging":
+            cling(task, setting, chance)
+            return Result(task.kind, succeeded=True)
         case "stranger":
             return fetch_as_stranger(task, setting, chance)
     with contextlib.ExitStack() as scope:
@@ -697,6 +718,31 @@ def flood(task: Task, chance: random.Random) -> None:
                 connection = scope.enter_context(socket.create_connection(address, 1, (STRANGERS_HOST, 0)))
                 connection.sendall(chance.choice(sayings))
         time.sleep(chance.uniform(0, 1))
+
+
+def cling(task: Task, setting: Setting, chance: random.Random) -> None:
+    """Sessions that lead to nothing; behind a listener that wants a token or TLS, not even they come about."""
+    join = Join(IDENTITY, RankCoordinates(), setting.manifest.digest, (Offer("tcp"),))
+    asking = frame(AskDigests(0, 1)) * 100
+    sayings = (b"", asking, frame(Done()), frame(Leave("words without end, " * 200)), frame(Fetch(0, 1)), b"\0\0\xff")
+    end = time.monotonic() + chance.uniform(1, 4)
+    with contextlib.ExitStack() as scope:
+        connections: list[socket.socket] = []
+        for _ in range(CLINGING):
+            with contextlib.suppress(OSError):
+                address = (HOST, chance.choice(task.sources))
+                connection = scope.enter_context(socket.create_connection(address, 1, (STRANGERS_HOST, 0)))
+                connection.sendall(frame(Hello()) + frame(join))
+                connection.setblocking(False)
+                connections.append(connection)
+        readers = set(connections[::2])
+        while time.monotonic() < end:
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    if connection in readers:
+                        connection.recv(1 << 16)
+                    connection.send(chance.choice(sayings))
+            time.sleep(0.05)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,15 @@ import torch
 from fetch_model import fetch_model
 from loaders import Load, Loader, Pool, generation, two_free_ports
 
+from vllm_ascend.model_loader.netloader.access import Access
+from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
+from vllm_ascend.model_loader.netloader.greeting import greet
+from vllm_ascend.model_loader.netloader.manifest import Manifest
+from vllm_ascend.model_loader.netloader.protocol import Accept, AskDigests, Join, Offer, Refuse, frame
 from vllm_ascend.model_loader.netloader.weights import LiveWeights
 
 CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
@@ -115,7 +122,8 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
     answers, first = server.answers, generation(server)
     client = start("1", model, {"SOURCE": [server.address]})
     wait_for_session(server)
-    server.call("sleep", level=1)
+    with clinging_to(server):
+        server.call("sleep", level=1)
     client.finish_loading()
     assert client.report["outcome"] == "disk"
     assert "it sleeps" in client.report["attempts"][0]["reason"]
@@ -139,7 +147,51 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
     reloaded = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS).finish_loading()
     assert reloaded.answers == answers
     reloaded.end()
+
+    with clinging_to(server):
+        server.reload(PROMPTS, weights_path=model)
+        assert server.finish_loading().answers == answers
+    before = generation(server)
+    server.reload(PROMPTS, weights_path=model, is_checkpoint_format=False)
+    assert "set is_checkpoint_format to true" in server.fails_with()
+    assert generation(server) > before  # nothing has changed, so it is served again
     server.end()
+
+
+@contextlib.contextmanager
+def clinging_to(server: Loader) -> Iterator[None]:
+    """A client that asks on when its session is ended, and would keep the weights from being moved."""
+    source = Endpoint.parse(server.address)
+    (holding,) = inquire(source, 10).holdings
+
+    def join(manifest_digest: str) -> Channel:
+        channel = greet(source, Access(), 10)
+        channel.send(Join(holding.identity, holding.coordinates, manifest_digest, (Offer("tcp"),)), 10)
+        return channel
+
+    with join("another") as channel:
+        refusal = channel.receive(Deadline(10))
+        assert isinstance(refusal, Refuse)
+    with join(Manifest.decode(refusal.manifest).digest) as channel:
+        assert isinstance(channel.receive(Deadline(10)), Accept)
+
+        def ask_for_ever() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    channel.socket.sendall(frame(AskDigests(0, 1)) * 100)
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while channel.socket.recv(1 << 16):
+                    pass
+
+        threads = [threading.Thread(target=each, daemon=True) for each in (ask_for_ever, read)]
+        for thread in threads:
+            thread.start()
+        yield
+        channel.shut_down()
+        for thread in threads:
+            thread.join()
 
 
 def test_when_a_server_dies_midway_the_next_one_or_the_disk_brings_the_rest(start: Load) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 from netloader.sources import SMALL, fetch
 from netloader.test_serving import TRANSPORTS, Engine, identity
 
-from vllm_ascend.model_loader.netloader import serving
+from vllm_ascend.model_loader.netloader import server, serving
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.weight_changes import watch
 
 pytestmark = pytest.mark.timeout(60)
+
+
+UNTOUCHED = "nothing was touched"
 
 
 class VllmWorker:
@@ -25,7 +29,7 @@ class VllmWorker:
     def __init__(self, engine: Engine, source: Endpoint) -> None:
         self.vllm_config = SimpleNamespace(compilation_config=engine)
         self._source = source
-        self.heard = ""
+        self.heard = UNTOUCHED
 
     def _touch(self) -> None:
         self.heard = heard(self._source)
@@ -108,6 +112,38 @@ def test_weights_that_become_others_are_not_served_any_more(
     assert re.search(reason, worker.heard)
     worker.wake_up()
     assert re.search(reason, heard(worker._source))
+
+
+@pytest.mark.parametrize(
+    "change", [Worker.sleep, *(change for change, _ in CHANGES.values())], ids=["sleep", *CHANGES.keys()]
+)
+def test_weights_that_are_still_being_read_are_not_touched(
+    change: Callable[[Worker], object], worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (service,) = [each for each in serving._services if each.server.port == worker._source.port]
+    settings = service.server._settings
+    service.server.configure(replace(settings, timeouts=replace(settings.timeouts, stall=0.0)))
+    monkeypatch.setattr(server, "END_SECONDS", 0.05)
+    monkeypatch.setitem(service.server._sessions, b"of a fault of this process", StuckSession())
+    with pytest.raises(TimeoutError, match="still being read"):
+        change(worker)
+    monkeypatch.undo()
+    assert worker.heard == UNTOUCHED
+    assert heard(worker._source) == ""
+
+
+class StuckSession:
+    """One that does not end."""
+
+    id = b"of a fault of this process"
+    peer = Endpoint("10.0.0.2", 4711)
+    publication = None
+
+    def end(self, reason: str) -> None:
+        return
+
+    def cut(self) -> None:
+        return
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import AskDigests, Attach, Fetch, Join, Message
+from vllm_ascend.model_loader.netloader.protocol import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
 from vllm_ascend.model_loader.netloader.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
 pytestmark = pytest.mark.timeout(60)
 
+ALL = transports(["shared_memory", "tcp", "process_group"])
 TIMEOUTS = Timeouts(connect=20.0, stall=2.0)
 """A message to a client may take long, and the wait for its session may not."""
 ON_HOST = Tensors.of_shapes((8 << 20,))
@@ -112,6 +113,12 @@ def does_not_fetch_the_descriptor(client: Clinging) -> None:
     line.hear()
 
 
+def asks_for_a_group_and_does_not_come(client: Clinging) -> None:
+    line = client.line()
+    line.accepted("process_group", LIVE)
+    line.say(Gather()).hear_kind(Publish)
+
+
 CLINGING = (
     says_nothing,
     asks_for_digests_for_ever,
@@ -120,6 +127,7 @@ CLINGING = (
     fetches_and_reads_nothing,
     stops_in_a_frame,
     does_not_fetch_the_descriptor,
+    asks_for_a_group_and_does_not_come,
 )
 
 
@@ -142,7 +150,7 @@ def test_no_client_keeps_its_session_alive(
 ) -> None:
     access = certified if tls else Access()
     tensors = ON_HOST if cling is does_not_fetch_the_descriptor else LIVE
-    with serving(tensors, transports(["shared_memory", "tcp"]), timeouts=TIMEOUTS, access=access) as (server, source):
+    with serving(tensors, ALL, timeouts=TIMEOUTS, access=access) as (server, source):
         set_buffers_of(server, 4096 if cling is asks_for_digests_and_reads_none else 1 << 20)
         cling(Clinging(source, access, opened))
         wait_until(lambda: len(server._sessions) == 1)

@@ -218,7 +218,7 @@ class _GroupSender(Sender):
         if self._pair is None:
             raise ProtocolError("the client fetches before there is a process group")
         try:
-            self._pacer.wait_for(fetch.length)
+            self._pacer.wait_for(fetch.length, self._aborted)
             if self._aborted.is_set():
                 raise RuntimeError("the session has ended")
             with own_stream(self._device):
