@@ -15,7 +15,7 @@ from typing import Any
 import checkpoints
 import pytest
 from fetch_model import fetch_model
-from loaders import Load, Loader
+from loaders import Load, Loader, Pool
 
 PROMPTS: list[Any] = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 TONES: list[Any] = [{"decoder": [5, 9, 13], "tone": 440}, {"decoder": [5, 9, 13], "tone": 880}]
@@ -154,6 +154,17 @@ def assert_came_from(server: Loader, client: Loader, role: str, transport: str) 
     assert report["listening"] == client.address
     assert {"connect", "join", "transfer", "verify", "serve"} <= report["seconds"].keys()
     assert "disk" not in report["seconds"]
+
+
+def test_processors_of_one_fleet_may_differ(load: Load, pool_with_other_amx: Pool, models: Path) -> None:
+    """What travels is what was loaded, and each side packs it for its own processor."""
+    request = ROWS["latent attention"].request(models)
+    server = load(**request).finish_loading()
+    client = pool_with_other_amx.load(**request, extra=source(server, "tcp")).finish_loading()
+    assert_came_from(server, client, "target", "tcp")
+    assert client.digests == server.digests
+    assert client.answers[0] != client.answers[1]
+    client.end()
 
 
 def test_flags_that_loading_sets_go_from_client_to_client(load: Load, models: Path) -> None:
