@@ -40,6 +40,7 @@ class Loads:
         load_general_plugins()
         _register_kernels_once()
         self._engine: Any = None
+        self._others: list[Any] = []
         self._worker: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,8 @@ class Loads:
         engine (further engine arguments), digests (whether to hash the weights as they are before post-processing),
         rank and init_method (for one process of several that make up an instance), parallel (attributes to set on
         vLLM's parallel configuration, where no engine argument does), prompts (makes a whole engine in this process,
-        which answers them: lists of token ids, or tones for a speech model).
+        which answers them: lists of token ids, or tones for a speech model), beside (goes on holding the engine that
+        is there, until something is loaded without that).
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
         digests, modules, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
@@ -80,18 +82,23 @@ class Loads:
             self._engine.collective_rpc(method, kwargs=request["reload"])
             self._engine.reset_prefix_cache()
             return {"answers": answers(self._engine, request["prompts"])}
-        self.drop()
+        if request.get("beside"):
+            self._others.append(self._engine)
+        else:
+            self.drop()
         return self._load(request)
 
     def drop(self) -> None:
         """Gives up the model, and with it what vLLM holds once for a process."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        if self._engine is not None:
-            self._engine.llm_engine.engine_core.shutdown()
+        for engine in (self._engine, *self._others):
+            if engine is not None:
+                engine.llm_engine.engine_core.shutdown()
         if self._worker is not None:
             self._worker.shutdown()
         self._engine = self._worker = None
+        self._others.clear()
         cleanup_dist_env_and_memory()
         gc.collect()
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loaders import Load
+from loaders import Load, Pool
 
-OF_VLLM_TOO = {"msgspec", "numpy", "tqdm"}
-"""Requirements without which vLLM does not start either."""
+from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+
+NETLOADERS_OWN = ("blake3", "cryptography", "xxhash")
+"""Packages without which vLLM starts, and Netloader does not."""
 
 
 def test_a_wrong_value_stops_the_start_before_anything_is_loaded(untied: str, load: Load, tmp_path: Path) -> None:
@@ -33,12 +40,10 @@ def test_a_wrong_value_stops_the_start_before_anything_is_loaded(untied: str, lo
     assert "Loading safetensors" not in elsewhere.log_text()
 
 
-@pytest.mark.parametrize("reuse_port", [0, 1], ids=["one API server", "several"])
-def test_the_port_of_vllm_itself_is_left_to_it(untied: str, load: Load, reuse_port: int) -> None:
-    """vLLM binds its HTTP port with these options when it starts, and listens when all is loaded."""
+def test_the_port_of_vllm_itself_is_left_to_it(untied: str, load: Load) -> None:
+    """vLLM binds its HTTP port with this option when it starts, and listens when all is loaded."""
     with socket.socket() as vllms_own:
         vllms_own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        vllms_own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
         vllms_own.bind(("", 0))
         port = vllms_own.getsockname()[1]
         unserved = load(untied, {"LISTEN_PORT": port}).finish_loading()
@@ -50,11 +55,9 @@ def test_the_port_of_vllm_itself_is_left_to_it(untied: str, load: Load, reuse_po
 
 
 def test_a_broken_installation_hinders_nobody_but_those_who_ask_for_netloader() -> None:
-    requirements = [re.split(r"[^\w.-]", text)[0] for text in importlib.metadata.requires("vllm-ascend") or []]
     program = f"""
 import sys
-broken = {set(requirements) - OF_VLLM_TOO}
-sys.modules.update(dict.fromkeys(broken))
+sys.modules.update(dict.fromkeys({NETLOADERS_OWN}))
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.config.load import LoadConfig
@@ -67,6 +70,76 @@ get_model_loader(LoadConfig(load_format="netloader"))
     assert "others load by DefaultModelLoader" in done.stdout, done.stderr
     assert "imported: vllm_ascend.model_loader.netloader.registration\n" in done.stdout
     assert done.returncode == 1
-    assert re.search(
-        r"BrokenInstallation: .* because \w+ cannot be imported .* -m pip install --force-rei", done.stderr
+    assert re.search(r"BrokenInstallation: .* because \w+ cannot be imported", done.stderr)
+
+
+@pytest.mark.timeout(200)
+def test_sigterm_while_loading_ends_it_at_once_and_leaves_nothing(untied: str, load: Load) -> None:
+    server = load(untied, {"MAX_BANDWIDTH": 1 << 20}).finish_loading()
+    source = Endpoint.parse(server.address)
+    client = load(untied, {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "FALLBACK": "error"})
+    while not inquire(source, 10).sessions:
+        time.sleep(0.1)
+    process, directory = client.process.process, client.log.parent
+    files = set(directory.iterdir())
+    process.terminate()
+    assert process.wait(30) == -signal.SIGTERM
+    while inquire(source, 10).sessions:
+        time.sleep(0.1)
+    assert "went away" in server.log_text()
+    assert set(directory.iterdir()) == files
+    assert f"/proc/{process.pid}" not in map(str, Path("/proc").iterdir())
+
+
+@pytest.fixture
+def of_nobody(tmp_path: Path) -> Iterator[Pool]:
+    """Processes of a user without rights, but to read what root reads: where the interpreter lies is not the matter."""
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("only root can start processes of another user, and does it by setpriv")
+    home = tmp_path / "home"
+    home.mkdir()
+    os.chown(home, 65534, 65534)
+    python = tmp_path / "python"
+    reading = "--inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+    python.write_text(
+        f'#!/bin/sh\nexec {setpriv} --reuid=65534 --regid=65534 --clear-groups {reading} {sys.executable} "$@"\n'
     )
+    python.chmod(0o755)
+    pool = Pool(home, str(python), {"HOME": str(home), "TMPDIR": str(home), "PYTHONDONTWRITEBYTECODE": "1"})
+    yield pool
+    pool.end()
+
+
+def test_a_user_without_rights_takes_weights_and_serves_them(untied: str, load: Load, of_nobody: Pool) -> None:
+    server = load(untied).finish_loading()
+    nobodys = of_nobody.load(untied, {"SOURCE": [server.address], "FALLBACK": "error"}).finish_loading()
+    assert nobodys.digests == server.digests
+    assert nobodys.report["transport"] == "tcp"
+    assert [attempt["transport"] for attempt in nobodys.report["attempts"]] == ["shared_memory"]
+    assert nobodys.report["not_served"] is None
+    after_it = load(untied, {"SOURCE": [nobodys.address], "FALLBACK": "error"}).finish_loading()
+    assert after_it.digests == server.digests
+    from_disk = of_nobody.load(untied).finish_loading()
+    assert from_disk.digests == server.digests
+    assert from_disk.report["not_served"] is None
+
+
+def test_two_engines_in_one_process_are_both_served(untied: str, fine_tune: str, load: Load, tmp_path: Path) -> None:
+    first = load(untied, prompts=[[1, 2, 3]]).finish_loading()
+    second = {
+        "model": fine_tune,
+        "beside": True,
+        "digests": True,
+        "prompts": [[1, 2, 3]],
+        "engine": {"skip_tokenizer_init": True},
+        "extra": {"LISTEN_HOST": "127.0.0.1", "OUTPUT_PREFIX": f"{tmp_path}/second-"},
+    }
+    first.process.ask(second)
+    reply = first.process.reply()
+    assert "result" in reply, first.log_text()[-4000:]
+    other = (tmp_path / "second-0.txt").read_text().strip()
+    assert other != first.address
+    asking = {"TRANSPORT": ["shared_memory"], "FALLBACK": "error"}
+    assert load(untied, {"SOURCE": [first.address], **asking}).finish_loading().digests == first.digests
+    assert load(fine_tune, {"SOURCE": [other], **asking}).finish_loading().digests == reply["result"]["digests"]

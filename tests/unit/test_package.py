@@ -92,7 +92,7 @@ def imported_siblings(module: str) -> set[str]:
 
 
 LAYERS: list[set[str]] = [
-    {"admission", "backoff", "descriptors", "endpoint", "errors", "pacing", "report"},
+    {"admission", "backoff", "descriptors", "endpoint", "errors", "memory_limit", "pacing", "report"},
     {"config", "files", "fingerprint", "foreign", "identity", "installation", "replicas", "resolution", "route"}
     | {"peer_log"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
@@ -147,6 +147,7 @@ BOTTOM: dict[str, set[str]] = {
     "identity": set(),
     "fingerprint": set(),
     "reading": {"errors", "fingerprint"},
+    "memory_limit": set(),
     "pacing": set(),
     "admission": set(),
     "descriptors": set(),

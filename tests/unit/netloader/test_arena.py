@@ -5,8 +5,11 @@ import fcntl
 import gc
 import mmap
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import traceback
@@ -581,3 +584,31 @@ def test_a_model_that_the_host_has_no_memory_for_is_unsupported() -> None:
     with pytest.raises(UnsupportedModel, match=f"no arena for {1 << 61} bytes of weights: .*no more memory"):
         allocate(manifest)
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_the_size_of_dev_shm_does_not_matter() -> None:
+    """It is a file system of its own; the memory of an arena belongs to none that is mounted."""
+    with contextlib.closing(Arena.create(PAGE)) as arena:
+        assert os.fstat(arena.descriptor).st_dev != os.stat("/dev/shm").st_dev
+
+
+FILL_BESIDE_A_SMALL_DEV_SHM = """
+import os
+from vllm_ascend.model_loader.netloader.arena import Arena
+assert os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize == 65536
+arena = Arena.create(8 << 20)
+arena.writable()[:] = bytes(8 << 20)
+arena.seal()
+assert arena.servable
+"""
+
+
+def test_an_arena_is_filled_and_served_beside_a_dev_shm_of_64_kib() -> None:
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "
+    command = ["unshare", "--mount", "sh", "-c", f'{small}"$0" "$@"']
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*command, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("this process may mount nothing, not even for itself")
+    subprocess.run([*command, sys.executable, "-c", FILL_BESIDE_A_SMALL_DEV_SHM], check=True, timeout=100)

@@ -28,9 +28,10 @@ from typing import Final
 
 import torch
 
-from vllm_ascend.model_loader.netloader.errors import TransportError, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import NoRoom, TransportError, UnsupportedModel
 from vllm_ascend.model_loader.netloader.manifest import DTYPES, Alias, Manifest, TensorSpec
 from vllm_ascend.model_loader.netloader.memory import Landing, Memory, as_tensor
+from vllm_ascend.model_loader.netloader.memory_limit import room
 
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
@@ -240,13 +241,26 @@ def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:
 
 
 def allocate(manifest: Manifest) -> Arena:
-    """Memory for `manifest`, being made in the background. Raises UnsupportedModel where there is none."""
+    """Memory for `manifest`, being made in the background.
+
+    Raises UnsupportedModel where there is none, and NoRoom where this process would be killed for filling it.
+    """
+    _require_room(manifest.nbytes)
     try:
         arena = Arena.create(manifest.nbytes)
     except OSError as error:
         raise UnsupportedModel(f"no arena for {manifest.nbytes} bytes of weights: {why_no_memory(error)}") from error
     arena.make_pages()
     return arena
+
+
+def _require_room(nbytes: int) -> None:
+    left = room()
+    if left is not None and nbytes > left.nbytes:
+        raise NoRoom(
+            f"the weights need {nbytes} bytes of memory, and {left.limit} leaves {left.nbytes}, with swap and files "
+            f"that can be dropped: the kernel would kill this process while it loads. Raise the limit of the container"
+        )
 
 
 def why_no_memory(error: OSError) -> str:

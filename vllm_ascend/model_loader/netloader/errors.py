@@ -3,6 +3,7 @@
     NetloaderError
       ConfigError            the user's configuration is wrong: stop the start
       BrokenInstallation     a package that is needed cannot be imported: stop the start
+      NoRoom                 the limit on this process's memory is below what the weights need: stop the start
       UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
       CheckpointChanged      what was read from disk may be a mixture: do not serve it
       ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
@@ -33,6 +34,10 @@ class ConfigError(NetloaderError, ValueError):
 
 class BrokenInstallation(NetloaderError, ImportError):
     """Netloader was asked for and cannot be imported."""
+
+
+class NoRoom(NetloaderError):
+    """Loading would end with this process killed, whichever way the weights came."""
 
 
 class UnsupportedModel(NetloaderError):

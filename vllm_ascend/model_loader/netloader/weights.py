@@ -106,7 +106,7 @@ class ModelWeights:
         self._followers = [*aliased, *_views_of([tensors[name] for name in bases], others)]
 
     def allocate(self) -> Memory:
-        """Memory for all of it. Raises UnsupportedModel where there is none."""
+        """Memory for all of it. Raises UnsupportedModel where there is none, or NoRoom."""
         return allocate(self.manifest)
 
     def bind(self, memory: Memory) -> None:
