@@ -224,9 +224,11 @@ def meet(
     def make(made: Future[Pair]) -> None:
         try:
             with scope():
-                made.set_result(_first_byte(rank, _pair(rank, rendezvous, route, device, timeout)))
+                pair = _first_byte(rank, _pair(rank, rendezvous, route, device, timeout))
         except Exception as error:
             made.set_exception(RuntimeError(_first_line(error)))  # the error's frames hold what the library opened
+        else:
+            made.set_result(pair)
 
     def leave_late(made: Future[Pair]) -> None:
         if made.exception() is None:

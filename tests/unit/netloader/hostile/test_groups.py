@@ -55,7 +55,7 @@ from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
 GROUP = transports(["process_group"])
-BRIEF = Timeouts(connect=1.0, stall=0.3)
+BRIEF = Timeouts(connect=20.0, stall=0.3)
 PATIENT = Timeouts(connect=20.0, stall=20.0)
 STDOUT = "/proc/self/fd/1"
 
@@ -82,12 +82,6 @@ def gathering(source: Endpoint, host: str = "127.0.0.3") -> Intruder:
     line.say(Gather())
     line.hear_kind(Publish)
     return line
-
-
-def is_over(line: Line) -> bool:
-    """Whether the server has ended the connection, by whatever words."""
-    line.hear_out()
-    return True
 
 
 @contextlib.contextmanager
@@ -118,7 +112,8 @@ def test_clients_that_never_come_to_the_group_cost_no_descriptor_and_no_standard
             for _ in range(4):
                 lines = [gathering(source, next(hosts)) for _ in range(16)]
                 for line in lines[::2]:
-                    line.say(Publish("0/1", rank_info(line.socket.getsockname()[0], 9)))  # where nobody listens
+                    with contextlib.suppress(ConnectionError):  # its time may be up
+                        line.say(Publish("0/1", rank_info(line.socket.getsockname()[0], 9)))  # where nobody listens
                 assert os.readlink(STDOUT) == stdout
                 for line in lines[::4]:
                     line.reset()
@@ -189,35 +184,32 @@ def test_a_server_ends_the_session_of_a_client_that_says_while_gathering(
     """At once, though its time would be long."""
     with serving(SMALL, GROUP, timeouts=PATIENT) as (server, source):
         with gathering(source) as line:
-            say(line)
+            with contextlib.suppress(ConnectionError):  # it may be over before all is said
+                say(line)
             line.hear_out()
         wait_until(lambda: is_idle(server) and not gathering_threads())
         fetch(SMALL, GROUP, source)[1].memory.close()
     assert_orderly(caplog)
 
 
-@pytest.mark.parametrize("message", [Gather(), Fetch(0, 64)], ids=lambda message: type(message).__name__)
-def test_a_group_is_for_sessions_of_its_own_transport(message: Message) -> None:
-    with serving(SMALL, transports(["tcp"]), timeouts=PATIENT) as (_, source), Intruder(source).greet() as line:
-        line.accepted("tcp")
+@pytest.mark.parametrize(("transport", "message"), [("tcp", Gather()), ("process_group", Fetch(0, 64))])
+def test_nobody_gathers_for_another_transport_or_fetches_without_a_group(transport: str, message: Message) -> None:
+    with serving(SMALL, transports([transport]), timeouts=PATIENT) as (_, source), Intruder(source).greet() as line:
+        line.accepted(transport)
         line.say(message)
-        line.hear_out()
-    with serving(SMALL, GROUP, timeouts=PATIENT) as (_, source), Intruder(source).greet() as line:
-        line.accepted("process_group")
-        line.say(Fetch(0, 64))  # before there is a group
         line.hear_out()
 
 
 @pytest.mark.parametrize("publish", [False, True], ids=["silent", "not coming to Gloo"])
 def test_a_session_whose_group_does_not_come_about_can_be_ended_at_once(publish: bool) -> None:
-    timeouts = Timeouts(connect=5.0, stall=4.0)
+    timeouts = Timeouts(connect=20.0, stall=2.0)
     with serving(SMALL, GROUP, timeouts=timeouts) as (server, source), gathering(source) as line:
         if publish:
             line.say(Publish("0/1", rank_info("127.0.0.3", 65535)))
             time.sleep(0.1)  # until Gloo waits, which nobody can see
         begun = time.monotonic()
         server.suspend("it sleeps")
-        assert time.monotonic() - begun < timeouts.stall / 2
+        assert time.monotonic() - begun < timeouts.stall
         assert "it sleeps" in line.hear_kind(End)["reason"]
         wait_until(lambda: not gathering_threads())  # which hold no weights
 
@@ -278,7 +270,7 @@ def test_a_client_outlives_whatever_is_answered_to_its_wish_for_a_group(caplog: 
         content = corpus.content(payload(right))
         strange = sending(corpus.stream(content)) if corpus.random.random() < 0.3 else saying(content)
         with Impostor({"Join": answering(accepting("process_group")), "Gather": strange}) as impostor:
-            assert outlives(impostor, kinds=GROUP, timeouts=Timeouts(1.0, 0.1))
+            assert outlives(impostor, kinds=GROUP, timeouts=Timeouts(20.0, 0.1))
     assert_orderly(caplog)
 
 
