@@ -138,11 +138,9 @@ class StuckSession:
     id = b"of a fault of this process"
     peer = Endpoint("10.0.0.2", 4711)
     publication = None
+    channel = SimpleNamespace(shut_down=lambda: None)
 
     def end(self, reason: str) -> None:
-        return
-
-    def cut(self) -> None:
         return
 
 

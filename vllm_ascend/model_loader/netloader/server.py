@@ -17,7 +17,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
@@ -243,21 +243,20 @@ class WeightServer:
         for session in sessions:
             session.end(reason)
         if sessions:
-            cutter = threading.Thread(target=self._cut, args=(sessions,), name="netloader-end", daemon=True)
+            channels = {session.id: session.channel for session in sessions}  # nothing that holds weights
+            cutter = threading.Thread(target=self._cut, args=(channels,), name="netloader-end", daemon=True)
             try:
                 cutter.start()
             except RuntimeError:  # the system has no thread left
-                self._cut(sessions, 0)
+                self._cut(channels, 0)
 
-    def _cut(self, sessions: Sequence[Session], seconds: float = END_SECONDS) -> None:
-        """Closes the connections of those that are not over after `seconds`."""
+    def _cut(self, channels: Mapping[bytes, Channel], seconds: float = END_SECONDS) -> None:
+        """Closes the connections, by session, of those sessions that are not over after `seconds`."""
         with self._session_over:
-            self._session_over.wait_for(lambda: not self._going_on(sessions), seconds)
-        for session in self._going_on(sessions):
-            session.cut()
-
-    def _going_on(self, sessions: Sequence[Session]) -> list[Session]:
-        return [session for session in sessions if session.id in self._sessions]
+            self._session_over.wait_for(lambda: not channels.keys() & self._sessions.keys(), seconds)
+            left = [channel for session, channel in channels.items() if session in self._sessions]
+        for channel in left:
+            channel.shut_down()
 
     def _converse(self, connection: Connection) -> bool:
         channel, timeout = connection.channel, self._settings.timeouts.connect

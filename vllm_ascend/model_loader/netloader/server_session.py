@@ -91,10 +91,6 @@ class Session:
     def has_ended(self) -> bool:
         return self._ended_because is not None
 
-    def cut(self) -> None:
-        """Ends whatever the session's thread still says to the client."""
-        self.channel.shut_down()
-
     def run(self) -> bool:
         """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
         complete = False
