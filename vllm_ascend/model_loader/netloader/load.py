@@ -441,9 +441,11 @@ def _progress_bar(nbytes: int, enabled: bool) -> Iterator[Callable[[int], None]]
 
 def _device(vllm_config: VllmConfig) -> torch.device:
     """Where the model computes: this rank's, for which vLLM's configuration has only a type."""
-    kind = torch.device(vllm_config.device_config.device).type
-    if not hasattr(torch, kind):
-        raise ConfigError(f"--load-format netloader: torch has no module for {kind} devices, take another load format")
+    kind = vllm_config.device_config.device_type
+    if vllm_config.device_config.device is None or not hasattr(torch, kind):
+        raise ConfigError(
+            f"torch has no module for {kind} devices, so Netloader cannot use them: --load-format auto can"
+        )
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
