@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,9 @@ from netloader.sources import SMALL, fetch, serving
 
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader import client_session
+from vllm_ascend.model_loader.netloader.channel import Channel
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.protocol import (
     PUBLISH_LIMIT,
     End,
@@ -50,9 +53,12 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Message,
     Publish,
     Role,
+    State,
+    frame,
 )
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.process_group import _Exchange
 
 GROUP = transports(["process_group"])
 BRIEF = Timeouts(connect=20.0, stall=0.3)
@@ -285,6 +291,17 @@ def test_where_no_group_comes_about_the_next_transport_of_the_same_source_is_tri
         assert fetched.transport == "tcp"
         assert "no group here" in client.attempts[0].reason
         fetched.memory.close()
+
+
+def test_a_peer_that_publishes_without_end_after_the_group_has_come_about_is_left() -> None:
+    ours, theirs = socket.socketpair()
+    with Channel(ours, Role.CLIENT) as control, theirs:
+        control._conversation.state = State.GATHERED
+        sending = threading.Thread(target=theirs.sendall, args=(frame(Publish("late", b"value")) * 1000,))
+        sending.start()
+        with pytest.raises(ProtocolError, match="publishes without end"):
+            _Exchange(control, 20.0).finish()
+        sending.join()
 
 
 # The store by itself.

@@ -94,8 +94,10 @@ class _Exchange:
 
     def finish(self) -> None:
         """Returns when the peer says that the group works. Raises ProtocolError, OSError or TransportError."""
-        while not isinstance(message := self._receive(), Gathered):
-            assert isinstance(message, Publish)  # which came too late to be asked for
+        for _ in range(process_group.VALUES_LIMIT + 1):
+            if isinstance(self._receive(), Gathered):
+                return  # else it is a value that came too late to be asked for
+        raise ProtocolError("the peer publishes without end")
 
     def _publish(self, key: str, value: bytes) -> None:
         if len(key) > KEY_LIMIT or len(value) > PUBLISH_LIMIT:
