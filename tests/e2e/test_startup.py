@@ -113,16 +113,17 @@ def of_nobody(tmp_path: Path) -> Iterator[Pool]:
 
 def test_a_user_without_rights_takes_weights_and_serves_them(untied: str, load: Load, of_nobody: Pool) -> None:
     server = load(untied).finish_loading()
+    from_disk = of_nobody.load(untied).finish_loading()
+    assert from_disk.digests == server.digests
+    assert from_disk.report["not_served"] is None
+    from_disk.end()
     nobodys = of_nobody.load(untied, {"SOURCE": [server.address], "FALLBACK": "error"}).finish_loading()
     assert nobodys.digests == server.digests
     assert nobodys.report["transport"] == "tcp"
     assert [attempt["transport"] for attempt in nobodys.report["attempts"]] == ["shared_memory"]
-    assert nobodys.report["not_served"] is None
+    server.end()
     after_it = load(untied, {"SOURCE": [nobodys.address], "FALLBACK": "error"}).finish_loading()
     assert after_it.digests == server.digests
-    from_disk = of_nobody.load(untied).finish_loading()
-    assert from_disk.digests == server.digests
-    assert from_disk.report["not_served"] is None
 
 
 def test_two_engines_in_one_process_are_both_served(untied: str, fine_tune: str, load: Load, tmp_path: Path) -> None:
