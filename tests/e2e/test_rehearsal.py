@@ -6,6 +6,7 @@ Models are small and made here; that real ones pass is for test_reload.py and th
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,43 @@ def test_what_cannot_be_processed_again_is_refused_before_anything_changes(proce
     for name, (parameter, contents) in before.items():
         assert after[name] is parameter
         assert torch.equal(parameter, contents)
+
+
+def test_what_both_models_share_is_left_alone() -> None:
+    """As rotary embeddings, which vLLM caches."""
+    shared = nn.Sequential(nn.Identity())
+    shared.register_buffer("angles", torch.arange(4.0), persistent=False)
+    angles = shared.angles
+
+    class Sharing(Model):
+        def __init__(self, process: Process) -> None:
+            super().__init__(process)
+            for layer in self.layers:
+                layer.rotary = shared
+
+    model = Sharing(transpose).filled(1).processed()
+    rehearse(Sharing(transpose).filled(2), model, CONFIG)
+    assert model.layers[0].rotary is shared
+    assert shared.angles is angles
+    assert len(shared) == 1
+    assert torch.equal(angles, torch.arange(4.0))
+
+
+def test_one_part_at_a_time_has_memory_of_its_own() -> None:
+    packed: list[tuple[bool, weakref.ref[torch.Tensor]]] = []
+
+    class TwoKinds(Model):
+        def __init__(self, process: Process) -> None:
+            super().__init__(process)
+            self.layers[0].first, self.layers[1].first = True, False
+
+    def pack(layer: Any) -> None:
+        layer.packed = layer.weight.clone()
+        packed.append((layer.first, weakref.ref(layer.packed)))
+        assert layer.first or all(tensor() is None for first, tensor in packed if first)
+
+    rehearse(TwoKinds(pack).filled(2), TwoKinds(nothing).filled(1), CONFIG)
+    assert [first for first, _ in packed] == [True, True, False, False]
 
 
 def test_a_layer_that_was_changed_since_it_was_loaded_is_refused() -> None:

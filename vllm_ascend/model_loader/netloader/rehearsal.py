@@ -55,19 +55,21 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
     layers = layers_of(model)
     require_counterparts(weights, layers)
     require_that_views_follow(scratch, layers)
+    _take_out_what_is_in_use(scratch, model)
     detours: dict[str, Mapping[str, torch.Tensor]] = {}
     known: dict[Hashable, _Outcome] = {}
     in_parts: set[str] = set()
     parts = {part: (prefix, _kind(part)) for prefix, part in reversed([*processed_parts(scratch)])}
     for part, (prefix, kind) in reversed(parts.items()):
+        in_parts.update(_join(prefix, name) for name, _ in part.named_modules())
         if kind not in known:
             known[kind] = _rehearse_part(prefix, part, model_config, layers)
+            _hollow_out(part)
         outcome = known[kind]
         for name, tensors in outcome.processed.items():
             path = _join(prefix, name)
             require_same_layout(path, tensors, layers[path])
         detours |= {_join(prefix, name): tensors for name, tensors in outcome.detours.items()}
-        in_parts.update(_join(prefix, name) for name, _ in part.named_modules())
     for path in weights.keys() - in_parts:
         require_same_layout(path, weights[path], layers[path])
     return NewWeights(weights, detours)
@@ -114,6 +116,19 @@ def _rehearse_part(
                 f"start the instance anew to change its weights"
             )
     return outcome
+
+
+def _take_out_what_is_in_use(scratch: nn.Module, model: nn.Module) -> None:
+    """Removes modules that are those of `model`, too: vLLM makes rotary embeddings once for all models."""
+    in_use = set(model.modules())
+    for module in set(scratch.modules()) - in_use:
+        module._modules.update({name: None for name, child in module._modules.items() if child in in_use})
+
+
+def _hollow_out(part: nn.Module) -> None:
+    """Frees what processing has left in `part` and in what it refers to, before the next one needs as much."""
+    for layer in [*part.modules()]:
+        vars(layer).clear()
 
 
 def _give_memory(part: nn.Module) -> None:
