@@ -7,6 +7,7 @@ before it is known to be what Gloo itself would say.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -320,3 +321,16 @@ def test_a_rendezvous_that_is_over_neither_speaks_nor_listens() -> None:
         rendezvous.get("another")
     assert "is over" in str(rendezvous.take_failure())
     assert rendezvous.take_failure() is None
+
+
+@pytest.mark.parametrize("keys", [itertools.count(), itertools.repeat(1)], ids=["without end", "twice"])
+def test_a_rendezvous_takes_few_values_and_each_once(keys: Iterator[int]) -> None:
+    taken: list[int] = []
+
+    def receive() -> tuple[str, bytes]:
+        taken.append(next(keys))
+        return str(taken[-1]), bytes(PUBLISH_LIMIT)
+
+    with pytest.raises(RuntimeError, match="the rendezvous failed"):
+        Rendezvous(lambda _, __: None, receive).get("another")
+    assert len(taken) <= VALUES_LIMIT + 1
