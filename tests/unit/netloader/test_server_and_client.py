@@ -424,12 +424,16 @@ def test_a_session_that_comes_too_late_is_told_the_reason_for_that() -> None:
     newer = Tensors.of_shapes((16, 8), (5,), (33, 7), seed=1)
     with serving(SMALL, (Overtaken(),)) as (server, source):
         meanwhile: list[Callable[[], object]] = [lambda: server.suspend("it sleeps")]
-        with pytest.raises(SourcesExhausted, match="this instance cannot serve its target weights: it sleeps"):
+        with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, source)
+        (reason,) = error.value.reasons
+        assert reason.endswith("it refused: this instance cannot serve its target weights: it sleeps")
         server.resume()
         store = newer.store(server.next_generation("target"))
         meanwhile += [lambda: None, lambda: server.publish(Publication(IDENTITY, RankCoordinates(), store))]
-        newer.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
+        client, fetched = fetch(SMALL, MEMORY, source)
+        newer.assert_in(fetched.memory)
+        assert client.attempts == []
 
 
 def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,7 +359,12 @@ class WeightServer:
         with contextlib.ExitStack() as ended:
             ended.callback(descriptors.of_peers.give, transport.descriptors)
             forget = ended.enter_context(contextlib.ExitStack())  # the last: by then nothing reads the weights
-            sender = ended.enter_context(transport.sender(publication.store, timeouts, self._pacer))
+            try:
+                sender = ended.enter_context(transport.sender(publication.store, timeouts, self._pacer))
+            except Exception:
+                if self._publications.get(publication.role) is publication:
+                    raise
+                return False  # and its memory was closed
             session = Session(
                 connection.channel,
                 connection.peer,
