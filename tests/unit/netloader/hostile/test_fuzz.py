@@ -637,7 +637,7 @@ def test_a_client_follows_a_limited_number_of_referrals(answer: type[Wait] | typ
     with socket.socket() as closed, Impostor({"Join": refer}) as impostor:
         closed.bind(("", 0))
         port = closed.getsockname()[1]
-        reasons = outlives(impostor).splitlines()
+        reasons = outlives(impostor, timeouts=IMPATIENT).splitlines()
     followed = REFERRALS_FOLLOWED if answer is Wait else REFERRALS_LIMIT // 2
     assert sum("127.9." in reason for reason in reasons) == followed
 
