@@ -80,6 +80,7 @@ def test_repacked_weights_are_repacked_again(make: Make, load: Load, models: Pat
 
 
 @pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("amx", ["on"], indirect=True)
 def test_weights_that_another_layer_has_taken_away_are_replaced(load: Load, models: Path) -> None:
     """With AMX, vLLM's latent attention packs and drops the weight of a projection."""
     instance = load(checkpoints.latent_attention(models), prompts=PROMPTS).finish_loading()
