@@ -58,12 +58,13 @@ class LoadReport(msgspec.Struct):
     def line(self) -> str:
         """One line for the log."""
         origin = f"from {self.source} by {self.transport}" if self.source else "from disk"
-        if self.outcome == "failed":
-            origin = "from nowhere"
         phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in self.seconds.items() if seconds >= 0.0005)
         reason = f" ({self.not_served})" if self.not_served else ""
         serving = f"serving on {self.listening}" if self.listening else f"not serving{reason}"
         failed = f"; {len(self.attempts)} failed: {'; '.join(map(str, self.attempts))}" if self.attempts else ""
+        if self.outcome == "failed":  # a model in use goes on with what it has, and may serve it
+            took = f"after {self.load_seconds:.3f} s" + (f" ({phases})" if phases else "")
+            return f"netloader loaded no {self.role} weights into rank {self.rank} {took}{failed}"
         return (
             f"netloader loaded the {self.role} weights of rank {self.rank} {origin}: {self.bytes / 1e6:.1f} MB in "
             f"{self.load_seconds:.3f} s ({phases}), {serving}{failed}"
