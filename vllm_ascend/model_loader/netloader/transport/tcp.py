@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, FileRange
 from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.memory import Memory
@@ -145,7 +145,7 @@ class _Pull:
         channel.send(Attach(self._reception.session), timeout)
         answer = channel.receive(Deadline(timeout))
         if isinstance(answer, Refuse):
-            raise ProtocolError(f"it refused a data connection: {one_line(answer.reason)}")
+            raise ConnectionLost(f"it refused a data connection: {one_line(answer.reason)}")
 
     def _fetch_chunks(self, channel: Channel) -> None:
         timeout = self._reception.timeouts.stall
