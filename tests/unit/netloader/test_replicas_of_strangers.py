@@ -8,21 +8,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from netloader.hostile.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
 from netloader.sources import IDENTITY, Tensors, client_for, fetch, serving
 
-from vllm_ascend.model_loader.netloader import delivery, digests
+from vllm_ascend.model_loader.netloader import client_session, delivery, digests
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import Client, announce, inquire
 from vllm_ascend.model_loader.netloader.client_session import Fetched
 from vllm_ascend.model_loader.netloader.delivery import Chunk
 from vllm_ascend.model_loader.netloader.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import Done, Fetch, Wait
+from vllm_ascend.model_loader.netloader.protocol import STRANGER_REPLY_LIMIT, Accept, Done, Fetch, Refuse, Wait
+from vllm_ascend.model_loader.netloader.route import TRIES
 from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import transports
@@ -273,6 +276,105 @@ def test_silent_replicas_of_a_source_that_is_gone_cost_no_more_than_one_stall() 
             _, fetched = fetch(WEIGHTS, TCP, source.endpoint, healthy, timeouts=Timeouts(connect=0.25, stall=0.6))
     assert fetched.source == healthy
     assert 2 <= sum("Join" in each.heard for each in replicas) <= 4
+
+
+def naming_and_gone(replicas: list[Impostor]) -> Callable[[Any, Any], None]:
+    """What a source does that names replicas and dies."""
+
+    def join(line: Any, _: Any) -> None:
+        line.say(naming(replicas))
+        line.reset()
+
+    return join
+
+
+def joins(replicas: list[Impostor]) -> int:
+    return sum(each.heard.count("Join") for each in replicas)
+
+
+def test_replicas_that_let_others_wait_end_with_wait_timeout() -> None:
+    with silent_replicas(answering(Wait(7))) as replicas, Impostor({"Join": naming_and_gone(replicas)}) as source:
+        client = client_for(WEIGHTS, TCP, timeouts=Timeouts(2.0, 2.0), wait_timeout=0.2)
+        with pytest.raises(SourcesExhausted):
+            client.fetch([source.endpoint])
+        assert joins(replicas) <= TRIES * SILENT_REPLICAS
+
+
+def test_a_replica_that_drips_is_left_for_good_even_where_nobody_else_is_left() -> None:
+    def drip(line: Any, heard: Any) -> None:
+        for _ in range(1000):
+            line.send(b"?")
+            time.sleep(0.02)
+
+    with Impostor({"Fetch": drip}, WEIGHTS) as replica, Impostor({}, WEIGHTS) as source:
+        source.acts["Join"] = lambda line, _: (
+            line.say(Wait(1, (str(replica.endpoint),), replica.root)),
+            line.reset(),
+        )
+        client = client_for(
+            WEIGHTS, TCP, timeouts=Timeouts(2.0, 0.3), wait_timeout=0.2, min_bandwidth=64 << 10, disk_remains=False
+        )
+        with pytest.raises(SourcesExhausted, match="less than MIN_BANDWIDTH"):
+            client.fetch([source.endpoint])
+        assert joins([replica]) == 1
+
+
+def test_one_chunk_does_not_buy_a_replica_the_time_of_a_stall() -> None:
+    first_only: dict[int, bool] = {}
+
+    def one_chunk(line: Any, heard: Any) -> None:
+        if heard["offset"] == 0 and not first_only.setdefault(id(line), False):
+            line.send(bytes(WEIGHTS.store().bytes[:CHUNK]))
+
+    with silent_replicas(answering(Accept(bytes(16), 1, "tcp", {}, digest="blake3"))) as replicas:
+        for each in replicas:
+            each.acts["Fetch"] = one_chunk
+        root = replicas[0].root
+        named = tuple(str(each.endpoint) for each in replicas)
+        with Impostor({"Join": lambda line, _: (line.say(Wait(1, named, root)), line.reset())}) as source:
+            client = client_for(WEIGHTS, TCP, timeouts=Timeouts(2.0, 0.4))
+            with pytest.raises(SourcesExhausted):
+                client.fetch([source.endpoint])
+        assert 1 <= joins(replicas) <= 3
+    assert client.received.total() >= CHUNK
+
+
+def test_a_replica_has_made_its_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that has just loaded may need its time for them."""
+    monkeypatch.setattr(client_session, "LEAST_DIGEST_RATE", 1)
+    with Impostor({"AskDigests": silent}, WEIGHTS) as replica, Impostor({}, WEIGHTS) as source:
+        source.acts["Join"] = lambda line, _: (
+            line.say(Wait(1, (str(replica.endpoint),), replica.root)),
+            line.reset(),
+        )
+        client = client_for(WEIGHTS, TCP, timeouts=Timeouts(0.3, 0.3))
+        with pytest.raises(SourcesExhausted, match=r"the peer was silent for 0\.3 s"):
+            client.fetch([source.endpoint])
+
+
+def test_a_replica_cannot_make_a_client_take_a_frame_as_large_as_a_manifest() -> None:
+    large = Refuse("the tensors differ", (), bytes(STRANGER_REPLY_LIMIT))
+    with Impostor({"Join": answering(large)}, WEIGHTS) as replica, Impostor({}, WEIGHTS) as source:
+        source.acts["Join"] = lambda line, _: (
+            line.say(Wait(1, (str(replica.endpoint),), replica.root)),
+            line.reset(),
+        )
+        with pytest.raises(SourcesExhausted, match=f"announces a frame of .* bytes: at most {STRANGER_REPLY_LIMIT}"):
+            fetch(WEIGHTS, TCP, source.endpoint)
+
+
+def test_a_replica_names_nobody() -> None:
+    """It could send clients to any third party."""
+    with Impostor({}, WEIGHTS) as third, Impostor({}, WEIGHTS) as replica, trusted() as (server, source):
+        replica.acts["Join"] = answering(Wait(1, (str(third.endpoint),), third.root))
+        announce(source, take_everything(source), replica.endpoint.port, 5, Access())
+        until(lambda: referrals_of(server))
+        client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
+        with turn_taken(source) as held, fetching(client, source) as result:
+            until(lambda: "Join" in replica.heard and inquire(source, 5).waiting)
+            held.reset()
+            fetched = result()
+        assert (fetched.source, third.heard) == (source, [])
 
 
 def test_a_replica_that_lets_others_wait_for_ever_is_left_for_the_source() -> None:

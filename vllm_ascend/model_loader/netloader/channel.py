@@ -119,6 +119,10 @@ class Channel:
             self.socket = secured  # at once, so that `shut_down` ends the handshake too
             secured.do_handshake()
 
+    def limit_frames(self, nbytes: int) -> None:
+        """From now on, a frame of more than `nbytes` from the peer raises ProtocolError."""
+        self._conversation.limit_frames(nbytes)
+
     def authenticate(self, key: bytes) -> None:
         """From now on, frames carry tags made with `key`."""
         self._conversation.authenticate(key)

@@ -37,6 +37,7 @@ from vllm_ascend.model_loader.netloader.greeting import greet
 from vllm_ascend.model_loader.netloader.manifest import Manifest
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.protocol import (
+    STRANGER_REPLY_LIMIT,
     Accept,
     Confirm,
     Done,
@@ -50,7 +51,14 @@ from vllm_ascend.model_loader.netloader.protocol import (
 from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.route import Candidate
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.verification import Evidence, not_ended, obtain, require_promised, verify
+from vllm_ascend.model_loader.netloader.verification import (
+    LEAST_DIGEST_RATE,
+    Evidence,
+    not_ended,
+    obtain,
+    require_promised,
+    verify,
+)
 from vllm_ascend.model_loader.netloader.weights import Request
 
 logger = logging.getLogger(__name__)
@@ -164,6 +172,8 @@ class Session:
             self._control = self._connect(self.candidate.endpoint)
         with self._phases("join"), self._failures_translated():
             self.address = self._control.peer
+            if self.candidate.is_replica:
+                self._control.limit_frames(STRANGER_REPLY_LIMIT)
             request, timeouts = self._terms.request, self._terms.timeouts
             offers = tuple(transport.offer() for transport in self.transports)
             join = Join(request.identity, request.coordinates, request.manifest.digest, offers)
@@ -246,8 +256,9 @@ class Session:
 
     def _evidence(self, control: Channel, accept: Accept) -> Evidence:
         try:
-            count, manifest = len(self._inventory.chunks), self._terms.request.manifest
-            evidence = obtain(control, accept, manifest, count, self._terms.timeouts)
+            count, manifest, timeouts = len(self._inventory.chunks), self._terms.request.manifest, self._terms.timeouts
+            making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
+            evidence = obtain(control, accept, manifest, count, Timeouts(timeouts.connect, timeouts.stall + making))
             require_promised(evidence, self.candidate)
         except SourceRefused as refusal:
             self._leave(refusal)
@@ -288,7 +299,8 @@ class Session:
     def _deliver(self, evidence: Evidence | None) -> Delivery:
         memory, terms = self._memory_to_fill(), self._terms
         digests = None if evidence is None else evidence.digests
-        least = LeastRate(terms.min_bandwidth, terms.timeouts.stall, self._may_be_left)
+        may_be_left = (lambda: True) if self.candidate.is_replica else self._may_be_left
+        least = LeastRate(terms.min_bandwidth, terms.timeouts.stall, may_be_left)
         delivery = self.delivery = Delivery(
             memory,
             self._inventory,

@@ -67,6 +67,11 @@ class Inventory:
         """Notes that `chunk` has arrived and passed by `digest`."""
         self._held[chunk.number] = digest
 
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of the chunks that have passed."""
+        return sum(self.chunks[number].length for number in self._held.copy())
+
     def require_complete(self) -> None:
         """Raises ProtocolError where a transport came to its end without every chunk."""
         absent = len(self.chunks) - len(self._held)

@@ -58,6 +58,12 @@ FETCH_LIMIT: Final = 64 << 20
 DIGESTS_LIMIT: Final = 64
 """Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
+DIFFERENCES_LIMIT: Final = 64
+"""In one refusal: identity and coordinates have fewer fields."""
+ATTRIBUTES_LIMIT: Final = 1 << 16
+"""Flags and numbers that loading has set, on a model of many layers."""
+STRANGER_REPLY_LIMIT: Final = 1 << 20
+"""Bytes of one frame from a source that is not trusted: room for all but a manifest."""
 PUBLISH_LIMIT: Final = 8 << 10
 """Bytes of one value of a rendezvous: the largest, HCCL's root info, has 4,108."""
 KEY_LIMIT: Final = 256
@@ -147,7 +153,9 @@ class Accept(Message, frozen=True):
     generation: Count
     transport: ShortText
     parameters: Parameters
-    attributes: Mapping[ShortText, bool | int | float | ShortText | None] = {}
+    attributes: Annotated[
+        Mapping[ShortText, bool | int | float | ShortText | None], msgspec.Meta(max_length=ATTRIBUTES_LIMIT)
+    ] = {}
     fingerprint: ShortText = ""
     digest: ShortText = ""
 
@@ -162,7 +170,7 @@ class AskDigests(Message, frozen=True):
 class Digests(Message, frozen=True):
     """Those of the chunks that exist."""
 
-    digests: tuple[ShortBytes, ...]
+    digests: Annotated[tuple[ShortBytes, ...], msgspec.Meta(max_length=DIGESTS_LIMIT)]
 
 
 class Refuse(Message, frozen=True):
@@ -174,7 +182,7 @@ class Refuse(Message, frozen=True):
     """
 
     reason: ShortText
-    differences: tuple[Difference, ...] = ()
+    differences: Annotated[tuple[Difference, ...], msgspec.Meta(max_length=DIFFERENCES_LIMIT)] = ()
     manifest: bytes = b""
     referrals: Referrals = ()
 
@@ -356,6 +364,10 @@ class Conversation:
 
     def may_send(self, kind: type[Message]) -> bool:
         return kind in _TRANSITIONS.get((self.state, self.role), {})
+
+    def limit_frames(self, nbytes: int) -> None:
+        """From now on, a frame of more than `nbytes` from the peer raises ProtocolError."""
+        self._limit = nbytes
 
     def send(self, message: Message) -> bytes:
         """The bytes to transmit."""

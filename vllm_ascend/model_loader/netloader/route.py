@@ -19,7 +19,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 TRIES: Final = 3
 """How often a source may fail in the middle before it is given up."""
 REFERRALS_FOLLOWED: Final = 64
-"""Endpoints that are tried because others named them."""
+"""Endpoints that are tried because others named them: so many ranks, and so many replicas."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Route:
         self._slow: list[Candidate] = []
         self._slow_at_last = slow_at_last
         self._failures: Counter[Endpoint] = Counter()
-        self._referrals = 0
+        self._referrals: Counter[bool] = Counter()
+        """How many endpoints were added, replicas or not."""
 
     def next(self) -> Candidate | None:
         """The next of this round, None at its end."""
@@ -88,13 +89,17 @@ class Route:
                 self._later.append(candidate)
 
     def postponed(self, candidate: Candidate) -> None:
-        """Others came first."""
+        """Others came first: worth another try, at a replica not too often."""
         with self._lock:
-            self._later.append(candidate)
+            self._failures[candidate.endpoint] += candidate.is_replica
+            if self._failures[candidate.endpoint] < TRIES or not candidate.is_replica:
+                self._later.append(candidate)
 
     def too_slow(self, candidate: Candidate) -> None:
+        """It sends next to nothing: worth another try only in the end, and at a replica never."""
         with self._lock:
-            self._slow.append(candidate)
+            if not candidate.is_replica:
+                self._slow.append(candidate)
 
     def refer(self, candidate: Candidate, address: Endpoint, referrals: Sequence[str]) -> int:
         """Adds other ranks of the instance of `candidate`, reached at `address`; how many of them are new.
@@ -108,12 +113,14 @@ class Route:
     def name_replicas(
         self, candidate: Candidate, address: Endpoint, referrals: Sequence[str], contents: Contents
     ) -> int:
-        """Adds those that have taken `contents` from `candidate`, reached at `address`; how many of them are new."""
-        if not contents.root:
+        """Adds those that have taken `contents` from `candidate`, reached at `address`; how many of them are new.
+
+        A replica names nobody: it could send this client to any third party.
+        """
+        if not contents.root or candidate.is_replica:
             return 0
-        promised = candidate.contents or contents
         endpoints = _endpoints(address, referrals)
-        return self._add(Candidate(each, candidate.endpoint, promised) for each in endpoints)
+        return self._add(Candidate(each, candidate.endpoint, contents) for each in endpoints)
 
     def forget_replicas(self) -> None:
         """None of them is asked any more."""
@@ -126,9 +133,10 @@ class Route:
         new: list[Candidate] = []
         with self._lock:
             for candidate in candidates:
-                if candidate.endpoint not in self._known and self._referrals < REFERRALS_FOLLOWED:
+                kind = candidate.is_replica
+                if candidate.endpoint not in self._known and self._referrals[kind] < REFERRALS_FOLLOWED:
                     self._known.add(candidate.endpoint)
-                    self._referrals += 1
+                    self._referrals[kind] += 1
                     new.append(candidate)
             self._next.extendleft(reversed(new))
         return len(new)

@@ -3,8 +3,8 @@
 A source is asked with each transport that is left to try until it delivers or proves unusable; then comes the next one
 of the route. Where others come first, the client keeps its place in that queue and asks somebody else meanwhile: the
 replicas that the source names, and the other sources. Sources are trusted in the order of what they can do: a turn at
-a configured source ends what a replica is bringing, since a replica is trusted with nothing but time, and even of that
-with no more than STALL_TIMEOUT for all that bring nothing. What has arrived and passed stays, whoever brought it.
+a configured source ends what a replica is bringing, since a replica is trusted with nothing but time, and all of them
+together with no more than STALL_TIMEOUT beyond what they bring. What has arrived and passed stays, whoever brought it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from vllm_ascend.model_loader.netloader.transport.base import Transport
 
 logger = logging.getLogger(__name__)
 
+_EXCUSED_RATE: Final = 1 << 20
+"""Bytes per second of chunks that have passed, at which the time that a replica takes is not wasted."""
 _PATIENCE: Final = 2.0
 """Seconds in which chunks on their way from a replica may still arrive when the turn at a source has come."""
 _REASON_LIMIT: Final = 10_000
@@ -146,6 +148,7 @@ class Search:
             refusal = SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._terms.wait_timeout:g} s")
             for session in self._places.give_up():
                 self._note(session, refusal)
+            self._route.forget_replicas()
             return
         pause = next(self._pauses) if self._route.has_later else left
         with self._phases("join"):
@@ -157,7 +160,7 @@ class Search:
     @contextlib.contextmanager
     def _attempt(self, session: Session) -> Iterator[contextlib.ExitStack]:
         """Notes how it ends, and decides who is asked again. What is given closes the session in the end."""
-        candidate, begun = session.candidate, time.monotonic()
+        candidate, begun, held = session.candidate, time.monotonic(), self._inventory.nbytes_held
         scope = contextlib.ExitStack()
         scope.callback(session.close)
         with self._lock:
@@ -169,9 +172,10 @@ class Search:
                 self._route.postponed(candidate)
                 return
             self._failed(session, error)
-            if candidate.is_replica and not session.received:
-                self._waste(time.monotonic() - begun)
         finally:
+            if candidate.is_replica:
+                brought = max(self._inventory.nbytes_held - held, 0)
+                self._waste(time.monotonic() - begun - brought / _EXCUSED_RATE)
             with self._lock:
                 self._current = None
             self._received[str(candidate.endpoint)] += session.received
@@ -196,8 +200,8 @@ class Search:
         self._note(session, error)
 
     def _waste(self, seconds: float) -> None:
-        """Replicas that bring nothing may cost so much time together, and no more."""
-        self._wasted += seconds
+        """Beyond what they bring, replicas may cost so much time together, and no more."""
+        self._wasted += max(seconds, 0.0)
         if self._wasted > self._terms.timeouts.stall:
             self._route.forget_replicas()
 

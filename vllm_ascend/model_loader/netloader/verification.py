@@ -17,7 +17,9 @@ from vllm_ascend.model_loader.netloader.route import Candidate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
 LEAST_DIGEST_RATE: Final = 100 << 20
-"""Bytes per second that a source digests at the very least, with the little time that inference leaves it."""
+"""Bytes per second that a source digests at the very least, with the little time that inference leaves it. Whoever is
+named as a replica has made its digests.
+"""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Evidence:
 
 
 def obtain(control: Channel, accept: Accept, manifest: Manifest, count: int, timeouts: Timeouts) -> Evidence:
-    """Asks the source for the digests of its `count` chunks.
+    """Asks the source for the digests of its `count` chunks, all of them within the timeout of a stall.
 
     Raises SourceRefused where it has none of the kind that is wanted, ProtocolError where it fails.
     """
@@ -37,7 +39,7 @@ def obtain(control: Channel, accept: Accept, manifest: Manifest, count: int, tim
         kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
         raise SourceRefused(f'{one_line(kind)}, and VERIFY is "on" here')
     digests: list[bytes] = []
-    deadline = Deadline(timeouts.stall + manifest.nbytes / LEAST_DIGEST_RATE)  # it may have to make them first
+    deadline = Deadline(timeouts.stall)
     for first, number in chunks(count, DIGESTS_LIMIT):
         control.send(AskDigests(first, number), timeouts.connect)
         answer = not_ended(control.receive(deadline))
