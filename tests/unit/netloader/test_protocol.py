@@ -18,6 +18,8 @@ from vllm_ascend.model_loader.netloader.attributes import Plain
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.identity import Difference, ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import (
+    ATTRIBUTES_LIMIT,
+    DIFFERENCES_LIMIT,
     DIGESTS_LIMIT,
     FETCH_LIMIT,
     KEY_LIMIT,
@@ -544,6 +546,12 @@ NO_MESSAGE: dict[str, tuple[Role, bytes]] = {
     "too many other ranks": (SERVER, having(REFUSE, referrals=["a:1"] * (REFERRALS_LIMIT + 1))),
     "digests before the first": (CLIENT, having(EXAMPLES[AskDigests], first=-1)),
     "no digests asked for": (CLIENT, having(EXAMPLES[AskDigests], count=0)),
+    "too many digests told": (SERVER, having(DIGESTS, digests=[bytes(32)] * (DIGESTS_LIMIT + 1))),
+    "too many differences": (SERVER, having(REFUSE, differences=[["dtype", "", ""]] * (DIFFERENCES_LIMIT + 1))),
+    "too many attributes": (
+        SERVER,
+        having(ACCEPT, attributes={str(number): None for number in range(ATTRIBUTES_LIMIT + 1)}),
+    ),
     "too many digests asked for": (CLIENT, having(EXAMPLES[AskDigests], count=DIGESTS_LIMIT + 1)),
     "digests that are text": (SERVER, having(DIGESTS, digests=["d1835"])),
     "a digest too long": (SERVER, having(DIGESTS, digests=[bytes(65)])),
