@@ -92,7 +92,7 @@ def imported_siblings(module: str) -> set[str]:
 
 
 LAYERS: list[set[str]] = [
-    {"admission", "backoff", "descriptors", "endpoint", "errors", "memory_limit", "pacing", "report"},
+    {"admission", "backoff", "descriptors", "endpoint", "errors", "memory_limit", "opened", "pacing", "report"},
     {"config", "files", "fingerprint", "foreign", "identity", "installation", "replicas", "resolution", "route"}
     | {"peer_log"},
     {"access", "attributes", "listening", "manifest", "protocol", "reading"},
@@ -146,7 +146,8 @@ BOTTOM: dict[str, set[str]] = {
     "report": set(),
     "identity": set(),
     "fingerprint": set(),
-    "reading": {"errors", "fingerprint"},
+    "opened": set(),
+    "reading": {"errors", "fingerprint", "opened"},
     "memory_limit": set(),
     "pacing": set(),
     "admission": set(),

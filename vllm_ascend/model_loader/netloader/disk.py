@@ -2,7 +2,7 @@
 
 The loader chooses them: by the formats that it finds, by patterns of the model, by an index beside the files; and a
 model may name further repositories. So it is asked for its choice, in advance of what is on this host, and is watched
-while it loads, when it may have downloaded what was not.
+while it loads, when it may have downloaded what was not. What a model reads by itself meanwhile is noticed too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_ascend.model_loader.netloader.errors import one_line
-from vllm_ascend.model_loader.netloader.fingerprint import File, checkpoint_fingerprint, files_in, require_complete
+from vllm_ascend.model_loader.netloader.fingerprint import (
+    File,
+    checkpoint_fingerprint,
+    files_in,
+    require_complete,
+    where_they_are,
+)
+from vllm_ascend.model_loader.netloader.opened import files_opened
 from vllm_ascend.model_loader.netloader.reading import Reading
 
 logger = logging.getLogger(__name__)
@@ -46,9 +53,13 @@ class DiskLoader(_Loader):
         self.reading = Reading()
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_weights(*args, **kwargs)
-        self.reading.begin(*prepared[:2])
-        return prepared
+        folder, paths, *others = super()._prepare_weights(*args, **kwargs)
+        return *self.reading.begin(folder, paths), *others
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        with files_opened() as opened:
+            super().load_weights(model, model_config)
+        self.reading.note(opened)
 
 
 def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> str:
@@ -88,9 +99,10 @@ class _Preview(_Loader):
             prepared = self._prepare_weights(folder, source.subfolder, None, source.fall_back_to_pt, patterns)
         except RuntimeError as error:
             raise _NotHere from error
-        files = files_in(*prepared[:2])
-        require_complete(prepared[0], files)
-        self.files += files
+        folder, paths = where_they_are(*prepared[:2])
+        files = files_in(folder, paths)
+        require_complete(folder, files)
+        self.files += (file for file in files if file not in self.files)
         return iter(())
 
 

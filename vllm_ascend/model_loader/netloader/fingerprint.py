@@ -42,6 +42,15 @@ class File(NamedTuple):
     path: str
 
 
+def where_they_are(folder: str, paths: Iterable[str]) -> tuple[str, list[str]]:
+    """`folder` and `paths` in it, by the real path of the folder: a link to it may lead elsewhere in a moment.
+
+    Links within are kept: those of a hub's cache lead to names without a suffix, and loaders go by that.
+    """
+    real_folder = os.path.realpath(folder)
+    return real_folder, [os.path.join(real_folder, os.path.relpath(path, folder)) for path in paths]
+
+
 def files_in(folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]]) -> list[File]:
     """`paths`, which are somewhere in `folder`, in the order of their names."""
     return sorted(File(os.path.relpath(path, folder), os.fspath(path)) for path in paths)

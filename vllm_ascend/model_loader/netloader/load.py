@@ -360,8 +360,8 @@ class Load:
             self._cannot_serve(str(error), memory)
             return
         self._note_fingerprint(reading)
-        if self._mixture:
-            self._cannot_serve(self._mixture, memory)
+        if reason := self._mixture or reading.unknown_weights():
+            self._cannot_serve(reason, memory)
             return
         assert self._asked is not None
         identity = as_read(self._asked.identity, reading, self.fingerprint)

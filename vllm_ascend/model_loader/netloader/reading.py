@@ -2,19 +2,26 @@
 
 Files may be replaced or overwritten at any time: while sources are asked, between the ranks of an instance, in the
 middle of a load. A fingerprint is that of the bytes that were read only if it was taken between two looks at the files
-that found the same, one before the first byte and one after the last. What cannot be shown to be one checkpoint's is
-not served to others.
+that found the same, one before the first byte and one after the last. And it tells weights apart only if none
+were loaded from other files. What cannot be shown to be one checkpoint's is not served to others.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged
-from vllm_ascend.model_loader.netloader.fingerprint import File, checkpoint_fingerprint, files_in, opened_regular
+from vllm_ascend.model_loader.netloader.fingerprint import (
+    File,
+    checkpoint_fingerprint,
+    files_in,
+    opened_regular,
+    where_they_are,
+)
+from vllm_ascend.model_loader.netloader.opened import Opened
 
 TIMESTAMP_GRAIN_NS: Final = 20_000_000
 """Two writes within this time may leave the same timestamp; kernels advance it every 1 to 10 ms."""
@@ -30,21 +37,31 @@ class Reading:
     def __init__(self) -> None:
         self.folder = self.real_folder = ""
         self._stamps: dict[File, _Stamp] = {}
+        self._looks: list[_Look] = []
         self._unknown: OSError | None = None
+        self._opened: set[Opened] = set()
 
-    def begin(self, folder: str, paths: Sequence[str]) -> None:
+    def begin(self, folder: str, paths: Sequence[str]) -> tuple[str, list[str]]:
         """For `paths` in `folder`; again for each further place in which a part of the checkpoint is.
 
-        Never raises, so that the load goes on.
+        Returns the folder and the paths by which to read: links to the folder may lead elsewhere by then. Never raises,
+        so that the load goes on.
         """
-        files = files_in(folder, paths)
+        real_folder, real_paths = where_they_are(folder, paths)
+        files = files_in(real_folder, real_paths)
         if not self.folder:
-            self.folder, self.real_folder = folder, os.path.realpath(folder)
+            self.folder, self.real_folder = folder, real_folder
         try:
             for file, stamp in _settled_stamps(files).items():
                 self._stamps.setdefault(file, stamp)
+            self._looks.append(_Look(real_folder, files, checkpoint_fingerprint(files)))
         except OSError as error:
             self._unknown = error
+        return real_folder, real_paths
+
+    def note(self, opened: Iterable[Opened]) -> None:
+        """`opened` were opened while it was read, by whomever."""
+        self._opened.update(opened)
 
     def finish(self) -> str:
         """The fingerprint of what was read, empty if that were no files.
@@ -56,15 +73,48 @@ class Reading:
             if self._unknown is not None:
                 raise self._unknown
             fingerprint = checkpoint_fingerprint(files)
+            written = [look.folder for look in self._looks if checkpoint_fingerprint(look.files) != look.fingerprint]
             now = _stamps(files)
         except OSError as error:
             raise CheckpointChanged(f"the checkpoint cannot be fingerprinted: {error}") from error
-        if changed := [f"{file.name} {how}" for file in files if (how := self._stamps[file].change_to(now[file]))]:
-            more = f" and {len(changed) - _SHOWN_FILES} more files" if len(changed) > _SHOWN_FILES else ""
-            raise CheckpointChanged(
-                f"the checkpoint changed while it was read: {', '.join(changed[:_SHOWN_FILES])}{more}"
-            )
+        changed = [f"{file.name} {how}" for file in files if (how := self._stamps[file].change_to(now[file]))]
+        if not changed:  # what is written through a mapping of a file may leave its times as they were
+            changed = [f"{folder} was written to" for folder in written]
+        if changed:
+            raise CheckpointChanged(f"the checkpoint changed while it was read: {_some(changed)}")
         return fingerprint
+
+    def unknown_weights(self) -> str:
+        """Why the fingerprint does not tell which weights were loaded, empty where it does."""
+        known = {stamp.path for stamp in self._stamps.values()}
+        folders = {look.folder for look in self._looks}
+        beside = {each for each in self._opened if each.real_path not in known and each.may_be_weights(folders)}
+        if not beside:
+            return ""
+        names = sorted(_relative(each, self.real_folder) for each in beside)
+        return (
+            f"loading read {_some(names)}, not among the weight files of its loader: the fingerprint of these does not "
+            f"tell which weights are served"
+        )
+
+
+class _Look(NamedTuple):
+    """What the files of one place held before they were read."""
+
+    folder: str
+    files: list[File]
+    fingerprint: str
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN_FILES} more files" if len(texts) > _SHOWN_FILES else ""
+    return f"{', '.join(texts[:_SHOWN_FILES])}{more}"
+
+
+def _relative(opened: Opened, folder: str) -> str:
+    """To `folder` where it is in there; a link to it is followed, and those in it are not."""
+    path = os.path.join(os.path.realpath(os.path.dirname(opened.path)), os.path.basename(opened.path))
+    return path.removeprefix(os.path.join(folder, "")) if folder else path
 
 
 class _Stamp(NamedTuple):

@@ -1,0 +1,107 @@
+"""Which files with weights are opened while a checkpoint is loaded.
+
+A model may read files of its own while it loads: adapters that it merges, an embedding that lies beside. The loader of
+the checkpoint does not know them. Python tells of every file that it opens, to hooks that stay for the life of the
+process. safetensors opens files in Rust, which tells nobody, so its function is replaced by one that does for as long
+as a load takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Collection, Iterator
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+
+import safetensors
+
+_WEIGHTS: Final = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|npz|npy|h5|msgpack|gguf|pkl|pickle|onnx|pdparams|tensors)", re.IGNORECASE
+)
+"""Suffixes of weights, wherever they are."""
+_PLAIN: Final = re.compile(
+    r"\.(json|jsonl|yaml|yml|toml|py|pyc|so|txt|md|jinja|model|vocab|tiktoken|lock|metadata)", re.IGNORECASE
+)
+"""Suffixes of configuration, code, texts and tokenizers; whatever else is in a checkpoint may be weights."""
+_HUB_FILE: Final = re.compile(r"/models--[^/]+/(snapshots|blobs)/")
+_PACKAGES: Final = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib"))
+"""Not of a model: Python's and its packages' own files."""
+
+
+class Opened(NamedTuple):
+    """A file that was opened for reading: by which path, and where that led then."""
+
+    path: str
+    real_path: str
+
+    def may_be_weights(self, folders: Collection[str]) -> bool:
+        """`folders` are those of the checkpoint, as real paths."""
+        in_a_checkpoint = any(self.real_path.startswith(os.path.join(folder, "")) for folder in folders)
+        if in_a_checkpoint or _HUB_FILE.search(self.path) or _HUB_FILE.search(self.real_path):
+            return not _PLAIN.fullmatch(_suffix(self.path))
+        return _WEIGHTS.fullmatch(_suffix(self.path)) is not None and not self.path.startswith(_PACKAGES)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1]
+
+
+@contextlib.contextmanager
+def files_opened() -> Iterator[set[Opened]]:
+    """Those that any thread opens for reading within; only regular files that are no plain ones."""
+    opened: set[Opened] = set()
+    _install_hook()
+    _watches.append(opened)
+    _replace(_original, _telling_safe_open)
+    try:
+        yield opened
+    finally:
+        _watches.remove(opened)
+        if not _watches:
+            _replace(_telling_safe_open, _original)
+
+
+_watches: Final[list[set[Opened]]] = []
+
+
+@functools.cache
+def _install_hook() -> None:
+    sys.addaudithook(_hook)
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    """Never raises: that would fail whoever opens the file."""
+    if event == "open" and _watches:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            _note(*arguments)
+
+
+def _note(path: Any, mode: object, flags: int) -> None:
+    if not isinstance(path, str | bytes) or flags & os.O_ACCMODE == os.O_WRONLY or flags & (os.O_CREAT | os.O_TRUNC):
+        return
+    name = os.fsdecode(path)
+    if not _PLAIN.fullmatch(_suffix(name)) and os.path.isfile(name):
+        found = Opened(os.path.abspath(name), os.path.realpath(name))
+        for opened in list(_watches):
+            opened.add(found)
+
+
+_original: Final[Any] = safetensors.safe_open
+
+
+@functools.wraps(_original)
+def _telling_safe_open(filename: Any, *arguments: Any, **keywords: Any) -> Any:
+    sys.audit("open", os.fspath(filename), "rb", os.O_RDONLY)
+    return _original(filename, *arguments, **keywords)
+
+
+def _replace(old: Any, new: Any) -> None:
+    """In all modules, for most have imported the function by name."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get("safe_open") is old:
+            vars(module)["safe_open"] = new
