@@ -304,20 +304,27 @@ class WeightServer:
         if turn is not None:
             self._serve_in_turn(connection, join, turn)
             return False
-        publication = answer[0]
         self._waiting_room.admit(
             Guest(
                 channel=connection.channel,
                 address=connection.peer.host,
-                notice=lambda ahead, served: self._notice(publication, ahead, served),
+                notice=functools.partial(self._notice, join),
                 go_on=functools.partial(self._go_on, connection, join),
+                reconsider=functools.partial(self._reconsider, connection, join),
                 leave=functools.partial(self.acceptor.end, connection),
             )
         )
         return True
 
-    def _notice(self, publication: Publication, ahead: int, served: int) -> Wait:
-        """Names replicas only with the root by which they can be told from strangers."""
+    def _notice(self, join: Join, ahead: int, served: int) -> Wait | None:
+        """Of what is served now. None where `join` would not wait now.
+
+        It names replicas only with the root by which they can be told from strangers.
+        """
+        answer = self._answer(join)
+        if isinstance(answer, Refuse) or not answer[1].copies:
+            return None
+        publication = answer[0]
         root = publication.store.root_if_known()
         referrals = self._replicas.referrals(publication.role, publication.store.generation) if root else ()
         return Wait(ahead, referrals, root, publication.identity.fingerprint, served)
@@ -333,6 +340,11 @@ class WeightServer:
             self.acceptor.go_on(connection, serve)
         except RuntimeError:
             self._turns.leave(turn)
+
+    def _reconsider(self, connection: Connection, join: Join) -> None:
+        """What somebody waits for has changed."""
+        with contextlib.suppress(RuntimeError):
+            self.acceptor.go_on(connection, functools.partial(self._serve_join, join=join))
 
     def _serve_in_turn(self, connection: Connection, join: Join, turn: Turn) -> None:
         with turn:

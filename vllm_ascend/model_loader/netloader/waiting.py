@@ -1,9 +1,9 @@
 """Where connections are while their clients wait for a turn.
 
 There may be hundreds of them, and all that they want is a notice now and then. So none has a thread: one thread sends
-the notices, sees who has gone, and lets those go on whose turn has come. It exists as long as somebody waits. What it
-does in a round grows with the number of the waiting and no faster; rounds follow one another at some distance, however
-much happens.
+the notices, sees who has gone, and lets those go on whose turn has come, or for whom there is nothing to wait for any
+more. It exists as long as somebody waits. What it does in a round grows with the number of the waiting and no faster;
+rounds follow one another at some distance, however much happens.
 """
 
 from __future__ import annotations
@@ -36,16 +36,18 @@ _MOST_FRAGMENTS: Final = 16
 
 @dataclass(eq=False)
 class Guest:
-    """One who waits at `address`. None of the calls may block; after `go_on` or `leave` the channel is not used here.
+    """One who waits at `address`. None of the calls may block; after the last three the channel is not used here.
 
-    `notice` is told how many come first and how many are served, `go_on` the turn, which the called then has to leave,
-    and `leave` why the connection is over.
+    `notice` is told how many come first and how many are served; where it returns None there is nothing to wait for any
+    more, and `reconsider` follows. `go_on` is told the turn, which the called then has to leave, and `leave` why the
+    connection is over. They may hold nothing that has to go while somebody waits.
     """
 
     channel: Channel
     address: str
-    notice: Callable[[int, int], Wait]
+    notice: Callable[[int, int], Wait | None]
     go_on: Callable[[Turn], None]
+    reconsider: Callable[[], None]
     leave: Callable[[ProtocolError | OSError], None]
     fragments: int = 0
     knows: bool = False
@@ -145,8 +147,13 @@ class WaitingRoom:
         for ahead, (turn, guest) in enumerate(waiting):
             if to_all or not guest.knows:
                 guest.knows = True
+                notice = guest.notice(ahead, served)
+                if notice is None:
+                    self._forget(selector, turn, guest)
+                    guest.reconsider()
+                    continue
                 try:
-                    guest.channel.send(guest.notice(ahead, served), 0)
+                    guest.channel.send(notice, 0)
                 except Stalled:
                     self._see_off(selector, turn, guest, Stalled("it does not read that it has to wait"))
                 except (ProtocolError, OSError) as error:
@@ -170,8 +177,11 @@ class WaitingRoom:
     def _see_off(
         self, selector: selectors.BaseSelector, turn: Turn, guest: Guest, reason: ProtocolError | OSError
     ) -> None:
+        self._forget(selector, turn, guest)
+        guest.leave(reason)
+
+    def _forget(self, selector: selectors.BaseSelector, turn: Turn, guest: Guest) -> None:
         selector.unregister(guest.channel.socket)
         with self._lock:
             del self._guests[turn]
         self._turns.leave(turn)
-        guest.leave(reason)

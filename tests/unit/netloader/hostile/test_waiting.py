@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import socket
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import msgspec
 import pytest
 from netloader.certificates import Authority
 from netloader.hostile.strangers import Intruder, is_idle, many_hosts, netloader_threads, wait_until
@@ -19,7 +22,9 @@ from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import AskDigests
+from vllm_ascend.model_loader.netloader.memory import Memory
+from vllm_ascend.model_loader.netloader.protocol import AskDigests, Join, Offer
+from vllm_ascend.model_loader.netloader.server import WeightServer
 from vllm_ascend.model_loader.netloader.server_session import Publication
 from vllm_ascend.model_loader.netloader.transport import base, transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -131,6 +136,83 @@ def test_whoever_waits_takes_what_is_served_when_its_turn_comes(opened: contextl
         while (heard := line.hear())["type"] == "Wait":
             pass
         assert heard["generation"] == 7
+
+
+OTHER_WEIGHTS = Tensors({name: tensor + 1 for name, tensor in SMALL.by_name.items()})
+RELOADED = msgspec.structs.replace(IDENTITY, fingerprint="beef")
+
+
+def any_fingerprint(source: Endpoint, opened: contextlib.ExitStack) -> Intruder:
+    """Waits for the model, whatever its checkpoint."""
+    identity = msgspec.structs.replace(IDENTITY, fingerprint="")
+    line = opened.enter_context(Intruder(source, "127.7.0.1").greet())
+    line.say(Join(identity, RankCoordinates(), SMALL.manifest.digest, (Offer("tcp"),)))
+    return line
+
+
+def test_whoever_waits_is_told_of_what_is_served_now(
+    opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
+    with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
+        roots = [server._publications["target"].store.root()]
+        assert server._turns.take("127.9.0.1") is not None  # for ever
+        line = any_fingerprint(source, opened)
+        heard = line.hear_kind(waiting.Wait)
+        assert (heard["root"], heard["fingerprint"]) == (roots[0], IDENTITY.fingerprint)
+        store = OTHER_WEIGHTS.store(server.next_generation("target"))
+        roots.append(store.root())
+        server.publish(Publication(RELOADED, RankCoordinates(), store))
+        while (heard := line.hear_kind(waiting.Wait))["root"] == roots[0]:
+            pass
+        assert (heard["root"], heard["fingerprint"]) == (roots[1], RELOADED.fingerprint)
+
+
+def changes_its_weights(server: WeightServer) -> None:
+    server.publish(Publication(RELOADED, RankCoordinates(), OTHER_WEIGHTS.store(server.next_generation("target"))))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (changes_its_weights, "the model or its partitioning differs"),
+        (lambda server: server.withdraw("target"), "this server does not hold target weights: it holds no weights yet"),
+        (lambda server: server.decline("target", "w"), "this instance cannot serve its target weights: w"),
+    ],
+    ids=["other weights", "withdrawn", "declined"],
+)
+def test_whoever_waits_for_what_there_is_no_more_hears_so_before_its_turn(
+    change: Callable[[WeightServer], None],
+    reason: str,
+    opened: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
+    with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
+        assert server._turns.take("127.9.0.1") is not None  # for ever
+        (line,) = queue(source, opened, 1)
+        line.hear_kind(waiting.Wait)
+        change(server)
+        while (heard := line.hear())["type"] == "Wait":
+            pass
+        assert (heard["type"], heard["reason"]) == ("Refuse", reason)
+        wait_until(lambda: not server._turns.waiting)
+
+
+def test_whoever_waits_keeps_no_weights_that_were_replaced(
+    opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
+    with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
+        assert server._turns.take("127.9.0.1") is not None  # for ever
+        served = list[weakref.ref[Memory]]()
+        for _ in range(3):
+            store = OTHER_WEIGHTS.store(server.next_generation("target"))
+            served.append(weakref.ref(store.memory))
+            server.publish(Publication(RELOADED, RankCoordinates(), store))
+            any_fingerprint(source, opened).hear_kind(waiting.Wait)
+        wait_until(lambda: gc.collect() >= 0 and not any(memory() for memory in served[:-1]))
+        assert server._turns.waiting == 3
 
 
 def speaks(line: Intruder) -> None:
