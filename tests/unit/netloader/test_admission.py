@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -226,6 +227,23 @@ def test_however_slow_they_are_not_all_have_a_turn_together() -> None:
     assert turns.taken == OVERCOMMITMENT * 2
     crowd(turns, 1, OTHER)
     assert turns.taken == OVERCOMMITMENT * 2 + 1
+
+
+def test_the_slowest_one_makes_room_for_a_host_that_has_no_turn() -> None:
+    turns, ended = Turns(1), list[Turn]()
+    held = [crowd(turns, 1, f"10.0.1.{number}", speed=9.0 - number)[0] for number in range(OVERCOMMITMENT)]
+    assert turns.taken == OVERCOMMITMENT
+    for turn in held:
+        turn.end = functools.partial(ended.append, turn)
+    first, second = turns.queue("10.0.2.1"), turns.queue(held[0].host)
+    assert turns.grant() == [first]
+    assert ended == [held[-1]]
+    first.meter = Speed(0.0)
+    assert turns.grant() == []  # the host of the second has a turn
+    turns.leave(second)
+    third = turns.queue("10.0.2.2")
+    assert turns.grant() == [third]
+    assert ended == [held[-1], held[-2]]
 
 
 HOSTS = ("10.0.0.2", "10.0.0.3", "10.0.0.4")

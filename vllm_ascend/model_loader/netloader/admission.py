@@ -4,7 +4,8 @@ Both count by host, and what counts as a host is `network_of` an address, becaus
 
 A server sends to a few clients at a time, so that the first are done, and become sources, sooner. That must not let the
 few keep all others out. So what a host has beyond its share does not count while others wait, and neither does a client
-that takes far less than its share of what the server can send, as far as has been seen.
+that takes far less than its share of what the server can send, as far as has been seen. Where there are so many of
+these that no other could be let in, the slowest is ended for a host that has no turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ipaddress
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
@@ -24,7 +25,8 @@ SLOW_SHARE: Final = 4
 LEAST_CAPACITY: Final = 32 << 20
 """Bytes per second that every server is taken to be able to send before it has been seen to send more."""
 OVERCOMMITMENT: Final = 4
-"""Times the limit: more do not have a turn together, however slow they are. They share one line, after all."""
+"""Times the limit: more do not have a turn together, however slow they are. They share one line, after all. Beyond it,
+the slowest one makes room for a host that has none."""
 _CAPACITY_HALVES: Final = 20.0
 """Seconds without seeing it, after which only half of what the server has been seen to send is taken for granted."""
 _FREE_FAILURES: Final = 3
@@ -64,11 +66,16 @@ class Meter(Protocol):
 
 @dataclass(eq=False)
 class Turn:
-    """A place among the waiting, then among those who transfer. `meter` is set once there is something to see."""
+    """A place among the waiting, then among those who transfer.
+
+    `meter` and `end` are set once there is something to see, and to end: `end` may not block.
+    """
 
     _turns: Turns
     host: str
     meter: Meter | None = None
+    end: Callable[[], None] | None = None
+    is_ended: bool = False
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +107,11 @@ class _Load:
         self._within_shares += self._by_host[host] < self._share
         self._by_host[host] += 1
         self._all += 1
+
+    def remove(self, host: str) -> None:
+        self._by_host[host] -= 1
+        self._within_shares -= self._by_host[host] < self._share
+        self._all -= 1
 
 
 class Turns:
@@ -164,19 +176,42 @@ class Turns:
             fast = [turn for turn in self._taken if turn.meter is None or turn.meter.lately() >= slow]
             share = max(1, self._limit // len({turn.host for turn in fast} | self._waiting_hosts.keys()))
             counting = _Load(fast, share, self._limit)
-            every = _Load(self._taken, share, OVERCOMMITMENT * self._limit)
+            every = _Load((turn for turn in self._taken if not turn.is_ended), share, OVERCOMMITMENT * self._limit)
+            served = {turn.host for turn in self._taken}
+            slowest = self._slowest(slow)
             granted: list[Turn] = []
+            ended: list[Callable[[], None]] = []
             for turn in self._in_order():
-                if counting.is_full or every.is_full:
+                if counting.is_full or (every.is_full and not slowest):
                     break
-                if counting.has_room_for(turn.host) and every.has_room_for(turn.host):
+                if not counting.has_room_for(turn.host):
+                    continue
+                if not every.has_room_for(turn.host) and turn.host not in served and slowest:
+                    victim, end = slowest.popleft()
+                    victim.is_ended = True
+                    ended.append(end)
+                    every.remove(victim.host)
+                if every.has_room_for(turn.host):
                     granted.append(turn)
                     counting.add(turn.host)
                     every.add(turn.host)
+                    served.add(turn.host)
             for turn in granted:
                 self._forget_waiting(turn)
                 self._taken[turn] = None
-            return granted
+        for end in ended:
+            end()
+        return granted
+
+    def _slowest(self, slow: float) -> deque[tuple[Turn, Callable[[], None]]]:
+        """Turns below that rate that can be ended, and how; the slowest and longest ones first."""
+        rates = [
+            (turn.meter.lately(), turn, turn.end)
+            for turn in self._taken
+            if turn.meter is not None and turn.end is not None and not turn.is_ended
+        ]
+        slowest = sorted((each for each in rates if each[0] < slow), key=lambda each: each[0])
+        return deque((turn, end) for _, turn, end in slowest)
 
     def in_order(self) -> list[Turn]:
         """The waiting in the order in which their turns will come, made once for each change."""
@@ -192,6 +227,7 @@ class Turns:
                     self._note_sent(turn.meter.overall())
                 del self._taken[turn]
                 self._order = None
+            turn.meter = turn.end = None  # what they belong to may have to go before the turn does
         self.on_free()
 
     def _forget_waiting(self, turn: Turn) -> None:

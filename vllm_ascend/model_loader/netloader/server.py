@@ -61,6 +61,7 @@ _UNKNOWN_SESSION: Final = (
     "this server has no such session: it is over, or this connection reached another server than the one before, as "
     "behind a load balancer, where each instance needs an address of its own"
 )
+_TOO_SLOW: Final = "it took next to nothing, and others wait for their turn"
 
 
 @dataclass(frozen=True)
@@ -395,6 +396,7 @@ class WeightServer:
                 return False
             if turn is not None:
                 turn.meter = sender.rate
+                turn.end = functools.partial(self._end, [session], _TOO_SLOW)
             if session.run():
                 if sender.has_delivered_all:
                     taken = Copy(connection.peer.host, publication.role, publication.store.generation)
