@@ -154,7 +154,7 @@ BOTTOM: dict[str, set[str]] = {
     "descriptors": set(),
     "peer_log": {"admission", "errors"},
     "backoff": set(),
-    "replicas": {"endpoint"},
+    "replicas": {"admission", "endpoint"},
     "resolution": {"endpoint"},
     "route": {"endpoint"},
     "config": {"endpoint", "errors"},

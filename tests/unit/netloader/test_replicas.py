@@ -107,3 +107,20 @@ def test_the_replica_that_announced_itself_least_recently_is_forgotten_first() -
     take_and_serve(replicas, 101, Endpoint("10.0.1.0", 19000))
     named = {referral for _ in range(500) for referral in replicas.referrals("target", 1)}
     assert named == {f"10.0.0.{n}:19000" for n in range(REMEMBERED_REPLICAS) if n != 1} | {"10.0.1.0:19000"}
+
+
+@pytest.mark.parametrize("host", ["10.0.0.66", "2001:db8::1"])
+def test_one_host_pushes_no_other_out(host: str) -> None:
+    replicas = Replicas()
+    replicas.note_taken(session(1), Copy("10.0.0.2", "target", 1))
+    take_and_serve(replicas, 2, Endpoint("10.0.0.3", 19000))
+    for number in range(2 * REMEMBERED_SESSIONS):
+        address = host if "." in host else f"{host}:{number:x}"
+        replicas.note_taken(session(1000 + number), Copy(address, "target", 1))
+    for number in range(2 * REMEMBERED_REPLICAS):
+        take_and_serve(replicas, 2000 + number, Endpoint(host, 1 + number))
+    assert replicas.note_serving(session(1), Endpoint("10.0.0.2", 19000))
+    for _ in range(20):
+        named = replicas.referrals("target", 1)
+        assert {"10.0.0.2:19000", "10.0.0.3:19000"} < set(named)
+        assert len(named) == REFERRALS

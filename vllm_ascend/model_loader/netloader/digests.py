@@ -100,6 +100,11 @@ class StoreDigests:
         self._maker = maker
 
     @property
+    def count(self) -> int:
+        """Of chunks."""
+        return len(self._chunks)
+
+    @property
     def complete(self) -> bool:
         """Whether all digests exist, so that asking for them reads nothing."""
         return None not in self._digests

@@ -53,8 +53,8 @@ REQUEST_LIMIT: Final = 64 << 10
 """Bytes of one frame to a server: the largest, Join, is below 4 KiB. Bounds what a stranger can make it hold."""
 REPLY_LIMIT: Final = 64 << 20
 """Bytes of one frame to a client: a refusal may carry the manifest of a model with 500,000 tensors."""
-FETCH_LIMIT: Final = 64 << 20
-"""Bytes of one Fetch, so that a server thread looks up regularly."""
+FETCH_LIMIT: Final = 16 << 20
+"""Bytes of one Fetch: those of a chunk."""
 DIGESTS_LIMIT: Final = 64
 """Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
@@ -231,7 +231,7 @@ class Attached(Message, frozen=True):
 
 
 class Fetch(Message, frozen=True):
-    """Asks for the bytes [offset, offset + length) of the manifest's address space."""
+    """Asks for a chunk: the bytes [offset, offset + length) of the manifest's address space."""
 
     offset: Count
     length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]

@@ -1,14 +1,18 @@
-"""Who else has the weights of a server: clients that took them and said that they serve them now."""
+"""Who else has the weights of a server: clients that took them and said that they serve them now.
+
+Without a token that can be anybody. So no host pushes others out of what is remembered, and hosts are named in turn.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import random
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from vllm_ascend.model_loader.netloader.admission import network_of
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 _Key = TypeVar("_Key")
@@ -31,7 +35,7 @@ class Copy:
 
 
 class Replicas:
-    """Remembers the latest. Thread-safe."""
+    """Remembers the latest, of the host that has most of them fewer. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,10 +57,19 @@ class Replicas:
             return True
 
     def referrals(self, role: str, generation: int) -> tuple[str, ...]:
-        """Some that have it, in random order, so that those who are told spread; see `protocol.Refuse`."""
+        """Some that have it, in random order, so that those who are told spread; see `protocol.Refuse`.
+
+        A second one of a host is named only after one of each host.
+        """
         with self._lock:
             endpoints = [each for each, copy in self._serving.items() if copy.holds(role, generation)]
-        chosen = random.sample(endpoints, min(REFERRALS, len(endpoints)))
+        random.shuffle(endpoints)
+        named: Counter[str] = Counter()
+        places: list[tuple[int, Endpoint]] = []
+        for endpoint in endpoints:
+            places.append((named[network_of(endpoint.host)], endpoint))
+            named[network_of(endpoint.host)] += 1
+        chosen = [endpoint for _, endpoint in sorted(places, key=lambda place: place[0])[:REFERRALS]]
         return tuple(str(Endpoint("" if _is_loopback(each.host) else each.host, each.port)) for each in chosen)
 
 
@@ -64,7 +77,9 @@ def _remember(copies: OrderedDict[_Key, Copy], key: _Key, copy: Copy, limit: int
     copies.pop(key, None)
     copies[key] = copy
     if len(copies) > limit:
-        copies.popitem(last=False)
+        counts = Counter(network_of(each.host) for each in copies.values())
+        most = max(counts.values())
+        del copies[next(key for key, each in copies.items() if counts[network_of(each.host)] == most)]
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
@@ -36,6 +38,8 @@ from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 END_SECONDS: Final = 1.0
 """In which a client can hear why its session was ended: one message, and somebody waits for the end."""
+SETTLE_SECONDS: Final = 1.0
+"""In which the threads that have sent the last bytes can say so, when the client has them already."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Session:
         self._transport = transport
         self._timeouts = timeouts
         self._log = log
-        self._told_digests = False
+        self._told: Counter[int] = Counter()
+        """How often the digest of each chunk was told."""
         self._ended_because: str | None = None
 
     def end(self, reason: str) -> None:
@@ -116,7 +121,7 @@ class Session:
     def confirm(self, current_generation: int) -> None:
         """Lets the client compare what it has with what is held now. Raises ProtocolError."""
         store = self.publication.store
-        root = store.root_if_known() if self._told_digests else ""
+        root = store.root_if_known() if self._told else ""
         self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
         role, transport = self.publication.role, self._transport.name
         taken, whole = self.sender.delivered / 1e6, store.manifest.nbytes / 1e6
@@ -159,19 +164,32 @@ class Session:
                     self._say(logging.WARNING, text, self.peer, role, transport, reason)
                     return False
                 case Done():
+                    self.sender.settle(SETTLE_SECONDS)
                     return True
 
     def _tell_digests(self, first: int, count: int) -> None:
         digests = self.publication.store.digests
         if digests is None:
             raise ProtocolError("the client asks for digests, of which it was told that there are none")
-        self._told_digests = True
+        if first >= digests.count:
+            raise ProtocolError(f"the client asks for digests from chunk {first} on: there are {digests.count} chunks")
+        asked = range(first, min(first + count, digests.count))
+        if any(self._told[number] >= TRIES_PER_CHUNK for number in asked):
+            raise ProtocolError(f"the client asks for a digest more than {TRIES_PER_CHUNK} times")
+        is_progress = not all(number in self._told for number in asked)
+        if not is_progress and self.sender.idle_seconds() >= self._timeouts.stall:
+            raise self._stalled()
         told: list[bytes] = []
-        for number in range(first, first + count):  # each may have to be made
+        for number in asked:  # each may have to be made
             self._require_going_on()
             told += digests.part(number, 1)
+        self._told.update(asked)
         self.channel.send(Digests(tuple(told)), self._timeouts.connect)
-        self.sender.note_progress()
+        if is_progress:
+            self.sender.note_progress()
+
+    def _stalled(self) -> Stalled:
+        return Stalled(f"the client took nothing for {self._timeouts.stall:g} s")
 
     def _next_message(self) -> Message:
         """Raises ProtocolError, or _Ended: what has arrived already can be received after the end, too."""
@@ -182,7 +200,7 @@ class Session:
                 message = self.channel.receive(Deadline(max(remaining, 0.001)))
             except Stalled as error:
                 if self.sender.idle_seconds() >= self._timeouts.stall:
-                    raise Stalled(f"the client took nothing for {self._timeouts.stall:g} s") from error
+                    raise self._stalled() from error
                 continue
             self._require_going_on()
             return message

@@ -16,13 +16,15 @@ from netloader.certificates import Authority
 from netloader.hostile.strangers import Intruder, is_idle, wait_until
 from netloader.sources import IDENTITY, Tensors, fetch, serving
 
+from vllm_ascend.model_loader.netloader import server_session
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.protocol import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
 from vllm_ascend.model_loader.netloader.server import WeightServer
-from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.transport import base, transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 
 pytestmark = pytest.mark.timeout(60)
@@ -94,11 +96,11 @@ def asks_for_digests_and_reads_none(client: Clinging) -> None:
 
 
 def fetches_for_ever(client: Clinging) -> None:
-    client.for_ever(client.data(), Fetch(0, 64))
+    client.for_ever(client.data(), Fetch(0, CHUNK_BYTES))
 
 
 def fetches_and_reads_nothing(client: Clinging) -> None:
-    client.data().say(Fetch(0, 16 << 20), Fetch(16 << 20, 16 << 20))
+    client.data().say(Fetch(0, CHUNK_BYTES), Fetch(CHUNK_BYTES, CHUNK_BYTES))
 
 
 def stops_in_a_frame(client: Clinging) -> None:
@@ -143,6 +145,13 @@ def opened() -> Iterator[contextlib.ExitStack]:
         yield stack
 
 
+@pytest.fixture(autouse=True)
+def any_number_of_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing but `end` ends those who ask for ever."""
+    for module in (base, server_session):
+        monkeypatch.setattr(module, "TRIES_PER_CHUNK", 1 << 40)
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["", "TLS"])
 @pytest.mark.parametrize("cling", CLINGING, ids=lambda cling: cling.__name__)
 def test_no_client_keeps_its_session_alive(
@@ -180,7 +189,7 @@ def test_whoever_waits_for_bandwidth_is_ended_too(opened: contextlib.ExitStack) 
     with serving(LIVE, transports(["tcp"]), timeouts=TIMEOUTS, max_bandwidth=1000) as (server, source):
         client = Clinging(source, Access(), opened)
         _, session = client.control()
-        lines = [client.line().say(Attach(session), Fetch(0, 1 << 20)) for _ in range(8)]
+        lines = [client.line().say(Attach(session), Fetch(0, CHUNK_BYTES)) for _ in range(8)]
         select.select([line.socket for line in lines], [], [], 40)
         server.suspend("it sleeps")
         opened.close()

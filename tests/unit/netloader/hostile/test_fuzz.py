@@ -254,7 +254,7 @@ def in_a_session(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
 def attached(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
     with Intruder(source, host, access) as control, Intruder(source, host, access) as line:
         session = control.greet().accepted()
-        line.greet().attach(session).say(Fetch(0, 64)).read(64)
+        line.greet().attach(session).say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)
         yield line
 
 

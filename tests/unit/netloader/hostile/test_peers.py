@@ -28,7 +28,7 @@ from netloader.hostile.strangers import (
 )
 from netloader.sources import IDENTITY, SMALL, Tensors, fetch, serving
 
-from vllm_ascend.model_loader.netloader import acceptor, peer_log
+from vllm_ascend.model_loader.netloader import acceptor, peer_log, server_session
 from vllm_ascend.model_loader.netloader import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.access import Access
 from vllm_ascend.model_loader.netloader.client import inquire
@@ -449,6 +449,9 @@ RANGES = {
     "behind the end": (SMALL.manifest.nbytes, 1),
     "over the end": (SMALL.manifest.nbytes - 1, 2),
     "all and more": (0, SMALL.manifest.nbytes + 1),
+    "a byte": (0, 1),
+    "nearly a chunk": (0, SMALL.manifest.nbytes - 1),
+    "the end of a chunk": (1, SMALL.manifest.nbytes - 1),
     "the greatest length": (0, FETCH_LIMIT),
     "the greatest offset": (LAST, FETCH_LIMIT),
     "a length above the limit": (0, FETCH_LIMIT + 1),
@@ -472,16 +475,16 @@ def test_a_fetch_of(offset: int, length: int, opened: contextlib.ExitStack, capl
     assert_no_error_of_the_server(caplog)
 
 
-def test_ranges_that_overlap_are_each_answered(opened: contextlib.ExitStack) -> None:
-    with serving(SMALL, TCP, timeouts=PATIENT) as (_, source):
+def test_a_chunk_can_be_fetched_as_often_as_a_client_may_need_and_no_more(opened: contextlib.ExitStack) -> None:
+    with serving(LARGE, TCP, timeouts=PATIENT) as (_, source):
         control = opened.enter_context(Intruder(source).greet())
-        line = opened.enter_context(Intruder(source).greet().attach(control.accepted()))
-        ranges = [(0, 100), (50, 100), (0, 100), (149, 1), (1, 148)]
-        line.say(*(Fetch(offset, length) for offset, length in ranges))
-        store = SMALL.store()
-        for offset, length in ranges:
-            assert line.read(length) == store.bytes[offset : offset + length]
-        store.close()
+        session = control.accepted(tensors=LARGE)
+        for _ in range(base.TRIES_PER_CHUNK):
+            line = opened.enter_context(Intruder(source).greet().attach(session))
+            assert len(line.say(Fetch(0, CHUNK_BYTES)).read(CHUNK_BYTES)) == CHUNK_BYTES
+        assert line.say(Fetch(0, CHUNK_BYTES)).socket.recv(1) == b""
+        line = opened.enter_context(Intruder(source).greet().attach(session))
+        line.say(Fetch(CHUNK_BYTES, CHUNK_BYTES)).read(CHUNK_BYTES)
 
 
 def test_a_fetch_on_the_control_connection_of_a_transport_that_pulls_ends_the_session(
@@ -516,8 +519,8 @@ def test_a_session_has_a_limited_number_of_data_connections(opened: contextlib.E
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted()
         for _ in range(MAX_DATA_CONNECTIONS):
-            line = opened.enter_context(Intruder(source).greet().attach(session).say(Fetch(0, 1)))
-            line.read(1)
+            opened.enter_context(Intruder(source).greet().attach(session))
+        wait_until(lambda: len(server._sessions[session].sender._channels) == MAX_DATA_CONNECTIONS)  # type: ignore
         for _ in range(20):
             with Intruder(source).greet() as beyond:
                 beyond.say(Attach(session), Fetch(0, 1)).hear_out()
@@ -545,16 +548,54 @@ def test_inquiries_without_end_whose_answers_nobody_reads_end(opened: contextlib
         wait_until(lambda: is_idle(server))
 
 
-def test_digests_are_told_as_often_as_somebody_asks_and_only_those_that_exist(opened: contextlib.ExitStack) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_digests_are_told_as_often_as_a_client_may_need_and_no_more(first: int, opened: contextlib.ExitStack) -> None:
     with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
         line = opened.enter_context(Intruder(source).greet())
         line.accepted(tensors=LARGE)
-        numbers = -(-LARGE.manifest.nbytes // CHUNK_BYTES)
-        for first in itertools.islice(itertools.cycle([0, 1, numbers - 1, numbers, LAST]), 3000):
-            heard = line.say(AskDigests(first, DIGESTS_LIMIT)).hear()
-            assert len(heard["digests"]) == max(numbers - first, 0)
+        for _ in range(base.TRIES_PER_CHUNK):
+            assert len(line.say(AskDigests(first, DIGESTS_LIMIT)).hear()["digests"]) == 2 - first
+        line.say(AskDigests(1, 1)).hear_out()
+        wait_until(lambda: is_idle(server))
+
+
+@pytest.mark.parametrize("first", [2, LAST])
+def test_digests_that_do_not_exist_are_not_asked_for_twice(first: int, opened: contextlib.ExitStack) -> None:
+    with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
+        line = opened.enter_context(Intruder(source).greet())
+        line.accepted(tensors=LARGE)
+        line.say(AskDigests(first, 1)).hear_out()
+        wait_until(lambda: is_idle(server))
+
+
+def test_whoever_only_asks_for_the_same_digests_stalls(
+    opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_session, "TRIES_PER_CHUNK", 1 << 40)
+    with serving(SMALL, TCP, timeouts=Timeouts(connect=60.0, stall=0.4)) as (server, source):
+        line = opened.enter_context(Intruder(source).greet())
+        line.accepted()
+        with contextlib.suppress(EOFError, OSError):
+            for _ in range(200):
+                line.say(AskDigests(0, 1)).hear()
+                time.sleep(0.05)
+            pytest.fail("the session goes on")
+        wait_until(lambda: is_idle(server))
+
+
+def test_slow_ones_from_many_hosts_do_not_keep_the_next_host_waiting(
+    opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
+    monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
+    with serving(LARGE, TCP, timeouts=PATIENT, max_clients=2) as (server, source):
+        held = [opened.enter_context(Intruder(source, host).greet()) for host in itertools.islice(many_hosts(), 8)]
+        for line in held:
+            line.accepted(tensors=LARGE)
         assert_serves(source, LARGE)
-        assert line.say(Done()).hear()["type"] == "Confirm"
+        assert held[0].hear() == {"type": "End", "reason": "it took next to nothing, and others wait for their turn"}
+        assert len(server._sessions) >= 7 - 1
+        opened.close()
         wait_until(lambda: is_idle(server))
 
 
@@ -587,9 +628,23 @@ def took(source: Endpoint, host: str) -> bytes:
         session = line.accepted()
         line.say(AskDigests(0, 1)).hear_kind(Digests)
         data.attach(session).say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)
-        data.say(Fetch(0, 1)).read(1)  # the server has noted by now what went before
         line.say(Done()).hear()
         return session
+
+
+def test_who_asks_for_everything_and_reads_next_to_nothing_has_taken_nothing(opened: contextlib.ExitStack) -> None:
+    with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
+        line = opened.enter_context(Intruder(source).greet())
+        session = line.accepted(tensors=LARGE)
+        for offset in range(0, 2 * CHUNK_BYTES, CHUNK_BYTES):
+            with Intruder(source).greet().attach(session) as data:
+                data.say(Fetch(offset, CHUNK_BYTES)).read(100)
+                data.reset()
+        line.say(AskDigests(0, 1), Done())
+        assert [line.hear()["type"] for _ in range(2)] == ["Digests", "Confirm"]
+        announce(source, "127.0.0.3", session)
+        wait_until(lambda: is_idle(server))
+        assert server._replicas.referrals("target", 1) == ()
 
 
 def announce(source: Endpoint, host: str, session: bytes, port: int = 19001) -> None:

@@ -8,10 +8,13 @@ own affair.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
@@ -76,8 +79,10 @@ class Sender(ABC):
         self._nbytes = nbytes
         self.rate = Rate()
         """At which the client takes bytes."""
-        self._asked_for = 0
-        self._delivered: dict[int, int] = {}
+        self._asked_for: Counter[int] = Counter()
+        self._sent: dict[int, int] = {}
+        self._being_sent = 0
+        self._chunk_over = threading.Condition()
 
     def __enter__(self) -> Self:
         return self
@@ -113,27 +118,49 @@ class Sender(ABC):
         """Time since the client last took bytes."""
         return self.rate.idle_seconds()
 
-    def check(self, fetch: Fetch) -> None:
-        """Raises ProtocolError for bytes beyond those that there are, and for more than any client needs."""
-        if fetch.offset + fetch.length > self._nbytes:
-            raise ProtocolError(f"Fetch of {fetch.length} bytes at {fetch.offset}: there are {self._nbytes}")
-        self._asked_for += fetch.length
-        if self._asked_for > TRIES_PER_CHUNK * self._nbytes:  # others want their turn
-            raise ProtocolError(f"the client has asked for {self._asked_for} bytes: there are {self._nbytes}")
-        self._note_delivered(fetch.offset, fetch.length)
+    @contextlib.contextmanager
+    def sending(self, fetch: Fetch) -> Iterator[None]:
+        """Within it, the chunk that `fetch` asks for is sent, and counts as delivered when that has succeeded.
 
-    def _note_delivered(self, offset: int, length: int) -> None:
-        """Only whole chunks count, each once.
-
-        It is noted before it is sent: a client may have the last byte, and say so, before the thread that sent it runs.
+        Raises ProtocolError for what is not a whole chunk, and for one that was asked for more often than any client
+        needs: others want their turn.
         """
-        if offset % digests.CHUNK_BYTES == 0 and length == min(digests.CHUNK_BYTES, self._nbytes - offset):
-            self._delivered[offset] = length
+        offset, length = fetch.offset, fetch.length
+        whole = min(digests.CHUNK_BYTES, self._nbytes - offset)
+        if offset % digests.CHUNK_BYTES or length != whole:
+            raise ProtocolError(
+                f"Fetch of {length} bytes at {offset}: expected one whole chunk of {digests.CHUNK_BYTES} bytes, or the "
+                f"last one of {self._nbytes} bytes"
+            )
+        with self._chunk_over:
+            self._asked_for[offset] += 1
+            if self._asked_for[offset] > TRIES_PER_CHUNK:
+                raise ProtocolError(f"the client asks for the chunk at {offset} more than {TRIES_PER_CHUNK} times")
+            self._being_sent += 1
+        sent = False
+        try:
+            yield
+            sent = True
+        finally:
+            with self._chunk_over:
+                self._being_sent -= 1
+                if sent:
+                    self._sent[offset] = length
+                self._chunk_over.notify_all()
+
+    def settle(self, seconds: float) -> None:
+        """Waits so long for what is being sent.
+
+        A client may have the last byte, and say so, before the thread that sent it runs.
+        """
+        with self._chunk_over:
+            self._chunk_over.wait_for(lambda: not self._being_sent, seconds)
 
     @property
     def delivered(self) -> int:
-        """Bytes that the client has fetched, those that it has fetched twice counted once."""
-        return sum(self._delivered.copy().values())
+        """Bytes that were sent to the client, those that were sent twice counted once."""
+        with self._chunk_over:
+            return sum(self._sent.values())
 
     @property
     def has_delivered_all(self) -> bool:

@@ -36,11 +36,11 @@ class MemoryTransport(Transport):
             raise ConnectionLost("the sender is gone")
         delivery = reception.deliver()
         while chunk := delivery.take():
-            source.check(Fetch(chunk.offset, chunk.length))
-            content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
-            arrival = delivery.begin(chunk)
-            arrival.landing.host[: len(content)] = content
-            arrival.advance(len(content))
+            with source.sending(Fetch(chunk.offset, chunk.length)):
+                content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
+                arrival = delivery.begin(chunk)
+                arrival.landing.host[: len(content)] = content
+                arrival.advance(len(content))
             delivery.finish(arrival)
             source.note_progress(len(content))
         return delivery.memory

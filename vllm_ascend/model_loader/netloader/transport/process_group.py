@@ -216,22 +216,25 @@ class _GroupSender(Sender):
         control.send(Gathered(), self._timeout)
 
     def push(self, fetch: Fetch) -> None:
-        self.check(fetch)
-        if self._pair is None:
-            raise ProtocolError("the client fetches before there is a process group")
-        try:
-            self._pacer.wait_for(fetch.length, self._aborted)
-            if self._aborted.is_set():
-                raise RuntimeError("the session has ended")
-            with own_stream(self._device):
-                content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
-                self._sending.append(_Outgoing(content, self._pair.send(content)))
-                if len(self._sending) >= IN_FLIGHT:
-                    content, work = self._sending.popleft()
-                    self._pair.finish(work, self._aborted)
-                    self.note_progress(content.nbytes)
-        except RuntimeError as error:
-            raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
+        with self.sending(fetch):
+            if self._pair is None:
+                raise ProtocolError("the client fetches before there is a process group")
+            try:
+                self._send(self._pair, fetch)
+            except RuntimeError as error:
+                raise ConnectionLost(f"the process group failed: {_first_line(error)}") from error
+
+    def _send(self, pair: process_group.Pair, fetch: Fetch) -> None:
+        self._pacer.wait_for(fetch.length, self._aborted)
+        if self._aborted.is_set():
+            raise RuntimeError("the session has ended")
+        with own_stream(self._device):
+            content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
+            self._sending.append(_Outgoing(content, pair.send(content)))
+            if len(self._sending) >= IN_FLIGHT:
+                content, work = self._sending.popleft()
+                pair.finish(work, self._aborted)
+                self.note_progress(content.nbytes)
 
     def abort(self) -> None:
         self._aborted.set()

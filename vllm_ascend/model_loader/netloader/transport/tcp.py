@@ -1,4 +1,4 @@
-"""Other hosts: the client pulls byte ranges over several connections, straight into the pages of its arena,
+"""Other hosts: the client pulls chunks over several connections, straight into the pages of its arena,
 or by way of a bucket onto its accelerator.
 
 All connections go to the port of the server's listener, so one open port is enough. The missing chunks are a queue that
@@ -34,7 +34,7 @@ class TcpTransport(Transport):
     descriptors = 1  # a duplicate of that of the arena
 
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        return _RangeSender(store, timeouts, pacer)
+        return _ChunkSender(store, timeouts, pacer)
 
     def receive(self, reception: Reception) -> Memory:
         delivery = reception.deliver()
@@ -43,7 +43,7 @@ class TcpTransport(Transport):
         return delivery.memory
 
 
-class _RangeSender(Sender):
+class _ChunkSender(Sender):
     def __init__(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__(store.manifest.nbytes)
         self._bytes = store.bytes
@@ -96,9 +96,9 @@ class _RangeSender(Sender):
         while not self._aborted.is_set():
             match channel.receive(Deadline(self._timeout)):
                 case Fetch(offset, length) as fetch:
-                    self.check(fetch)
-                    content = FileRange(self._descriptor, self._bytes, offset, length)
-                    channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
+                    with self.sending(fetch):
+                        content = FileRange(self._descriptor, self._bytes, offset, length)
+                        channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
 
 
 class _Pull:
