@@ -160,7 +160,7 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
 
 @contextlib.contextmanager
 def clinging_to(server: Loader) -> Iterator[None]:
-    """A client that asks on when its session is ended, and would keep the weights from being moved."""
+    """A client that stops within a message, does not go, and would keep the weights from being moved."""
     source = Endpoint.parse(server.address)
     (holding,) = inquire(source, 10).holdings
 
@@ -175,23 +175,18 @@ def clinging_to(server: Loader) -> Iterator[None]:
     with join(Manifest.decode(refusal.manifest).digest) as channel:
         assert isinstance(channel.receive(Deadline(10)), Accept)
 
-        def ask_for_ever() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    channel.socket.sendall(frame(AskDigests(0, 1)) * 100)
+        channel.socket.sendall(frame(AskDigests(0, 1)) + b"\x00\x00\x10\x00half a frame")
 
         def read() -> None:
             with contextlib.suppress(OSError):
                 while channel.socket.recv(1 << 16):
                     pass
 
-        threads = [threading.Thread(target=each, daemon=True) for each in (ask_for_ever, read)]
-        for thread in threads:
-            thread.start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         yield
         channel.shut_down()
-        for thread in threads:
-            thread.join()
+        reader.join()
 
 
 def test_when_a_server_dies_midway_the_next_one_or_the_disk_brings_the_rest(start: Load) -> None:
