@@ -427,7 +427,7 @@ def test_without_a_token_no_altered_frame_goes_unnoticed(stream: Stream, caplog:
         for at in range(1, said(stream), 5):
             fault = Fault(stream, at, flip(mask(random.Random(at))), connection=0)
             with source(fault, tensors=SMALL) as (first, _, _):
-                client, fetched = fetch(SMALL, TCP, first.endpoint, second.endpoint, timeouts=Timeouts(2.0, 1.0))
+                client, fetched = fetch(SMALL, TCP, first.endpoint, second.endpoint, timeouts=Timeouts(4.0, 1.0))
                 assert first.struck
             SMALL.assert_in(fetched.memory)
             fetched.memory.close()
