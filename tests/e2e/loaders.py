@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import torch
@@ -109,6 +109,10 @@ class VllmProcess:
         self.process.stdout.close()
 
 
+_IDLE: Final = 4
+"""Processes that are kept for the next load; most tests need no more."""
+
+
 class Pool:
     """Processes that are started when needed and kept for the next load; `python` runs them in `environment`."""
 
@@ -139,8 +143,15 @@ class Pool:
     def give_back(self, process: VllmProcess) -> None:
         if process.unanswered:  # a test that failed did not wait
             process.process.kill()
-        else:
+        elif len(self._idle) < _IDLE:
             self._idle.append(process)
+        else:
+            process.ask_no_more()
+
+    def end_idle(self) -> None:
+        """Makes room in memory: each of them has one to two gigabytes."""
+        while self._idle:
+            self._idle.pop().ask_no_more()
 
     def end(self) -> None:
         for process in self._all:

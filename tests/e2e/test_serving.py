@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from instance import Instance
-from loaders import two_free_ports
+from loaders import Pool, two_free_ports
 
 from vllm_ascend.model_loader.netloader.client import inquire
 from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
@@ -22,7 +22,8 @@ PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time,")
 
 
 @pytest.fixture
-def instances() -> Iterator[ExitStack]:
+def instances(pool: Pool) -> Iterator[ExitStack]:
+    pool.end_idle()
     with ExitStack() as stack:
         yield stack
 
