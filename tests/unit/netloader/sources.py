@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,3 +126,32 @@ def fetch(
     """Raises SourcesExhausted."""
     client = client_for(wanted, transports, **terms)
     return client, client.fetch(sources)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """The test's own timeout is the deadline."""
+    while not condition():
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
+    """Fetches in a thread, to be ended by calling what is given."""
+    results: list[Fetched | Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(client.fetch(sources))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+
+    def result() -> Fetched:
+        thread.join()
+        (outcome,) = results
+        assert isinstance(outcome, Fetched), outcome
+        return outcome
+
+    thread.start()
+    yield result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from netloader.clock import Clock
 
 from vllm_ascend.model_loader.netloader.admission import (
     LEAST_CAPACITY,
@@ -40,14 +41,6 @@ class Speed:
 
     def overall(self) -> float:
         return self.all_along
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

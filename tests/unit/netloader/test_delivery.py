@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from netloader.clock import Clock
 
 from vllm_ascend.model_loader.netloader import delivery as module
 from vllm_ascend.model_loader.netloader.arena import Arena
@@ -451,14 +452,6 @@ def test_in_whatever_order_bytes_arrive_all_are_there_and_right(
         received.assert_complete()
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def drip(least: LeastRate, clock: Clock, nbytes: int, seconds: float) -> None:
     for _ in range(int(seconds)):
         clock.now += 1.0
@@ -467,7 +460,7 @@ def drip(least: LeastRate, clock: Clock, nbytes: int, seconds: float) -> None:
 
 @pytest.mark.parametrize(("per_second", "is_left"), [(1, True), (99, True), (100, False), (10_000, False)])
 def test_a_source_that_drips_is_left_after_the_window(per_second: int, is_left: bool) -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     least = LeastRate(100, 30.0, clock=clock)
     drip(least, clock, per_second, 29)
     if is_left:
@@ -478,7 +471,7 @@ def test_a_source_that_drips_is_left_after_the_window(per_second: int, is_left: 
 
 
 def test_a_source_that_begins_to_drip_is_left_one_window_later_whatever_it_sent_before() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     least = LeastRate(100, 30.0, clock=clock)
     drip(least, clock, 1_000_000, 45)
     with pytest.raises(TooSlow):
@@ -487,7 +480,7 @@ def test_a_source_that_begins_to_drip_is_left_one_window_later_whatever_it_sent_
 
 
 def test_a_source_that_drips_is_kept_for_as_long_as_there_is_no_other_way() -> None:
-    clock, others = Clock(), list[str]()
+    clock, others = Clock(0.0), list[str]()
     least = LeastRate(100, 30.0, lambda: bool(others), clock)
     drip(least, clock, 1, 1000)
     others.append("another source")
@@ -496,12 +489,12 @@ def test_a_source_that_drips_is_kept_for_as_long_as_there_is_no_other_way() -> N
 
 
 def test_a_rate_of_zero_leaves_nobody() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     drip(LeastRate(0, 30.0, clock=clock), clock, 0, 1000)
 
 
 def test_a_delivery_that_is_too_slow_fails_where_its_bytes_arrive(receiving: Receive) -> None:
-    content, clock = content_of(2 * CHUNK), Clock()
+    content, clock = content_of(2 * CHUNK), Clock(0.0)
     received = receiving(content)
     with received.delivery(digests_of(content), LeastRate(100, 30.0, clock=clock)) as delivery:
         arrival = delivery.begin(next_chunk(delivery))

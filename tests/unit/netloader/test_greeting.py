@@ -19,6 +19,7 @@ from typing import Self
 
 import pytest
 from netloader.certificates import Authority
+from netloader.clock import Clock
 from netloader.sources import IDENTITY, SHORT, SMALL, fetch, serving
 
 from vllm_ascend.model_loader.netloader import greeting, peer_log
@@ -595,16 +596,6 @@ def test_under_tls_what_is_altered_on_the_way_is_noticed(certified: Certified) -
             channel.send(Inquire(), SHORT.connect)
             with pytest.raises(ProtocolError, match=r"(?i)bad.record.mac"):
                 channel.receive(Deadline(PATIENCE))
-
-
-class Clock:
-    """Stands still until somebody passes time."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @contextlib.contextmanager

@@ -3,18 +3,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from netloader.clock import Clock
 
 from vllm_ascend.model_loader.netloader.peer_log import INTERVAL, LINES_OF_A_HOST, LINES_OF_ALL, WORDS, PeerLog
 
 ONE, OTHER = "10.0.0.2", "10.0.0.3"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from netloader.hostile.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
-from netloader.sources import IDENTITY, Tensors, client_for, fetch, serving
+from netloader.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving, until
 
 from vllm_ascend.model_loader.netloader import client_session, delivery, digests
 from vllm_ascend.model_loader.netloader.access import Access
@@ -48,12 +48,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
 
 
-def until(condition: Callable[[], object]) -> None:
-    """The test's own timeout is the deadline."""
-    while not condition():
-        time.sleep(0.01)
-
-
 def take_everything(source: Endpoint) -> bytes:
     """A stranger's session, in which it has fetched every byte."""
     _, fetched = fetch(WEIGHTS, TCP, source)
@@ -78,29 +72,6 @@ def turn_taken(source: Endpoint) -> Iterator[Intruder]:
     with Intruder(source).greet() as line:
         line.accepted(tensors=WEIGHTS)
         yield line
-
-
-@contextlib.contextmanager
-def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
-    """Fetches in a thread, to be ended by calling what is given."""
-    results: list[Fetched | Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(client.fetch(sources))
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-
-    def result() -> Fetched:
-        thread.join()
-        (outcome,) = results
-        assert isinstance(outcome, Fetched), outcome
-        return outcome
-
-    thread.start()
-    yield result
 
 
 def fetched_past(stranger: Endpoint, server: WeightServer, source: Endpoint, **terms: object) -> tuple[Client, Fetched]:

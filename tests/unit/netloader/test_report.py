@@ -11,21 +11,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from netloader.clock import Clock
 
 from vllm_ascend.model_loader.netloader.report import Attempt, LoadReport, Phases, write_whole
-
-
-class Clock:
-    """Stands still until somebody passes time."""
-
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def passes(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def test_a_phase_takes_the_time_it_runs() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from netloader.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
+from netloader.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving, until
 
 from vllm_ascend.model_loader.netloader import delivery, digests
 from vllm_ascend.model_loader.netloader.access import Access
@@ -313,35 +311,6 @@ def busy() -> Iterator[tuple[Endpoint, Channel]]:
     """A server whose only turn is taken until the channel is closed."""
     with serving(EIGHT, MEMORY, timeouts=PATIENT, max_clients=1) as (_, source), turn_taken(source) as (held, _):
         yield source, held
-
-
-def until(condition: Callable[[], object]) -> None:
-    """The test's own timeout is the deadline."""
-    while not condition():
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
-    """Fetches in a thread, to be ended by calling what is given."""
-    results: list[Fetched | Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(client.fetch(sources))
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-
-    def result() -> Fetched:
-        thread.join()
-        (outcome,) = results
-        assert isinstance(outcome, Fetched), outcome
-        return outcome
-
-    thread.start()
-    yield result
 
 
 def test_another_source_is_asked_while_one_is_busy() -> None:

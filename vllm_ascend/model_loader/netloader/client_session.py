@@ -52,7 +52,6 @@ from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.route import Candidate
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.verification import (
-    LEAST_DIGEST_RATE,
     Evidence,
     not_ended,
     obtain,
@@ -65,6 +64,10 @@ logger = logging.getLogger(__name__)
 
 SHOWN_DIFFERENCES: Final = 8
 """Differing tensors named in a message; the rest is counted."""
+LEAST_DIGEST_RATE: Final = 100 << 20
+"""Bytes per second that a source digests at the very least, with the little time that inference leaves it. Whoever is
+named as a replica has made its digests.
+"""
 _EXPLANATION_SECONDS: Final = 1.0
 
 
@@ -256,9 +259,16 @@ class Session:
 
     def _evidence(self, control: Channel, accept: Accept) -> Evidence:
         try:
-            count, manifest, timeouts = len(self._inventory.chunks), self._terms.request.manifest, self._terms.timeouts
+            manifest, timeouts = self._terms.request.manifest, self._terms.timeouts
             making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
-            evidence = obtain(control, accept, manifest, count, Timeouts(timeouts.connect, timeouts.stall + making))
+            evidence = obtain(
+                control,
+                accept,
+                manifest,
+                count=len(self._inventory.chunks),
+                send_timeout=timeouts.connect,
+                deadline=Deadline(timeouts.stall + making),
+            )
             require_promised(evidence, self.candidate)
         except SourceRefused as refusal:
             self._leave(refusal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.delivery import Chunk
@@ -14,12 +13,6 @@ from vllm_ascend.model_loader.netloader.manifest import Manifest, chunks
 from vllm_ascend.model_loader.netloader.memory import Memory
 from vllm_ascend.model_loader.netloader.protocol import DIGESTS_LIMIT, Accept, AskDigests, Digests, End, Message
 from vllm_ascend.model_loader.netloader.route import Candidate
-from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-
-LEAST_DIGEST_RATE: Final = 100 << 20
-"""Bytes per second that a source digests at the very least, with the little time that inference leaves it. Whoever is
-named as a replica has made its digests.
-"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +23,10 @@ class Evidence:
     root: str
 
 
-def obtain(control: Channel, accept: Accept, manifest: Manifest, count: int, timeouts: Timeouts) -> Evidence:
-    """Asks the source for the digests of its `count` chunks, all of them within the timeout of a stall.
+def obtain(
+    control: Channel, accept: Accept, manifest: Manifest, *, count: int, send_timeout: float, deadline: Deadline
+) -> Evidence:
+    """Asks the source for the digests of its `count` chunks, which all have to be there by `deadline`.
 
     Raises SourceRefused where it has none of the kind that is wanted, ProtocolError where it fails.
     """
@@ -39,9 +34,8 @@ def obtain(control: Channel, accept: Accept, manifest: Manifest, count: int, tim
         kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
         raise SourceRefused(f'{one_line(kind)}, and VERIFY is "on" here')
     digests: list[bytes] = []
-    deadline = Deadline(timeouts.stall)
     for first, number in chunks(count, DIGESTS_LIMIT):
-        control.send(AskDigests(first, number), timeouts.connect)
+        control.send(AskDigests(first, number), send_timeout)
         answer = not_ended(control.receive(deadline))
         assert isinstance(answer, Digests)
         if len(answer.digests) != number or any(len(digest) != DIGEST_BYTES for digest in answer.digests):
