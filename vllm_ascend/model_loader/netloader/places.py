@@ -31,14 +31,21 @@ class Turn:
 
 
 class Places:
-    """`told` hears what a source says to those who wait; `wanted` decides on a turn in the moment that it comes.
+    """`told` hears what a source says to those who wait; `wanted` decides on a turn in the moment that it comes, and
+    `came` hears of one that can be taken now.
 
     Use it with `with`, which gives up all places in the end.
     """
 
-    def __init__(self, told: Callable[[Session, Wait], None], wanted: Callable[[Session], bool]) -> None:
+    def __init__(
+        self,
+        told: Callable[[Session, Wait], None],
+        wanted: Callable[[Session], bool],
+        came: Callable[[Session], None],
+    ) -> None:
         self._told = told
         self._wanted = wanted
+        self._came = came
         self._changed = threading.Condition()
         self._kept: dict[Session, threading.Thread] = {}
         self._turns: deque[Turn] = deque()
@@ -114,3 +121,5 @@ class Places:
             self._changed.notify_all()
         if not is_wanted:
             session.close()
+        elif failure is None and not is_given_up:
+            self._came(session)  # not before it can be taken: whoever is woken by it looks for it

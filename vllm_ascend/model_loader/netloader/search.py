@@ -76,7 +76,7 @@ class Search:
         self._route = Route(sources, slow_at_last=not terms.disk_remains)
         self._inventory = Inventory(terms.request.manifest.nbytes)
         self._other_transports: list[tuple[Candidate, list[Transport]]] = []
-        self._places = Places(self._note_wait, self._wants_turn)
+        self._places = Places(self._note_wait, self._wants_turn, self._make_way)
         self._pauses = backoff.pauses()
         self._lock = threading.Lock()
         self._current: Session | None = None
@@ -218,13 +218,20 @@ class Search:
         """Whether a turn that has come is of use: not while a source of equal trust delivers. From another thread."""
         with self._lock:
             current = self._current
-        if current is None or current is session:
+        if current is None or self._gives_way(current):
             return True
-        if current.accepted and not current.candidate.is_replica:
-            self._route.postponed(session.candidate)
-            return False
-        current.break_off(_PATIENCE)
-        return True
+        self._route.postponed(session.candidate)
+        return False
+
+    def _make_way(self, session: Session) -> None:
+        """Ends what is worth less than the turn of `session`. From another thread."""
+        with self._lock:
+            current = self._current
+        if current is not None and current is not session and self._gives_way(current):
+            current.break_off(_PATIENCE)
+
+    def _gives_way(self, current: Session) -> bool:
+        return current.candidate.is_replica or not current.accepted
 
     def _may_be_left(self) -> bool:
         """Whether there is another way to the weights than the source that is being asked."""
