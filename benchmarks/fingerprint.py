@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_ascend.model_loader.netloader.fingerprint import checkpoint_fingerprint, files_in
+from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint_fingerprint, files_in
 
 GIGABYTE = 1e9
 FILES = 20

@@ -49,19 +49,19 @@ from typing import Any, Self
 
 from weight_phase import GIGABYTE, condition_memory
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client
-from vllm_ascend.model_loader.netloader.client_session import Terms
-from vllm_ascend.model_loader.netloader.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.session import Terms
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
-from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server_session import Publication
+from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
+from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport import Timeouts
+from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
-from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 HOST = "127.0.0.1"
 MEGABYTE = 10**6

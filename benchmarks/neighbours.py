@@ -57,18 +57,18 @@ from demo import progress
 from fetch_model import fetch_model
 from instance import Instance
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.channel import Deadline
-from vllm_ascend.model_loader.netloader.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client_session import Terms
+from vllm_ascend.model_loader.netloader.client.client import Client, inquire
+from vllm_ascend.model_loader.netloader.client.session import Terms
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.greeting import greet
-from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.model.tensors import Request
 from vllm_ascend.model_loader.netloader.transport import Timeouts
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
-from vllm_ascend.model_loader.netloader.weights import Request
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.channel import Deadline
+from vllm_ascend.model_loader.netloader.wire.greeting import greet
+from vllm_ascend.model_loader.netloader.wire.protocol import Join, Offer, Refuse
 
 IDLE = "idle"
 PROMPT = "Once upon a time,"

@@ -60,12 +60,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from soak import make_certificate
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.digests import BLAKE3, PIECE_BYTES, start
-from vllm_ascend.model_loader.netloader.manifest import chunks
-from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, PIECE_BYTES, start
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.manifest import chunks
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 OFF = "off"
 MEMCPY = "memcpy"

@@ -60,16 +60,21 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
-from vllm_ascend.model_loader.netloader.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.client.client import Client, inquire
+from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.manifest import Manifest, TensorSpec, chunks
-from vllm_ascend.model_loader.netloader.protocol import (
+from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
+from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import (
     AskDigests,
     Done,
     Fetch,
@@ -80,11 +85,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Offer,
     frame,
 )
-from vllm_ascend.model_loader.netloader.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server_session import Publication
-from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
-from vllm_ascend.model_loader.netloader.weights import Request, WeightStore
 
 HOST: Final = "127.0.0.1"
 STRANGERS_HOST: Final = "127.0.0.2"

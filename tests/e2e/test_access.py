@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from loaders import Load
-from netloader.certificates import Authority
+from support.certificates import Authority
 
 from vllm_ascend.model_loader.netloader import cli
 

@@ -16,9 +16,9 @@ from hub import Hub
 from loaders import Load, Loader, two_free_ports
 from safetensors.torch import load_file
 
-from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.identity import ModelIdentity
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 
 ONLY_FROM_A_SOURCE = {"FALLBACK": "error", "TRANSPORT": ["tcp"]}
 

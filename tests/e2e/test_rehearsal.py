@@ -20,10 +20,10 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
+from vllm_ascend.model_loader.netloader.engine.rehearsal import rehearse
+from vllm_ascend.model_loader.netloader.engine.reloadable import require_reloadable
+from vllm_ascend.model_loader.netloader.engine.takeover import take_over
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
-from vllm_ascend.model_loader.netloader.rehearsal import rehearse
-from vllm_ascend.model_loader.netloader.reloadable import require_reloadable
-from vllm_ascend.model_loader.netloader.takeover import take_over
 
 SIZE = 8
 CONFIG: Any = types.SimpleNamespace(dtype=torch.float32)

@@ -10,13 +10,13 @@ import checkpoints
 import pytest
 from loaders import Load, generation
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.channel import Deadline
-from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.greeting import greet
-from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import Accept, End, Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.channel import Deadline
+from vllm_ascend.model_loader.netloader.wire.greeting import greet
+from vllm_ascend.model_loader.netloader.wire.protocol import Accept, End, Join, Offer, Refuse
 
 PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 

@@ -13,9 +13,9 @@ import pytest
 from instance import Instance
 from loaders import Pool, two_free_ports
 
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time,")

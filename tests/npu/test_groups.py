@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from netloader.hostile.strangers import Intruder, netloader_threads, wait_until
-from netloader.sources import IDENTITY, SMALL, Tensors, fetch, serving
+from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
+from support.strangers import Intruder, netloader_threads, wait_until
 
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import Accept, Gather, Join, Offer, Publish
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.protocol import Accept, Gather, Join, Offer, Publish
 
 pytestmark = pytest.mark.timeout(120)
 

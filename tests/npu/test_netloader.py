@@ -15,16 +15,16 @@ import torch
 from fetch_model import fetch_model
 from loaders import Load, Loader, Pool, generation, two_free_ports
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.greeting import greet
-from vllm_ascend.model_loader.netloader.manifest import Manifest
-from vllm_ascend.model_loader.netloader.protocol import Accept, AskDigests, Join, Offer, Refuse, frame
-from vllm_ascend.model_loader.netloader.weights import LiveWeights
+from vllm_ascend.model_loader.netloader.model.tensors import LiveWeights
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.greeting import greet
+from vllm_ascend.model_loader.netloader.wire.protocol import Accept, AskDigests, Join, Offer, Refuse, frame
 
 CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
 """Of the environment below this one, which has no torch-npu: vLLM's CPU platform."""

@@ -10,11 +10,11 @@ import sys
 
 import msgspec
 
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.protocol import Holding, Status
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import Holding, Status
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,15 +23,21 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.network_utils import get_ip
 
 from vllm_ascend.distributed.gather import gather
-from vllm_ascend.model_loader.netloader import attributes, serving
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client
-from vllm_ascend.model_loader.netloader.client_session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
+from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.digests import BLAKE3
-from vllm_ascend.model_loader.netloader.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here
+from vllm_ascend.model_loader.netloader.engine.vllm_identity import (
+    as_read,
+    global_rank,
+    model_identity,
+    rank_coordinates,
+    require_checkpoint,
+    role_of,
+)
+from vllm_ascend.model_loader.netloader.engine.weight_changes import watch_workers
 from vllm_ascend.model_loader.netloader.errors import (
     CheckpointChanged,
     ConfigError,
@@ -40,29 +46,24 @@ from vllm_ascend.model_loader.netloader.errors import (
     UnsupportedModel,
 )
 from vllm_ascend.model_loader.netloader.files import require_writable
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.live import LiveMemory
-from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.reading import Reading
-from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
-from vllm_ascend.model_loader.netloader.server import Peer, WeightServer
-from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
-from vllm_ascend.model_loader.netloader.vllm_identity import (
-    as_read,
-    global_rank,
-    model_identity,
-    rank_coordinates,
-    require_checkpoint,
-    role_of,
-)
-from vllm_ascend.model_loader.netloader.weight_changes import watch_workers
-from vllm_ascend.model_loader.netloader.weights import (
+from vllm_ascend.model_loader.netloader.model import attributes
+from vllm_ascend.model_loader.netloader.model.tensors import (
     LiveWeights,
     ModelWeights,
     Request,
     changed_tensors,
     current_tensors,
 )
+from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
+from vllm_ascend.model_loader.netloader.server import serving
+from vllm_ascend.model_loader.netloader.server.server import Peer, WeightServer
+from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.live import LiveMemory
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 logger = logging.getLogger(__name__)
 

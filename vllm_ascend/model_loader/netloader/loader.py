@@ -19,15 +19,15 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from vllm_ascend.model_loader.netloader import attributes
-from vllm_ascend.model_loader.netloader.adapters import remove_passing_head
+from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.disk import DiskLoader
+from vllm_ascend.model_loader.netloader.engine.adapters import remove_passing_head
+from vllm_ascend.model_loader.netloader.engine.disk import DiskLoader
+from vllm_ascend.model_loader.netloader.engine.rehearsal import rehearse
+from vllm_ascend.model_loader.netloader.engine.reload import all_or_none, hand_over, scratch_model
+from vllm_ascend.model_loader.netloader.engine.reloadable import require_reloadable
 from vllm_ascend.model_loader.netloader.load import Load
-from vllm_ascend.model_loader.netloader.reading import Reading
-from vllm_ascend.model_loader.netloader.rehearsal import rehearse
-from vllm_ascend.model_loader.netloader.reload import all_or_none, hand_over, scratch_model
-from vllm_ascend.model_loader.netloader.reloadable import require_reloadable
+from vllm_ascend.model_loader.netloader.model import attributes
 
 _in_use: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 """Models whose parameters are post-processed: they can only be reloaded."""

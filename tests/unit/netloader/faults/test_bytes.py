@@ -10,18 +10,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from netloader.sources import Tensors, client_for, fetch, serving
+from support.sources import Tensors, client_for, fetch, serving
 
-from vllm_ascend.model_loader.netloader import delivery, digests
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.arena import Arena
-from vllm_ascend.model_loader.netloader.client import Client
-from vllm_ascend.model_loader.netloader.client_session import Fetched
-from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Chunk
+from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.manifest import TensorSpec, chunks
-from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport import delivery, digests
+from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
+from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.manifest import TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 pytestmark = pytest.mark.timeout(120)
 

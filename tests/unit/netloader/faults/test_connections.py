@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from netloader.faults.proxy import (
+from support.proxy import (
     Effect,
     Fault,
     Proxy,
@@ -29,21 +29,21 @@ from netloader.faults.proxy import (
     silence,
     silence_all,
 )
-from netloader.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
+from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
 
-from vllm_ascend.model_loader.netloader import client_session, delivery, digests
-from vllm_ascend.model_loader.netloader.access import CHALLENGE_BYTES, Access
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.client import session as client_session
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import Attach, Challenge, Hello, Prove, Welcome, frame
-from vllm_ascend.model_loader.netloader.server import WeightServer
-from vllm_ascend.model_loader.netloader.server_session import Publication
-from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.transport import delivery, digests, transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.access import CHALLENGE_BYTES, Access
+from vllm_ascend.model_loader.netloader.wire.protocol import Attach, Challenge, Hello, Prove, Welcome, frame
 
 pytestmark = pytest.mark.timeout(120)
 

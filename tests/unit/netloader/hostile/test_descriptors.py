@@ -11,16 +11,16 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from netloader.hostile.strangers import Intruder, is_idle, many_hosts, wait_until
-from netloader.sources import SMALL, fetch, serving
+from support.sources import SMALL, fetch, serving
+from support.strangers import Intruder, is_idle, many_hosts, wait_until
 
-from vllm_ascend.model_loader.netloader import acceptor, descriptors
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Attach
+from vllm_ascend.model_loader.netloader.server import acceptor, descriptors
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import Attach
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from netloader.certificates import Authority
-from netloader.hostile.strangers import Intruder, is_idle, wait_until
-from netloader.sources import IDENTITY, Tensors, fetch, serving
+from support.certificates import Authority
+from support.sources import IDENTITY, Tensors, fetch, serving
+from support.strangers import Intruder, is_idle, wait_until
 
-from vllm_ascend.model_loader.netloader import server_session
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.protocol import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
-from vllm_ascend.model_loader.netloader.server import WeightServer
+from vllm_ascend.model_loader.netloader.server import session as server_session
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport import base, transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
 
 pytestmark = pytest.mark.timeout(60)
 

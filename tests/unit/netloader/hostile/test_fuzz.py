@@ -19,8 +19,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from netloader.certificates import Authority
-from netloader.hostile.strangers import (
+from support.certificates import Authority
+from support.sources import SMALL, Tensors, client_for, fetch, serving
+from support.strangers import (
     GARBAGE,
     LIMITS,
     SAID_BY,
@@ -44,17 +45,19 @@ from netloader.hostile.strangers import (
     tag,
     wait_until,
 )
-from netloader.sources import SMALL, Tensors, client_for, fetch, serving
 
-from vllm_ascend.model_loader.netloader import client_session
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import BLAKE3, CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.client import session as client_session
+from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceError, SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import Difference
-from vllm_ascend.model_loader.netloader.protocol import (
+from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.weights.identity import Difference
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.protocol import (
     DIFFERENCES_LIMIT,
     REFERRALS_LIMIT,
     REPLY_LIMIT,
@@ -75,9 +78,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Wait,
     Welcome,
 )
-from vllm_ascend.model_loader.netloader.route import REFERRALS_FOLLOWED, TRIES
-from vllm_ascend.model_loader.netloader.transport import transports
-from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 
 KEY = bytes(range(32))
 TOKEN = b"a token of thirty-two bytes long"

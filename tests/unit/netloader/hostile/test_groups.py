@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netloader.hostile.strangers import (
+from netloader.hostile.test_fuzz import accepting, assert_orderly, outlives
+from support.sources import SMALL, fetch, serving
+from support.strangers import (
     Act,
     Corpus,
     Impostor,
@@ -36,15 +38,16 @@ from netloader.hostile.strangers import (
     silent,
     wait_until,
 )
-from netloader.hostile.test_fuzz import accepting, assert_orderly, outlives
-from netloader.sources import SMALL, fetch, serving
 
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
-from vllm_ascend.model_loader.netloader import client_session
-from vllm_ascend.model_loader.netloader.channel import Channel
+from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.protocol import (
+from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.process_group import _Exchange
+from vllm_ascend.model_loader.netloader.wire.channel import Channel
+from vllm_ascend.model_loader.netloader.wire.protocol import (
     PUBLISH_LIMIT,
     End,
     Fetch,
@@ -57,9 +60,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     State,
     frame,
 )
-from vllm_ascend.model_loader.netloader.transport import transports
-from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.process_group import _Exchange
 
 GROUP = transports(["process_group"])
 BRIEF = Timeouts(connect=20.0, stall=0.3)

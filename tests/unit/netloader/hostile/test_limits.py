@@ -18,19 +18,20 @@ from typing import Self
 
 import msgspec
 import pytest
-from netloader.hostile.process import model
-from netloader.hostile.strangers import Intruder, is_idle, wait_until
-from netloader.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
+import support
+from support.process import model
+from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
+from support.strangers import Intruder, is_idle, wait_until
 
-from vllm_ascend.model_loader.netloader.delivery import Chunk
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Fetch, Join
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Join
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -139,7 +140,7 @@ class Process:
 
     def __init__(self, role: str, **options: object) -> None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        script = str(Path(__file__).with_name("process.py"))
+        script = str(Path(support.__file__).with_name("process.py"))
         self._popen = subprocess.Popen(
             [sys.executable, script, role, *arguments],
             stdin=subprocess.PIPE,

@@ -16,7 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from netloader.hostile.strangers import (
+from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
+from support.strangers import (
     GARBAGE,
     LIMITS,
     SESSION,
@@ -26,18 +27,25 @@ from netloader.hostile.strangers import (
     many_hosts,
     wait_until,
 )
-from netloader.sources import IDENTITY, SMALL, Tensors, fetch, serving
 
-from vllm_ascend.model_loader.netloader import acceptor, peer_log, server_session
-from vllm_ascend.model_loader.netloader import waiting as waiting_room
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.client import inquire
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import (
+from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
+from vllm_ascend.model_loader.netloader.server import acceptor, peer_log
+from vllm_ascend.model_loader.netloader.server import session as server_session
+from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
+from vllm_ascend.model_loader.netloader.server.server import MAX_INQUIRIES
+from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.transport import base, transports
+from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.transport.tcp import MAX_CONNECTIONS as MAX_DATA_CONNECTIONS
+from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import (
     DIGESTS_LIMIT,
     FETCH_LIMIT,
     PROTOCOL_VERSION,
@@ -55,13 +63,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Prove,
     Role,
 )
-from vllm_ascend.model_loader.netloader.server import MAX_INQUIRIES
-from vllm_ascend.model_loader.netloader.server_session import Publication
-from vllm_ascend.model_loader.netloader.transport import base, transports
-from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
-from vllm_ascend.model_loader.netloader.transport.tcp import MAX_CONNECTIONS as MAX_DATA_CONNECTIONS
-from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
-from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 pytestmark = pytest.mark.timeout(100)
 

@@ -13,21 +13,21 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from netloader.certificates import Authority
-from netloader.hostile.strangers import Intruder, is_idle, many_hosts, netloader_threads, wait_until
-from netloader.sources import IDENTITY, SMALL, Tensors, fetch, serving
+from support.certificates import Authority
+from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
+from support.strangers import Intruder, is_idle, many_hosts, netloader_threads, wait_until
 
-from vllm_ascend.model_loader.netloader import waiting
-from vllm_ascend.model_loader.netloader.access import Access
-from vllm_ascend.model_loader.netloader.client import inquire
+from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.protocol import AskDigests, Join, Offer
-from vllm_ascend.model_loader.netloader.server import WeightServer
-from vllm_ascend.model_loader.netloader.server_session import Publication
+from vllm_ascend.model_loader.netloader.server import waiting
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport import base, transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import AskDigests, Join, Offer
 
 pytestmark = pytest.mark.timeout(60)
 

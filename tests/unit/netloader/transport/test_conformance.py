@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from netloader.sources import SHORT, SMALL, Tensors, fetch, serving
+from support.sources import SHORT, SMALL, Tensors, fetch, serving
 
 from vllm_ascend.distributed.process_group import BACKENDS
-from vllm_ascend.model_loader.netloader.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Fetch, Hello, frame
 from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.memory import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Hello, frame
 
 CPU = torch.device("cpu")
 

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
-from vllm_ascend.model_loader.netloader import digests
-from vllm_ascend.model_loader.netloader.channel import Channel
-from vllm_ascend.model_loader.netloader.delivery import TRIES_PER_CHUNK, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Fetch, Offer
-from vllm_ascend.model_loader.netloader.weights import WeightStore
+from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
+from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Delivery
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.channel import Channel
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Offer
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ import torch
 from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline
-from vllm_ascend.model_loader.netloader.delivery import Arrival, Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.memory import Memory, own_stream
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import (
+from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
+from vllm_ascend.model_loader.netloader.weights.memory import Memory, own_stream
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import (
     KEY_LIMIT,
     PUBLISH_LIMIT,
     End,
@@ -40,8 +42,6 @@ from vllm_ascend.model_loader.netloader.protocol import (
     Offer,
     Publish,
 )
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.weights import WeightStore
 
 IN_FLIGHT: Final = 4
 

@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.channel import Channel, ConnectionLost, Deadline, FileRange
-from vllm_ascend.model_loader.netloader.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.memory import Memory
-from vllm_ascend.model_loader.netloader.pacing import Pacer
-from vllm_ascend.model_loader.netloader.protocol import Attach, Fetch, Refuse
+from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.weights import WeightStore
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.protocol import Attach, Fetch, Refuse
 
 CONNECTIONS: Final = min(4, os.cpu_count() or 1)
 MAX_CONNECTIONS: Final = 32

@@ -1,0 +1,157 @@
+"""Small models, stores and servers that the tests of server, client and transports share."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
+from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.live import LiveMemory
+from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Manifest
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.access import Access
+
+SHORT = Timeouts(connect=5.0, stall=5.0)
+
+IDENTITY = ModelIdentity(
+    name="org/model",
+    architecture="LlamaForCausalLM",
+    config_digest="c0ffee",
+    dtype="bfloat16",
+    fingerprint="f00d",
+    versions={"vllm": "0.32.0"},
+)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors with deterministic contents; served from and fetched into an arena, or with devices, live there."""
+
+    by_name: dict[str, torch.Tensor]
+    served_on: torch.device | None = None
+    wanted_on: torch.device | None = None
+
+    @classmethod
+    def of_shapes(cls, *shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        return cls({f"w{n}": torch.randn(*shape, generator=generator).to(dtype) for n, shape in enumerate(shapes)})
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.layout(self.by_name.items())
+
+    def store(self, generation: int = 1, *, verify: bool = True) -> WeightStore:
+        """A store of these contents that can be served; the caller or a server closes it."""
+        memory = self._memory(self.manifest, self.served_on)
+        for spec in self.manifest.tensors:
+            memory.tensor(spec).copy_(self.by_name[spec.name])
+        memory.seal()
+        digests = StoreDigests(memory.reader()) if verify else None
+        return WeightStore(self.manifest, memory, generation, digests=digests)
+
+    def allocate(self, manifest: Manifest) -> Memory:
+        """What a client fills."""
+        return self._memory(manifest, self.wanted_on)
+
+    @staticmethod
+    def _memory(manifest: Manifest, device: torch.device | None) -> Memory:
+        if device is None:
+            return Arena.create(manifest.nbytes)
+        empty = {
+            spec.name: torch.empty_strided(spec.shape, spec.strides, dtype=DTYPES[spec.dtype], device=device)
+            for spec in manifest.tensors
+        }
+        return LiveMemory(manifest, empty, device)
+
+    def request(self, identity: ModelIdentity = IDENTITY, coordinates: RankCoordinates | None = None) -> Request:
+        return Request(identity, coordinates or RankCoordinates(), self.manifest)
+
+    def assert_in(self, memory: Memory) -> None:
+        for spec in self.manifest.tensors:
+            assert torch.equal(memory.tensor(spec).cpu(), self.by_name[spec.name]), spec.name
+
+
+SMALL = Tensors.of_shapes((16, 8), (5,), (33, 7))
+
+
+@contextlib.contextmanager
+def serving(
+    tensors: Tensors,
+    transports: Sequence[Transport],
+    *,
+    identity: ModelIdentity = IDENTITY,
+    coordinates: RankCoordinates | None = None,
+    timeouts: Timeouts = SHORT,
+    host: str = "127.0.0.1",
+    access: Access | None = None,
+    verify: bool = True,
+    **settings: Any,
+) -> Iterator[tuple[WeightServer, Endpoint]]:
+    """A server on a real socket that holds `tensors`; `settings` are further ones of `Settings`."""
+    access = access or Access()
+    with WeightServer(host, 0, Settings(transports, timeouts, access, **settings)) as server:
+        store = tensors.store(verify=verify)
+        server.publish(Publication(identity, coordinates or RankCoordinates(), store))
+        yield server, Endpoint(host, server.port)
+
+
+def client_for(
+    wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **terms: Any
+) -> Client:
+    """A client that does not pause between tries; `terms` are further ones of `Terms`."""
+    request = wanted.request() if isinstance(wanted, Tensors) else wanted
+    if isinstance(wanted, Tensors):
+        terms.setdefault("allocate", wanted.allocate)
+    return Client(Terms(request, timeouts, **terms), transports, pause=lambda _: None)
+
+
+def fetch(
+    wanted: Tensors | Request, transports: Sequence[Transport], *sources: Endpoint, **terms: Any
+) -> tuple[Client, Fetched]:
+    """Raises SourcesExhausted."""
+    client = client_for(wanted, transports, **terms)
+    return client, client.fetch(sources)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """The test's own timeout is the deadline."""
+    while not condition():
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
+    """Fetches in a thread, to be ended by calling what is given."""
+    results: list[Fetched | Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(client.fetch(sources))
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+
+    def result() -> Fetched:
+        thread.join()
+        (outcome,) = results
+        assert isinstance(outcome, Fetched), outcome
+        return outcome
+
+    thread.start()
+    yield result

@@ -1,0 +1,71 @@
+"""What a client verifies a session's bytes by: the digests of the source's chunks, and the root over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_ascend.model_loader.netloader.client.route import Candidate
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused, one_line
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.protocol import DIGESTS_LIMIT, Accept, AskDigests, Digests, End, Message
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The digests of all chunks in order, and the root digest."""
+
+    digests: tuple[bytes, ...]
+    root: str
+
+
+def obtain(
+    control: Channel, accept: Accept, manifest: Manifest, *, count: int, send_timeout: float, deadline: Deadline
+) -> Evidence:
+    """Asks the source for the digests of its `count` chunks, which all have to be there by `deadline`.
+
+    Raises SourceRefused where it has none of the kind that is wanted, ProtocolError where it fails.
+    """
+    if accept.digest != BLAKE3:
+        kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
+        raise SourceRefused(f'{one_line(kind)}, and VERIFY is "on" here')
+    digests: list[bytes] = []
+    for first, number in chunks(count, DIGESTS_LIMIT):
+        control.send(AskDigests(first, number), send_timeout)
+        answer = not_ended(control.receive(deadline))
+        assert isinstance(answer, Digests)
+        if len(answer.digests) != number or any(len(digest) != DIGEST_BYTES for digest in answer.digests):
+            raise ProtocolError(
+                f"the source sent {len(answer.digests)} digests: expected {number} of {DIGEST_BYTES} bytes each"
+            )
+        digests += answer.digests
+    return Evidence(tuple(digests), root_of(manifest.digest, accept.attributes, digests))
+
+
+def require_promised(evidence: Evidence, candidate: Candidate) -> None:
+    """Raises SourceRefused where a replica holds something else than its referrer has promised."""
+    promised = candidate.contents
+    if promised is not None and promised.root != evidence.root:
+        raise SourceRefused(
+            f"it holds other contents than those for which {candidate.referrer} named it: its root digest is "
+            f"{evidence.root[:16]}..., expected {promised.root[:16]}..."
+        )
+
+
+def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
+    """Reads memory that somebody else has filled. Raises ProtocolError where it is not what the digests say."""
+    data = memory.contents()
+    for chunk in parts:
+        if digest_of(data[chunk.offset : chunk.offset + chunk.length]) != evidence.digests[chunk.number]:
+            raise ProtocolError(f"chunk {chunk.number} of the memory that it shares is not the one of its digest")
+
+
+def not_ended(message: Message) -> Message:
+    """`message`, unless the source ends the session by it. Raises ProtocolError with the source's reason."""
+    if isinstance(message, End):
+        raise ProtocolError(f"it ended the session: {one_line(message.reason)}")
+    return message

@@ -1,0 +1,120 @@
+"""The disk: vLLM's own loader, and which files it reads.
+
+The loader chooses them: by the formats that it finds, by patterns of the model, by an index beside the files; and a
+model may name further repositories. So it is asked for its choice, in advance of what is on this host, and is watched
+while it loads, when it may have downloaded what was not. What a model reads by itself meanwhile is noticed too.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from vllm import envs
+from vllm.config import ModelConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import (
+    File,
+    checkpoint_fingerprint,
+    files_in,
+    require_complete,
+    where_they_are,
+)
+from vllm_ascend.model_loader.netloader.checkpoint.opened import files_opened
+from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
+from vllm_ascend.model_loader.netloader.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+
+class _Loader(DefaultModelLoader):
+    """vLLM's loader of checkpoints, whatever the load format of the instance."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        load_config = copy.copy(load_config)
+        load_config.load_format = "auto"
+        load_config.model_loader_extra_config = {}
+        super().__init__(load_config)
+
+
+class DiskLoader(_Loader):
+    """Loads; `reading` is what it has read."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.reading = Reading()
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
+        folder, paths, *others = super()._prepare_weights(*args, **kwargs)
+        return *self.reading.begin(folder, paths), *others
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        with files_opened() as opened:
+            super().load_weights(model, model_config)
+        self.reading.note(opened)
+
+
+def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> str:
+    """Of the files that a load of `model` would read; empty unless all are on this host. Asks no hub."""
+    preview = _Preview(load_config)
+    try:
+        for _ in preview.get_all_weights(model_config, model):
+            raise AssertionError("a preview reads nothing")
+        return checkpoint_fingerprint(preview.files)
+    except _NotHere:
+        return ""
+    except Exception as error:  # of vLLM's code on files of any kind; a source may still have the weights
+        logger.warning(
+            "the checkpoint of %s cannot be fingerprinted, so names decide: weights of other contents would be taken "
+            "from a source that knows them by the same name, and the same weights by another name are refused: %s",
+            model_config.model,
+            one_line(f"{type(error).__name__}: {error}"),
+        )
+        return ""
+
+
+class _NotHere(Exception):
+    """The loader would have to download."""
+
+
+class _Preview(_Loader):
+    """Finds what a load would read, and reads nothing."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self.files: list[File] = []
+
+    def _get_weights_iterator(self, source: Any) -> Iterator[Any]:
+        folder = _folder_here(source.model_or_path, source.revision, self.load_config.download_dir)
+        patterns = source.allow_patterns_overrides
+        try:
+            prepared = self._prepare_weights(folder, source.subfolder, None, source.fall_back_to_pt, patterns)
+        except RuntimeError as error:
+            raise _NotHere from error
+        folder, paths = where_they_are(*prepared[:2])
+        files = files_in(folder, paths)
+        require_complete(folder, files)
+        self.files += (file for file in files if file not in self.files)
+        return iter(())
+
+
+def _folder_here(model: str, revision: str | None, download_dir: str | None) -> str:
+    if os.path.isdir(model):
+        return model
+    if envs.VLLM_USE_MODELSCOPE:  # whose cache is laid out otherwise
+        raise _NotHere
+    try:
+        folder: str = huggingface_hub.snapshot_download(
+            model, revision=revision, cache_dir=download_dir, allow_patterns=[], local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError) as error:  # the latter for an address in object storage
+        raise _NotHere from error
+    return folder

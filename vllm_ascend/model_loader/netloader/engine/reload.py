@@ -1,0 +1,92 @@
+"""New weights for a model that is already in use, through vLLM's layerwise reload.
+
+Post-processing may have replaced a model's parameters, so new raw weights cannot be written over them. A second,
+scratch model of the same configuration takes them first, exactly as at the first load: from a source or from disk, in
+host memory, in an arena that is served afterwards. Only when it is complete, and a `rehearsal` has shown that layers of
+every kind can take over such weights, does the model in use change, layer by layer (`takeover`): vLLM gives a layer its
+raw tensors back, they are filled, post-processed, and copied into the memory that the model computes with. So whatever
+goes wrong before that leaves the instance as it was, and it goes on serving what it has.
+
+vLLM's `reload_weights` knows checkpoints only: it takes an iterator from the loader's `get_all_weights` and gives it
+to the model's `load_weights`. `hand_over` lends the model a `load_weights` for that one iterator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from vllm_ascend.distributed.gather import agreed, alike
+from vllm_ascend.model_loader.netloader.engine.takeover import NewWeights, take_over
+from vllm_ascend.model_loader.netloader.errors import ReloadRefused
+
+
+@contextlib.contextmanager
+def all_or_none(fingerprint: Callable[[], str]) -> Iterator[None]:
+    """What every rank does within, all have done afterwards; where one fails, it fails on all.
+
+    Raises ReloadRefused where another rank failed, or one has weights with another `fingerprint`, if that is known.
+    """
+    try:
+        yield
+    except BaseException:
+        agreed(False)
+        raise
+    if not agreed(True):
+        raise ReloadRefused("another rank of this instance could not get its weights, see its log: nothing was changed")
+    known = fingerprint()
+    if not alike(int(known[:15], 16) if known else None):
+        raise ReloadRefused(
+            f"the ranks of this instance got weights of different checkpoints, this one of {known or 'an unknown one'}"
+            f": nothing was changed, reload again when nobody changes them"
+        )
+
+
+def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module:
+    """A model like the one in use, before loading, unknown to the engine; in host memory, which has room for it."""
+    config = copy.copy(vllm_config)
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}  # where layers register, each name once
+    config.compilation_config.static_all_moe_layers = []
+    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
+        model: nn.Module = initialize_model(vllm_config=config, model_config=model_config)
+    return model
+
+
+def hand_over(
+    weights: NewWeights, model: nn.Module, dtype: torch.dtype, then: Callable[[], None], otherwise: Callable[[], None]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `weights`.
+
+    `then` runs after it. Given any other iterator, it does what it always does, and the weights are given up.
+    `otherwise` runs if the iterator is read instead, which fails and leaves the model as it is. `dtype` is the model's.
+    """
+
+    def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
+        vars(model).pop("load_weights", None)
+        otherwise()
+        raise ReloadRefused("Netloader brings weights as a model loads them: set is_checkpoint_format to true")
+        yield
+
+    nothing_to_read = read_elsewhere()
+
+    def load_weights(iterator: Any) -> Any:
+        vars(model).pop("load_weights", None)
+        if iterator is not nothing_to_read:
+            load_checkpoint: Any = model.load_weights  # the class's own
+            return load_checkpoint(iterator)
+        with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
+            loaded = take_over(weights, model)
+        then()
+        return loaded
+
+    vars(model)["load_weights"] = load_weights
+    return nothing_to_read

@@ -1,0 +1,206 @@
+"""The server's side of one session: from Accept to Confirm, by whatever transport.
+
+A session that `end` has ended is over, whatever its client does: it takes no further message, tells why as long as the
+client listens, and the server closes its connection if it is still there END_SECONDS later. So weights that move or
+change wait for no client.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
+from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
+from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.wire.protocol import (
+    Accept,
+    AskDigests,
+    Confirm,
+    Digests,
+    Done,
+    End,
+    Fetch,
+    Gather,
+    Leave,
+    Message,
+    State,
+)
+
+END_SECONDS: Final = 1.0
+"""In which a client can hear why its session was ended: one message, and somebody waits for the end."""
+SETTLE_SECONDS: Final = 1.0
+"""In which the threads that have sent the last bytes can say so, when the client has them already."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One model that is served."""
+
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    store: WeightStore
+
+    @property
+    def role(self) -> str:
+        return self.identity.role
+
+
+class _Ended(Exception):
+    """Somebody has called `end`."""
+
+
+class Session:
+    """One client that takes one publication. `run` is for the connection's thread; `end` comes from any other."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        peer: Endpoint,
+        *,
+        publication: Publication,
+        transport: Transport,
+        sender: Sender,
+        timeouts: Timeouts,
+        log: PeerLog,
+    ) -> None:
+        self.id = secrets.token_bytes(16)
+        self.peer = peer
+        self.publication = publication
+        self.sender = sender
+        self.channel = channel
+        self._transport = transport
+        self._timeouts = timeouts
+        self._log = log
+        self._told: Counter[int] = Counter()
+        """How often the digest of each chunk was told."""
+        self._ended_because: str | None = None
+
+    def end(self, reason: str) -> None:
+        """Breaks the transfer off; the client is told `reason`. Shut its channel down after END_SECONDS."""
+        if self._ended_because is None:
+            self._ended_because = reason
+        self.sender.abort()
+        self.channel.interrupt()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended_because is not None
+
+    def run(self) -> bool:
+        """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
+        complete = False
+        try:
+            self.channel.send(self._accept(), self._timeouts.connect)
+            self.sender.run()
+            complete = self._serve()
+        except TransportError as error:
+            self._ended_because = self._ended_because or one_line(str(error))
+        except (_Ended, ProtocolError, OSError):
+            if self._ended_because is None:
+                raise
+        if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
+            return complete
+        self._say(logging.WARNING, "ended the session of %s: %s", self.peer, self._ended_because)
+        self.channel.send(End(self._ended_because), END_SECONDS)
+        return False
+
+    def _require_going_on(self) -> None:
+        if self._ended_because is not None:
+            raise _Ended
+
+    def confirm(self, current_generation: int) -> None:
+        """Lets the client compare what it has with what is held now. Raises ProtocolError."""
+        store = self.publication.store
+        root = store.root_if_known() if self._told else ""
+        self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
+        role, transport = self.publication.role, self._transport.name
+        taken, whole = self.sender.delivered / 1e6, store.manifest.nbytes / 1e6
+        if self.sender.has_delivered_all:
+            self._say(logging.INFO, "%s took the %s weights by %s: %.1f MB", self.peer, role, transport, whole)
+        else:
+            text = "%s has the %s weights: it took %.1f of %.1f MB here, by %s"
+            self._say(logging.INFO, text, self.peer, role, taken, whole, transport)
+
+    def _say(self, level: int, message: str, *arguments: object) -> None:
+        self._log.say(level, self.peer.host, message, *arguments)
+
+    def _accept(self) -> Accept:
+        store = self.publication.store
+        return Accept(
+            session=self.id,
+            generation=store.generation,
+            transport=self._transport.name,
+            parameters=self.sender.parameters,
+            attributes=store.attributes,
+            fingerprint=self.publication.identity.fingerprint,
+            digest=BLAKE3 if store.digests is not None else "",
+        )
+
+    def _serve(self) -> bool:
+        self.sender.note_progress()
+        while True:
+            match self._next_message():
+                case AskDigests(first, count):
+                    self._tell_digests(first, count)
+                case Gather():
+                    self.sender.gather(self.channel)
+                    self.sender.note_progress()
+                case Fetch() as fetch:
+                    self.sender.note_progress()
+                    self.sender.push(fetch)
+                case Leave(reason):
+                    role, transport = self.publication.role, self._transport.name
+                    text = "%s gave up taking the %s weights by %s: %s"
+                    self._say(logging.WARNING, text, self.peer, role, transport, reason)
+                    return False
+                case Done():
+                    self.sender.settle(SETTLE_SECONDS)
+                    return True
+
+    def _tell_digests(self, first: int, count: int) -> None:
+        digests = self.publication.store.digests
+        if digests is None:
+            raise ProtocolError("the client asks for digests, of which it was told that there are none")
+        if first >= digests.count:
+            raise ProtocolError(f"the client asks for digests from chunk {first} on: there are {digests.count} chunks")
+        asked = range(first, min(first + count, digests.count))
+        if any(self._told[number] >= TRIES_PER_CHUNK for number in asked):
+            raise ProtocolError(f"the client asks for a digest more than {TRIES_PER_CHUNK} times")
+        is_progress = not all(number in self._told for number in asked)
+        if not is_progress and self.sender.idle_seconds() >= self._timeouts.stall:
+            raise self._stalled()
+        told: list[bytes] = []
+        for number in asked:  # each may have to be made
+            self._require_going_on()
+            told += digests.part(number, 1)
+        self._told.update(asked)
+        self.channel.send(Digests(tuple(told)), self._timeouts.connect)
+        if is_progress:
+            self.sender.note_progress()
+
+    def _stalled(self) -> Stalled:
+        return Stalled(f"the client took nothing for {self._timeouts.stall:g} s")
+
+    def _next_message(self) -> Message:
+        """Raises ProtocolError, or _Ended: what has arrived already can be received after the end, too."""
+        while True:
+            self._require_going_on()
+            remaining = self._timeouts.stall - self.sender.idle_seconds()
+            try:
+                message = self.channel.receive(Deadline(max(remaining, 0.001)))
+            except Stalled as error:
+                if self.sender.idle_seconds() >= self._timeouts.stall:
+                    raise self._stalled() from error
+                continue
+            self._require_going_on()
+            return message

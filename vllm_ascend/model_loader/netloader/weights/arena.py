@@ -1,0 +1,305 @@
+"""One block of host memory that holds all weights of a rank, laid out by its manifest.
+
+It is a `memfd`, filled through its descriptor or a shared mapping and, to be served, sealed: the file gets write,
+shrink and grow seals, and the process's own mapping is replaced in place by a private one. From then on nobody can
+alter what is served, neither post-processing that writes into parameters nor a peer, and no truncation can raise
+SIGBUS in a peer. A peer on the same host adopts the descriptor and maps the very same pages privately: copy-on-write,
+so nothing is copied until somebody writes.
+
+Making pages is the larger part of the cost of filling them, so `make_pages` runs beside the work that brings the bytes,
+and ahead of it.
+
+Lifetime: the mapping lives as long as the arena or any tensor made by `tensor`. When the last tensor over a block dies,
+this process's private copies of its pages are freed; after `free_with_tensors`, so are the pages themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from functools import cached_property
+from typing import Final
+
+import torch
+
+from vllm_ascend.model_loader.netloader.errors import NoRoom, TransportError, UnsupportedModel
+from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Alias, Manifest, TensorSpec
+from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory, as_tensor
+from vllm_ascend.model_loader.netloader.weights.memory_limit import room
+
+_MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = 0x4000
+_MADV_POPULATE_WRITE: Final = 23
+_F_ADD_SEALS: Final = 1033
+_F_GET_SEALS: Final = 1034
+_F_SEAL_SEAL: Final = 0x1
+_F_SEAL_SHRINK: Final = 0x2
+_F_SEAL_GROW: Final = 0x4
+_F_SEAL_WRITE: Final = 0x8
+_F_SEAL_FUTURE_WRITE: Final = 0x10
+_KEEP_SIZE: Final = 0x1
+_PUNCH_HOLE: Final = 0x2
+_REQUIRED_SEALS: Final = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
+PAGES_STEP: Final = 32 << 20
+"""Bytes of pages made per system call, so that a maker that is no longer wanted stops soon."""
+
+# ctypes calls release the GIL; the mmap module's own madvise does not.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Arena(Memory):
+    """Host memory of `nbytes`. `close()` gives up the descriptor; tensors stay valid."""
+
+    def __init__(self, nbytes: int, descriptor: int, mapping: mmap.mmap) -> None:
+        """Takes ownership of `descriptor`. Use `create` or `adopt`."""
+        self.nbytes = nbytes
+        self.device = torch.device("cpu")
+        self._descriptor = descriptor
+        self._give_up_descriptor = weakref.finalize(self, os.close, descriptor)
+        self._mapping = mapping
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self._blocks: weakref.WeakValueDictionary[tuple[int, int], ctypes.Array[ctypes.c_char]]
+        self._blocks = weakref.WeakValueDictionary()
+        self._not_needed_without_tensors = threading.Event()
+        self._stop_page_maker = threading.Event()
+        self._page_maker: threading.Thread | None = None
+
+    @classmethod
+    def create(cls, nbytes: int) -> Arena:
+        """An empty arena. Raises OSError where the host has no memory for it."""
+        size = _whole_pages(nbytes)
+        descriptor = os.memfd_create("netloader-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, size)
+            mapping = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(nbytes, descriptor, mapping)
+
+    @classmethod
+    def adopt(cls, descriptor: int, nbytes: int) -> Arena:
+        """Maps a sealed arena of another process. Takes ownership of `descriptor`.
+
+        Raises TransportError where it is not sealed, has another size, or cannot be mapped by this process.
+        """
+        try:
+            _check_adoptable(descriptor, nbytes)
+            mapping = mmap.mmap(descriptor, _whole_pages(nbytes), flags=mmap.MAP_PRIVATE | _MAP_NORESERVE)
+        except OSError as error:
+            os.close(descriptor)
+            raise TransportError(
+                f"this process cannot map {nbytes} bytes of shared memory: {why_no_memory(error)}"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(nbytes, descriptor, mapping)
+
+    @property
+    def servable(self) -> bool:
+        """Whether the bytes are immutable and can be handed to others."""
+        return self._give_up_descriptor.alive and _seals(self._descriptor) & _REQUIRED_SEALS == _REQUIRED_SEALS
+
+    @property
+    def descriptor(self) -> int:
+        if not self._give_up_descriptor.alive:
+            raise OSError(errno.EBADF, "the arena is closed")
+        return self._descriptor
+
+    def make_pages(self) -> None:
+        """Starts making the memory in a thread, in order; `stop_making_pages` ends it. At most once per arena."""
+        maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread can be had: pages are made at first touch
+            maker.start()
+            self._page_maker = maker
+
+    def stop_making_pages(self) -> None:
+        """Gives up what is left. Filling may go on: later pages are made at first touch."""
+        self._stop_page_maker.set()
+        if self._page_maker is not None:
+            self._page_maker.join()
+
+    def writable(self) -> memoryview:
+        """All bytes, for filling. Release it before the arena is given up."""
+        return memoryview(self._mapping)[: self.nbytes]
+
+    contents = writable
+
+    def landing(self, offset: int, length: int) -> Landing:
+        return _InPlace(self.writable()[offset : offset + length])
+
+    def chunk(self, offset: int, length: int) -> torch.Tensor:
+        return as_tensor(self._served[offset : offset + length])
+
+    @cached_property
+    def _served(self) -> memoryview:
+        return self.reader()
+
+    def reader(self) -> memoryview:
+        """The sealed bytes through a mapping of its own, untouched by what this process writes into its tensors."""
+        mapping = mmap.mmap(
+            self.descriptor, _whole_pages(self.nbytes), flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ
+        )
+        return memoryview(mapping)[: self.nbytes]
+
+    def seal(self) -> None:
+        """Makes the bytes immutable. Tensors stay valid; what is written to them later is seen by this process only."""
+        self.stop_making_pages()
+        descriptor, size = self.descriptor, _whole_pages(self.nbytes)
+        fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
+        address = _libc.mmap(self._address, size, protection, flags, descriptor, 0)
+        if address != self._address:
+            raise OSError(ctypes.get_errno(), "replacing the arena's shared mapping failed")
+        # The write seal is refused while any writable shared mapping exists, so it also proves that none is left.
+        fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_WRITE | _F_SEAL_SEAL)
+
+    def tensor(self, spec: TensorSpec) -> torch.Tensor:
+        """A tensor of `spec`'s type, shape and strides over its bytes."""
+        dtype = DTYPES[spec.dtype]
+        if spec.nbytes == 0:
+            return torch.empty_strided(spec.shape, spec.strides, dtype=dtype, device=self.device)
+        block = self._block(spec.offset, spec.nbytes)
+        return torch.frombuffer(block, dtype=dtype).as_strided(spec.shape, spec.strides)
+
+    def free_with_tensors(self) -> None:
+        """For an arena that will not be served: from now on a tensor's memory is freed when the tensor dies."""
+        if not self.servable:
+            self._not_needed_without_tensors.set()
+
+    def discard(self) -> None:
+        """As `close`, and gives the pages back, whoever still holds the mapping. Sealed ones are their owner's."""
+        self.stop_making_pages()
+        if self._give_up_descriptor.alive and not self.servable:
+            _libc.fallocate(self._descriptor, _PUNCH_HOLE | _KEEP_SIZE, 0, _whole_pages(self.nbytes))
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the descriptor, as does the end of the arena's life. Idempotent."""
+        self.stop_making_pages()
+        self._give_up_descriptor()
+
+    def _block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        """The memory of one tensor. All tensors over it share the block, so that only the last one gives pages back."""
+        block = self._blocks.get((offset, nbytes))
+        if block is None:
+            block = (ctypes.c_char * nbytes).from_buffer(self._mapping, offset)
+            weakref.finalize(
+                block, _give_back_pages, self._address + offset, nbytes, self._not_needed_without_tensors
+            ).atexit = False
+            self._blocks[offset, nbytes] = block
+        return block
+
+    def _make_pages(self) -> None:
+        size = _whole_pages(self.nbytes)
+        for offset in range(0, size, PAGES_STEP):
+            length = min(PAGES_STEP, size - offset)
+            if self._stop_page_maker.is_set() or _libc.fallocate(self.descriptor, 0, offset, length):
+                return  # no memory left: whoever fills the arena gets the error
+            if _libc.madvise(self._address + offset, length, _MADV_POPULATE_WRITE):
+                return  # kernels before 5.14 cannot: pages are mapped at first touch
+
+
+class _InPlace(Landing):
+    """Part of an arena that nobody reads yet."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    @property
+    def host(self) -> memoryview:
+        return self._memory
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return as_tensor(self._memory)
+
+    def arrived(self, begin: int, end: int) -> memoryview:
+        return self._memory[begin:end]
+
+    def settle(self) -> None:
+        return
+
+
+def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:
+    """The tensor that `alias` describes, on the storage of its base tensor."""
+    dtype = DTYPES[alias.dtype]
+    view = torch.empty(0, dtype=dtype, device=base.device)
+    view.set_(base.untyped_storage(), alias.start // dtype.itemsize, alias.shape, alias.strides)
+    return view
+
+
+def allocate(manifest: Manifest) -> Arena:
+    """Memory for `manifest`, being made in the background.
+
+    Raises UnsupportedModel where there is none, and NoRoom where this process would be killed for filling it.
+    """
+    _require_room(manifest.nbytes)
+    try:
+        arena = Arena.create(manifest.nbytes)
+    except OSError as error:
+        raise UnsupportedModel(f"no arena for {manifest.nbytes} bytes of weights: {why_no_memory(error)}") from error
+    arena.make_pages()
+    return arena
+
+
+def _require_room(nbytes: int) -> None:
+    left = room()
+    if left is not None and nbytes > left.nbytes:
+        raise NoRoom(
+            f"the weights need {nbytes} bytes of memory, and {left.limit} leaves {left.nbytes}, with swap and files "
+            f"that can be dropped: the kernel would kill this process while it loads. Raise the limit of the container"
+        )
+
+
+def why_no_memory(error: OSError) -> str:
+    """What keeps this process from having or mapping memory, and where to look for it."""
+    match error.errno:
+        case errno.ENOMEM:
+            return (
+                "this process may have no more memory (RLIMIT_AS, RLIMIT_DATA, vm.overcommit_memory, or none is left)"
+            )
+        case errno.EPERM | errno.EACCES | errno.ENOSYS:
+            return f"this process may not make or map memory files ({error.strerror}; seccomp or another sandbox?)"
+        case errno.EMFILE | errno.ENFILE:
+            return f"this process has no file descriptor left ({error.strerror}; ulimit -n)"
+        case _:
+            return error.strerror or str(error)
+
+
+def _give_back_pages(address: int, nbytes: int, free: threading.Event) -> None:
+    """Drops the whole pages within a block from this process, and with `free` from the file behind them too."""
+    begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        _libc.madvise(begin, end - begin, mmap.MADV_REMOVE if free.is_set() else mmap.MADV_DONTNEED)
+
+
+def _check_adoptable(descriptor: int, nbytes: int) -> None:
+    if _seals(descriptor) & _REQUIRED_SEALS != _REQUIRED_SEALS:
+        raise TransportError("the shared memory offered by the source is not sealed against change")
+    size = os.fstat(descriptor).st_size
+    if size != _whole_pages(nbytes):
+        raise TransportError(f"the shared memory offered by the source has {size} bytes: expected {nbytes}")
+
+
+def _seals(descriptor: int) -> int:
+    try:
+        return fcntl.fcntl(descriptor, _F_GET_SEALS)
+    except OSError:
+        return 0
+
+
+def _whole_pages(nbytes: int) -> int:
+    return max(-(-nbytes // mmap.PAGESIZE), 1) * mmap.PAGESIZE

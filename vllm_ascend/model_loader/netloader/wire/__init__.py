@@ -1,0 +1,1 @@
+"""What two peers say to each other, and the connections over which they say it."""
