@@ -52,11 +52,11 @@ from weight_phase import GIGABYTE, condition_memory
 from vllm_ascend.model_loader.netloader.client.client import Client
 from vllm_ascend.model_loader.netloader.client.session import Terms
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates

@@ -61,8 +61,8 @@ from vllm_ascend.model_loader.netloader.client.client import Client, inquire
 from vllm_ascend.model_loader.netloader.client.session import Terms
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.model.tensors import Request
-from vllm_ascend.model_loader.netloader.transport import Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access

@@ -64,11 +64,11 @@ from vllm_ascend.model_loader.netloader.client.client import Client, inquire
 from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
-from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates

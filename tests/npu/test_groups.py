@@ -8,8 +8,8 @@ from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.strangers import Intruder, netloader_threads, wait_until
 
 from vllm_ascend.model_loader.netloader.client.client import inquire
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.protocol import Accept, Gather, Join, Offer, Publish
 
@@ -21,7 +21,7 @@ BRIEF = Timeouts(connect=20.0, stall=2.0)
 
 def test_clients_that_never_come_end_in_time_and_leave_the_device_working() -> None:
     tensors = Tensors(SMALL.by_name, ON_FIRST, ON_SECOND)
-    with serving(tensors, transports(["process_group"], ON_FIRST), timeouts=BRIEF) as (_, source):
+    with serving(tensors, transports(["process_group"], str(ON_FIRST)), timeouts=BRIEF) as (_, source):
         lines = [Intruder(source, f"127.0.0.{number}").greet() for number in range(3, 6)]
         for line in lines:
             offers = (Offer("process_group", "hccl"),)
@@ -33,5 +33,5 @@ def test_clients_that_never_come_end_in_time_and_leave_the_device_working() -> N
             line.socket.close()
         wait_until(lambda: inquire(source, 10).sessions == 0)
         assert "netloader-gather" in netloader_threads()  # HCCL has more patience
-        _, fetched = fetch(tensors, transports(["process_group"], ON_SECOND), source)
+        _, fetched = fetch(tensors, transports(["process_group"], str(ON_SECOND)), source)
         tensors.assert_in(fetched.memory)

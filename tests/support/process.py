@@ -15,8 +15,8 @@ from support.sources import Tensors, client_for, serving
 from vllm_ascend.model_loader.netloader.client.client import Client
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.report import write_whole
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 
 PATIENT = Timeouts(connect=60.0, stall=60.0)

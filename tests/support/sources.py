@@ -14,15 +14,16 @@ import torch
 from vllm_ascend.model_loader.netloader.client.client import Client
 from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
+from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of, tensor_in
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.weights.live import LiveMemory
-from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Manifest
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
@@ -53,13 +54,13 @@ class Tensors:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest.layout(self.by_name.items())
+        return manifest_of(self.by_name.items())
 
     def store(self, generation: int = 1, *, verify: bool = True) -> WeightStore:
         """A store of these contents that can be served; the caller or a server closes it."""
         memory = self._memory(self.manifest, self.served_on)
         for spec in self.manifest.tensors:
-            memory.tensor(spec).copy_(self.by_name[spec.name])
+            tensor_in(memory, spec).copy_(self.by_name[spec.name])
         memory.seal()
         digests = StoreDigests(memory.reader()) if verify else None
         return WeightStore(self.manifest, memory, generation, digests=digests)
@@ -83,7 +84,7 @@ class Tensors:
 
     def assert_in(self, memory: Memory) -> None:
         for spec in self.manifest.tensors:
-            assert torch.equal(memory.tensor(spec).cpu(), self.by_name[spec.name]), spec.name
+            assert torch.equal(tensor_in(memory, spec).cpu(), self.by_name[spec.name]), spec.name
 
 
 SMALL = Tensors.of_shapes((16, 8), (5,), (33, 7))

@@ -24,7 +24,7 @@ from vllm.utils.network_utils import get_ip
 
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
-from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.client import Client, announce
 from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -42,28 +42,32 @@ from vllm_ascend.model_loader.netloader.errors import (
     CheckpointChanged,
     ConfigError,
     ReloadRefused,
+    SourceError,
     SourcesExhausted,
+    TransportError,
     UnsupportedModel,
 )
 from vllm_ascend.model_loader.netloader.files import require_writable
 from vllm_ascend.model_loader.netloader.model import attributes
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.tensors import (
     LiveWeights,
     ModelWeights,
-    Request,
     changed_tensors,
     current_tensors,
 )
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
 from vllm_ascend.model_loader.netloader.server import serving
 from vllm_ascend.model_loader.netloader.server.server import Peer, WeightServer
-from vllm_ascend.model_loader.netloader.transport import Timeouts, transports
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
+from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.weights.live import LiveMemory
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +89,14 @@ class Load:
         self._asked: Request | None = None
         self._contents: Request | None = None
         self._memory: Memory | None = None
-        self._attributes: Mapping[str, attributes.Plain] = {}
+        self._attributes: Mapping[str, AttributeValue] = {}
         self._mixture = ""
         self.fingerprint = ""
         self._server: WeightServer | None = None
         self._undo_suspension: Callable[[], None] = lambda: None
         self._fetched: Fetched | None = None
         self._access = Access.configured(config)
-        self._transports = transports(config.transports_for(self._computes_on.type), self._computes_on)
+        self._transports = transports(config.transports_for(self._computes_on.type), str(self._computes_on))
         # Layers of target and draft register in one compilation_config, so all configurations of an engine share it.
         self._engine = vllm_config.compilation_config
         self._terms = serving.Terms(config, self._access, self._transports, self._rank, self._engine)
@@ -200,7 +204,7 @@ class Load:
         self._write_address(self._report.listening)
         if self._fetched is not None and self._config.verify:  # what was not verified is not passed on as a replica
             timeout = self._config.connect_timeout
-            serving.tell_source(self._fetched.address, self._fetched.session, self._server.port, timeout, self._access)
+            _tell_source(self._fetched.address, self._fetched.session, self._server.port, timeout, self._access)
 
     def _note_changes(self, model: nn.Module) -> None:
         """Which weights post-processing has changed: on an accelerator that decides what can be served."""
@@ -453,3 +457,18 @@ def _device(vllm_config: VllmConfig) -> torch.device:
 def _own_address() -> str:
     address: str = get_ip()
     return "127.0.0.1" if address == "0.0.0.0" else address
+
+
+def _tell_source(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
+    """Lets the source refer others to this process, in a thread: whether it is still there does not matter here."""
+
+    def tell() -> None:
+        try:
+            announce(source, session, port, timeout, access)
+        except (SourceError, TransportError) as error:
+            logger.debug("%s does not hear that its weights are served here too: %s", source, error)
+
+    try:
+        threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
+    except RuntimeError as error:
+        logger.debug("no thread can be had to tell %s that its weights are served here too: %s", source, error)

@@ -17,8 +17,8 @@ from support.strangers import Intruder, is_idle, many_hosts, wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import acceptor, descriptors
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 from vllm_ascend.model_loader.netloader.wire.protocol import Attach
 

@@ -43,9 +43,9 @@ from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.process_group import _Exchange
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.protocol import (
     PUBLISH_LIMIT,

@@ -31,15 +31,16 @@ from support.strangers import (
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.server import acceptor, peer_log
 from vllm_ascend.model_loader.netloader.server import session as server_session
 from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.server.server import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import base, transports
+from vllm_ascend.model_loader.netloader.transport import base
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
+from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import MAX_CONNECTIONS as MAX_DATA_CONNECTIONS
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates

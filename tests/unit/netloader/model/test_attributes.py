@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.attributes import Plain, Snapshot, apply, qualified, require_settable
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept
+from vllm_ascend.model_loader.netloader.model.attributes import Snapshot, apply, qualified, require_settable
+from vllm_ascend.model_loader.netloader.wire.protocol import Accept, AttributeValue
 
 Load = Callable[[nn.Module], None]
 
@@ -81,7 +81,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def loaded(load: Load) -> dict[str, Plain]:
+def loaded(load: Load) -> dict[str, AttributeValue]:
     """What is to be told of a model that was loaded by `load`."""
     model = Draft()
     before = Snapshot.of(model)
@@ -100,7 +100,7 @@ def exact(attributes: dict[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in attributes.items()}
 
 
-def as_received(attributes: dict[str, Plain]) -> dict[str, Plain]:
+def as_received(attributes: dict[str, AttributeValue]) -> dict[str, AttributeValue]:
     """What a client gets that is sent `attributes`."""
     accept = Accept(bytes(16), 1, "tcp", {}, attributes)
     return dict(msgspec.msgpack.decode(msgspec.msgpack.encode(accept), type=Accept).attributes)
@@ -138,13 +138,13 @@ def test_a_load_that_fills_tensors_only_leaves_nothing_to_tell() -> None:
 
 @pytest.mark.parametrize("value", [True, 12, -0.25, "brought its own", None, 0, "", math.inf], ids=repr)
 @pytest.mark.parametrize("name", ["has_own_lm_head", "layers.0.in_features", "layers.1.rank"])
-def test_what_loading_changed_is_told_by_its_qualified_name(name: str, value: Plain) -> None:
+def test_what_loading_changed_is_told_by_its_qualified_name(name: str, value: AttributeValue) -> None:
     assert exact(loaded(setting(name, value))) == exact({name: value})
 
 
 @pytest.mark.parametrize("value", [False, 12, -0.25, "brought its own", None], ids=repr)
 @pytest.mark.parametrize("name", ["seen", "layers.seen", "layers.1.seen", "embed_tokens.seen"])
-def test_what_loading_added_is_told_by_its_qualified_name(name: str, value: Plain) -> None:
+def test_what_loading_added_is_told_by_its_qualified_name(name: str, value: AttributeValue) -> None:
     assert exact(loaded(setting(name, value))) == exact({name: value})
 
 
@@ -178,7 +178,7 @@ def test_all_changes_are_told_and_nothing_else() -> None:
         ("None", None),
     ],
 )
-def test_values_of_different_types_are_different(before: Plain, after: Plain) -> None:
+def test_values_of_different_types_are_different(before: AttributeValue, after: AttributeValue) -> None:
     model = Draft()
     model.limit = before
     earlier = Snapshot.of(model)
@@ -190,7 +190,7 @@ def test_values_of_different_types_are_different(before: Plain, after: Plain) ->
     ("value", "again"),
     [(math.nan, float("nan")), (math.nan, -math.nan), (-0.0, -0.0), (1e300, 1e300), (1 << 62, 1 << 62), (None, None)],
 )
-def test_a_value_that_is_set_again_is_no_change(value: Plain, again: Plain) -> None:
+def test_a_value_that_is_set_again_is_no_change(value: AttributeValue, again: AttributeValue) -> None:
     model = Draft()
     model.ratio = value
     before = Snapshot.of(model)
@@ -399,7 +399,9 @@ UNSETTABLE: dict[str, str] = {
 
 @pytest.mark.parametrize(("name", "reason"), UNSETTABLE.items(), ids=map(repr, UNSETTABLE))
 @pytest.mark.parametrize("value", [None, True, "text"], ids=repr)
-def test_what_is_no_plain_attribute_of_a_module_is_refused_and_named(name: str, reason: str, value: Plain) -> None:
+def test_what_is_no_plain_attribute_of_a_module_is_refused_and_named(
+    name: str, reason: str, value: AttributeValue
+) -> None:
     with pytest.raises(ProtocolError) as error:
         require_settable(Draft(), {"limit": 9, name: value, "note": "draft"})
     assert str(error.value) == reason
@@ -463,7 +465,7 @@ settings_by_name = st.dictionaries(names, plain_values, max_size=5)
 @example(initial={"new": (1 << 63) - 1}, loaded={"new": -(1 << 63)})
 @example(initial={}, loaded={"has_own_embed_tokens": False})
 def test_a_client_that_applies_what_it_received_is_like_the_source(
-    initial: dict[str, Plain], loaded: dict[str, Plain]
+    initial: dict[str, AttributeValue], loaded: dict[str, AttributeValue]
 ) -> None:
     source, client = Draft(), Draft()
     client.table = source.table

@@ -15,9 +15,11 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.attributes import own_tensors
-from vllm_ascend.model_loader.netloader.model.tensors import ModelWeights, WeightStore, changed_tensors
+from vllm_ascend.model_loader.netloader.model.buffers import manifest_of, tensor_in
+from vllm_ascend.model_loader.netloader.model.tensors import ModelWeights, changed_tensors
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
-from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest
+from vllm_ascend.model_loader.netloader.weights.manifest import Alias
 
 
 def module(parameters: dict[str, torch.Tensor], **buffers: torch.Tensor) -> nn.Module:
@@ -454,7 +456,7 @@ def test_a_buffer_within_a_parameter_travels_with_it() -> None:
     client = buffer_within_a_parameter()
     weights = ModelWeights(client)
     arena = empty_arena(weights)
-    arena.tensor(weights.manifest.tensors[0]).fill_(5.0)
+    tensor_in(arena, weights.manifest.tensors[0]).fill_(5.0)
     weights.bind(arena)
     assert client.part.tolist() == [5.0, 5.0]
 
@@ -480,7 +482,7 @@ def test_a_view_that_does_not_travel_follows_its_parameter_when_it_is_bound() ->
     model = Convolution()
     weights = ModelWeights(model)
     arena = empty_arena(weights)
-    arena.tensor(weights.manifest.tensors[0]).fill_(5.0)
+    tensor_in(arena, weights.manifest.tensors[0]).fill_(5.0)
     weights.bind(arena)
     assert set(model.rows.flatten().tolist()) == {5.0}
 
@@ -845,10 +847,10 @@ def test_a_store_carries_what_else_loading_has_set() -> None:
 
 
 def test_a_store_gives_its_bytes_in_the_address_space_of_its_manifest() -> None:
-    manifest = Manifest.layout([("a", torch.empty(3)), ("b", torch.empty(2, dtype=torch.uint8))])
+    manifest = manifest_of([("a", torch.empty(3)), ("b", torch.empty(2, dtype=torch.uint8))])
     arena = Arena.create(manifest.nbytes)
-    arena.tensor(manifest.tensors[0]).copy_(torch.tensor([1.0, 2.0, 3.0]))
-    arena.tensor(manifest.tensors[1]).fill_(255)
+    tensor_in(arena, manifest.tensors[0]).copy_(torch.tensor([1.0, 2.0, 3.0]))
+    tensor_in(arena, manifest.tensors[1]).fill_(255)
     arena.seal()
     store = WeightStore(manifest, arena, 7)
     assert store.bytes.nbytes == manifest.nbytes == 128

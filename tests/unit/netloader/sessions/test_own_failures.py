@@ -21,9 +21,9 @@ from support.sources import SMALL, Tensors, client_for, fetch, serving
 from support.strangers import Impostor, Line
 
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory

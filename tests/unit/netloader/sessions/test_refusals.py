@@ -28,15 +28,16 @@ from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
+from vllm_ascend.model_loader.netloader.model.buffers import manifest_of
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates, canonical_digest
-from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest
+from vllm_ascend.model_loader.netloader.weights.manifest import Alias
 from vllm_ascend.model_loader.netloader.wire import greeting
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
@@ -81,7 +82,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 WEIGHTS = {"embed": empty(8, 4), "gate": empty(8, 4), "up": empty(8, 4), "norm": empty(4)}
 HEAD = Alias("head", 0, 0, "bfloat16", (4, 4), (4, 1))
-REQUEST = Request(MODEL, RANK, Manifest.layout(WEIGHTS.items(), (HEAD,)))
+REQUEST = Request(MODEL, RANK, manifest_of(WEIGHTS.items(), (HEAD,)))
 
 
 def model(of: Request = REQUEST, **changes: Any) -> Request:
@@ -93,7 +94,7 @@ def rank(**changes: Any) -> Request:
 
 
 def tensors(weights: dict[str, torch.Tensor], *aliases: Alias) -> Request:
-    return replace(REQUEST, manifest=Manifest.layout(weights.items(), aliases))
+    return replace(REQUEST, manifest=manifest_of(weights.items(), aliases))
 
 
 def head(**changes: Any) -> Alias:

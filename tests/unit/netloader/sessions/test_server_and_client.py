@@ -24,23 +24,23 @@ from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourcesExhausted, TransportError
-from vllm_ascend.model_loader.netloader.model.attributes import Plain
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.server import serving as process_serving
 from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.channel import ConnectionLost
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 from vllm_ascend.model_loader.netloader.wire.protocol import (
     REQUEST_LIMIT,
+    AttributeValue,
     Hello,
     Join,
     Message,
@@ -172,10 +172,15 @@ def test_a_withdrawn_role_is_not_served_any_more() -> None:
             fetch(SMALL, MEMORY, source)
 
 
-ATTRIBUTES: dict[str, Plain] = {"has_own_embed_tokens": True, "layers.0.rank": -7, "ratio": 0.5, "window": None}
+ATTRIBUTES: dict[str, AttributeValue] = {
+    "has_own_embed_tokens": True,
+    "layers.0.rank": -7,
+    "ratio": 0.5,
+    "window": None,
+}
 
 
-def publication(role: str = "target", generation: int = 2, **attributes: Plain) -> Publication:
+def publication(role: str = "target", generation: int = 2, **attributes: AttributeValue) -> Publication:
     store = replace(SMALL.store(generation), attributes=attributes)
     return Publication(msgspec.structs.replace(IDENTITY, role=role), RankCoordinates(), store)
 
@@ -218,9 +223,9 @@ class CountingTransport(MemoryTransport):
 
 
 def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() -> None:
-    checked: list[Mapping[str, Plain]] = []
+    checked: list[Mapping[str, AttributeValue]] = []
 
-    def check(attributes: Mapping[str, Plain]) -> None:
+    def check(attributes: Mapping[str, AttributeValue]) -> None:
         checked.append(attributes)
         if attributes:
             raise ProtocolError("the source sets 'cache', which is a method in this model")
@@ -248,7 +253,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
 
 
 def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport() -> None:
-    def check(attributes: Mapping[str, Plain]) -> None:
+    def check(attributes: Mapping[str, AttributeValue]) -> None:
         raise ProtocolError("not this")
 
     class Other(MemoryTransport):

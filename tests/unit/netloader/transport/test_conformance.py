@@ -15,10 +15,11 @@ from support.sources import SHORT, SMALL, Tensors, fetch, serving
 
 from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.transport import transports
+from vllm_ascend.model_loader.netloader.model.buffers import tensor_in
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Hello, frame
@@ -76,7 +77,7 @@ def settings_between(first: torch.device, second: torch.device) -> dict[str, Set
     }
     if first.type not in BACKENDS:
         return by_tcp
-    sends, receives = transports(["process_group"], first), transports(["process_group"], second)
+    sends, receives = transports(["process_group"], str(first)), transports(["process_group"], str(second))
     library = BACKENDS[first.type].upper()
     return by_tcp | {
         library: Setting(sends, first, second, receives),
@@ -124,7 +125,7 @@ def test_a_transposed_tensor_keeps_its_memory_order(setting: Setting) -> None:
     with serving(tensors, setting.kind) as (_, source):
         _, fetched = fetch(tensors, setting.wanting, source)
     tensors.assert_in(fetched.memory)
-    assert fetched.memory.tensor(tensors.manifest.tensors[0]).stride() == (1, 7)
+    assert tensor_in(fetched.memory, tensors.manifest.tensors[0]).stride() == (1, 7)
 
 
 def test_progress_adds_up_to_all_bytes(setting: Setting) -> None:
@@ -213,5 +214,5 @@ def test_tcp_refuses_a_range_beyond_the_weights() -> None:
 
 def test_a_process_group_needs_a_library_for_its_device() -> None:
     elsewhere = torch.device("cuda", 0)
-    by_tcp = transports(["tcp"], elsewhere)
+    by_tcp = transports(["tcp"], str(elsewhere))
     assert [transport.offer().transport for transport in by_tcp] == ["tcp"]

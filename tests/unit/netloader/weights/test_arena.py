@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import TransportError, UnsupportedModel
-from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate, bind_alias
-from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Alias, Manifest, TensorSpec
+from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, bind_alias, manifest_of, tensor_in
+from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest, TensorSpec
 
 PAGE = mmap.PAGESIZE
 F_ADD_SEALS = 1033
@@ -126,7 +127,7 @@ def test_a_new_arena_is_zero_and_not_servable() -> None:
 
 def test_what_is_written_is_seen_by_tensors_and_descriptor_alike() -> None:
     arena = Arena.create(3 * 64)
-    tensor = arena.tensor(floats(4, offset=64))
+    tensor = tensor_in(arena, floats(4, offset=64))
     with arena.writable() as bytes_:
         bytes_[64:68] = b"\x00\x00\x80\x3f"
     assert tensor.tolist() == [1.0, 0.0, 0.0, 0.0]
@@ -154,18 +155,18 @@ def test_a_sealed_arena_has_no_writable_shared_mapping_left() -> None:
 
 def test_tensors_stay_where_they_are_and_keep_their_values_when_the_arena_is_sealed() -> None:
     arena = Arena.create(3 * PAGE)
-    tensor = arena.tensor(floats(2000, offset=64))
+    tensor = tensor_in(arena, floats(2000, offset=64))
     tensor.copy_(torch.arange(2000.0))
     address = tensor.data_ptr()
     arena.seal()
-    assert tensor.data_ptr() == arena.tensor(floats(2000, offset=64)).data_ptr() == address
+    assert tensor.data_ptr() == tensor_in(arena, floats(2000, offset=64)).data_ptr() == address
     assert torch.equal(tensor, torch.arange(2000.0))
     arena.close()
 
 
 def test_what_is_written_after_sealing_stays_in_this_process() -> None:
     arena = sealed(b"original" * 512)
-    tensor = arena.tensor(TensorSpec("w", "uint8", (4096,), (1,), 0))
+    tensor = tensor_in(arena, TensorSpec("w", "uint8", (4096,), (1,), 0))
     tensor.fill_(ord("x"))
     assert bytes(arena.writable()) == b"x" * 4096
     assert read(arena) == os.pread(arena.descriptor, 4096, 0) == b"original" * 512
@@ -218,7 +219,7 @@ def test_another_process_adopts_the_same_bytes_and_writes_only_its_own() -> None
         arena = Arena.adopt(descriptor, 4 * PAGE)
         assert arena.servable
         assert arena.nbytes == 4 * PAGE
-        tensor = arena.tensor(TensorSpec("w", "uint8", (PAGE,), (1,), 2 * PAGE))
+        tensor = tensor_in(arena, TensorSpec("w", "uint8", (PAGE,), (1,), 2 * PAGE))
         assert bytes(arena.writable()) == b"original" * (PAGE // 2)
         tensor.fill_(0)
         assert bytes(arena.writable())[2 * PAGE : 3 * PAGE] == bytes(PAGE)
@@ -229,7 +230,7 @@ def test_another_process_adopts_the_same_bytes_and_writes_only_its_own() -> None
 
     with child(adopt):  # before the arena is made, so that only the descriptor can bring it there
         arena = sealed(b"original" * (PAGE // 2))
-        tensor = arena.tensor(pages(4))
+        tensor = tensor_in(arena, pages(4))
         socket.send_fds(here, [b"\0"], [arena.descriptor])
         assert here.recv(7) == b"written"
         assert bytes(arena.writable()) == read(arena) == b"original" * (PAGE // 2)
@@ -328,7 +329,7 @@ def test_a_closed_arena_has_no_descriptor_and_is_not_servable() -> None:
 @pytest.mark.parametrize("seal", [True, False], ids=["sealed", "not sealed"])
 def test_tensors_outlive_their_arena(seal: bool) -> None:
     arena = Arena.create(2 * PAGE)
-    tensor = arena.tensor(floats(1000, offset=64))
+    tensor = tensor_in(arena, floats(1000, offset=64))
     tensor.fill_(3.0)
     if seal:
         arena.seal()
@@ -348,7 +349,7 @@ def test_no_descriptor_is_left_when_arena_tensors_and_readers_are_gone() -> None
     before = set(os.listdir("/proc/self/fd"))
     arena = sealed(bytes(3 * PAGE))
     adopted = Arena.adopt(os.dup(arena.descriptor), 3 * PAGE)
-    kept = [arena.tensor(pages(1)), adopted.tensor(pages(2, offset=PAGE)), arena.reader()]
+    kept = [tensor_in(arena, pages(1)), tensor_in(adopted, pages(2, offset=PAGE)), arena.reader()]
     arena.close()
     adopted.close()
     assert kept
@@ -359,11 +360,11 @@ def test_no_descriptor_is_left_when_arena_tensors_and_readers_are_gone() -> None
 
 def test_the_memory_of_a_tensor_that_died_is_still_there_to_be_served() -> None:
     arena = Arena.create(64 * PAGE)
-    arena.tensor(pages(64)).fill_(7)
+    tensor_in(arena, pages(64)).fill_(7)
     gc.collect()
     assert set(bytes(arena.writable())) == {7}
     arena.seal()
-    arena.tensor(pages(64)).fill_(8)
+    tensor_in(arena, pages(64)).fill_(8)
     gc.collect()
     assert set(read(arena)) == {7}
     arena.close()
@@ -371,7 +372,7 @@ def test_the_memory_of_a_tensor_that_died_is_still_there_to_be_served() -> None:
 
 def test_private_copies_are_freed_when_their_tensor_dies() -> None:
     arena = sealed(bytes([7]) * (64 * PAGE))
-    first, second = arena.tensor(pages(32)), arena.tensor(pages(32, offset=32 * PAGE))
+    first, second = tensor_in(arena, pages(32)), tensor_in(arena, pages(32, offset=32 * PAGE))
     assert private_copies(arena.descriptor) == 0
     first.fill_(8)
     second.fill_(9)
@@ -379,7 +380,7 @@ def test_private_copies_are_freed_when_their_tensor_dies() -> None:
     del first
     assert private_copies(arena.descriptor) == 32 * PAGE
     assert second.eq(9).all()
-    assert arena.tensor(pages(32)).eq(7).all()
+    assert tensor_in(arena, pages(32)).eq(7).all()
     del second
     assert private_copies(arena.descriptor) == 0
     arena.close()
@@ -388,7 +389,7 @@ def test_private_copies_are_freed_when_their_tensor_dies() -> None:
 def test_an_adopted_arena_frees_private_copies_too() -> None:
     origin = sealed(bytes([7]) * (16 * PAGE))
     adopted = Arena.adopt(os.dup(origin.descriptor), 16 * PAGE)
-    adopted.tensor(pages(16)).fill_(8)
+    tensor_in(adopted, pages(16)).fill_(8)
     assert private_copies(adopted.descriptor) == 0
     assert set(bytes(adopted.writable())) == {7}
     adopted.close()
@@ -397,7 +398,7 @@ def test_an_adopted_arena_frees_private_copies_too() -> None:
 
 def test_two_tensors_over_one_block_keep_its_pages_until_the_last_dies() -> None:
     arena = sealed(bytes([7]) * (16 * PAGE))
-    one, other = arena.tensor(pages(16)), arena.tensor(pages(16))
+    one, other = tensor_in(arena, pages(16)), tensor_in(arena, pages(16))
     one.fill_(8)
     assert one.data_ptr() == other.data_ptr()
     del one
@@ -415,9 +416,9 @@ def test_two_tensors_over_one_block_keep_its_pages_until_the_last_dies() -> None
 def test_neighbours_on_a_shared_page_keep_what_they_hold() -> None:
     arena = sealed(bytes(4 * PAGE))
     half = PAGE // 2
-    left = arena.tensor(TensorSpec("left", "uint8", (half,), (1,), 0))
-    middle = arena.tensor(TensorSpec("middle", "uint8", (2 * PAGE,), (1,), half))
-    right = arena.tensor(TensorSpec("right", "uint8", (half,), (1,), half + 2 * PAGE))
+    left = tensor_in(arena, TensorSpec("left", "uint8", (half,), (1,), 0))
+    middle = tensor_in(arena, TensorSpec("middle", "uint8", (2 * PAGE,), (1,), half))
+    right = tensor_in(arena, TensorSpec("right", "uint8", (half,), (1,), half + 2 * PAGE))
     for value, tensor in enumerate((left, middle, right), start=1):
         tensor.fill_(value)
     del middle
@@ -430,7 +431,7 @@ def test_neighbours_on_a_shared_page_keep_what_they_hold() -> None:
 def test_an_arena_that_is_not_served_frees_memory_with_its_tensors() -> None:
     arena = Arena.create(64 * PAGE)
     file = os.dup(arena.descriptor)
-    first, second = arena.tensor(pages(32)), arena.tensor(pages(32, offset=32 * PAGE))
+    first, second = tensor_in(arena, pages(32)), tensor_in(arena, pages(32, offset=32 * PAGE))
     first.fill_(1)
     second.fill_(2)
     assert memory_of_file(file) >= 64 * PAGE
@@ -449,7 +450,7 @@ def test_an_arena_that_is_not_served_frees_memory_with_its_tensors() -> None:
 def test_what_is_served_is_never_freed_with_its_tensors() -> None:
     arena = sealed(bytes([7]) * (16 * PAGE))
     arena.free_with_tensors()
-    arena.tensor(pages(16)).fill_(8)
+    tensor_in(arena, pages(16)).fill_(8)
     gc.collect()
     assert set(read(arena)) == {7}
     assert private_copies(arena.descriptor) == 0
@@ -458,7 +459,7 @@ def test_what_is_served_is_never_freed_with_its_tensors() -> None:
 
 def test_an_empty_tensor_has_its_shape_and_no_memory() -> None:
     arena = Arena.create(64)
-    tensor = arena.tensor(TensorSpec("w", "bfloat16", (3, 0, 5), (5, 5, 1), 64))
+    tensor = tensor_in(arena, TensorSpec("w", "bfloat16", (3, 0, 5), (5, 5, 1), 64))
     assert (tensor.shape, tensor.stride(), tensor.dtype) == ((3, 0, 5), (5, 5, 1), torch.bfloat16)
     arena.close()
 
@@ -481,10 +482,10 @@ def test_a_tensor_has_the_type_shape_and_strides_of_its_description(dtype: str) 
     arena = Arena.create(1024)
     with arena.writable() as bytes_:
         bytes_[:] = bytes(range(256)) * 4
-    tensor = arena.tensor(TensorSpec("w", dtype, (3, 4), (1, 3), 64))
+    tensor = tensor_in(arena, TensorSpec("w", dtype, (3, 4), (1, 3), 64))
     assert (tensor.dtype, tensor.shape, tensor.stride()) == (DTYPES[dtype], (3, 4), (1, 3))
     assert bytes(tensor.untyped_storage()) == bytes(arena.writable()[64 : 64 + 12 * tensor.itemsize])
-    scalar = arena.tensor(TensorSpec("w", dtype, (), (), 0))
+    scalar = tensor_in(arena, TensorSpec("w", dtype, (), (), 0))
     assert scalar.shape == ()
     arena.close()
 
@@ -496,7 +497,7 @@ def test_no_manifest_names_a_type_of_which_no_tensor_can_be_made(dtype: str) -> 
 
 def test_an_alias_is_on_the_memory_of_its_base() -> None:
     arena = Arena.create(128)
-    base = arena.tensor(TensorSpec("embed", "float32", (4, 6), (6, 1), 0))
+    base = tensor_in(arena, TensorSpec("embed", "float32", (4, 6), (6, 1), 0))
     base.copy_(torch.arange(24.0).view(4, 6))
     rows = bind_alias(base, Alias("head", 0, 24, "float32", (2, 6), (6, 1)))
     columns = bind_alias(base, Alias("columns", 0, 8, "float32", (3, 4), (1, 6)))
@@ -511,7 +512,7 @@ def test_an_alias_is_on_the_memory_of_its_base() -> None:
 
 def test_an_alias_keeps_the_memory_of_its_base() -> None:
     arena = sealed(bytes(16 * PAGE))
-    base = arena.tensor(pages(16))
+    base = tensor_in(arena, pages(16))
     base.fill_(8)
     alias = bind_alias(base, Alias("head", 0, PAGE, "uint8", (4,), (1,)))
     del base
@@ -536,7 +537,7 @@ def test_filling_while_pages_are_made_loses_nothing() -> None:
     nbytes = 80 << 20
     content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     arena = Arena.create(nbytes)
-    tensor = arena.tensor(TensorSpec("w", "uint8", (nbytes,), (1,), 0))
+    tensor = tensor_in(arena, TensorSpec("w", "uint8", (nbytes,), (1,), 0))
     half = nbytes // 2
     os.pwrite(arena.descriptor, content[half:].numpy(), half)
     arena.make_pages()
@@ -553,7 +554,7 @@ def test_making_pages_stops_when_nobody_wants_them() -> None:
     arena.stop_making_pages()
     assert page_makers() == []
     assert memory_of_file(arena.descriptor) == 0
-    arena.tensor(pages(100)).fill_(1)
+    tensor_in(arena, pages(100)).fill_(1)
     assert memory_of_file(arena.descriptor) == 100 * PAGE
     arena.close()
 
@@ -568,7 +569,7 @@ def test_no_page_maker_is_left_behind(end: Callable[[Arena], None]) -> None:
 
 
 def test_memory_for_a_manifest_is_being_made_when_it_is_handed_out() -> None:
-    manifest = Manifest.layout([("w", torch.empty(50 * PAGE, dtype=torch.uint8)), ("b", torch.empty(3))])
+    manifest = manifest_of([("w", torch.empty(50 * PAGE, dtype=torch.uint8)), ("b", torch.empty(3))])
     arena = allocate(manifest)
     for thread in page_makers():
         thread.join()

@@ -12,16 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
-from vllm_ascend.model_loader.netloader.weights.manifest import (
-    ALIGNMENT,
-    DTYPES,
-    Alias,
-    Manifest,
-    TensorSpec,
-    chunks,
-    is_dense,
-)
+from vllm_ascend.model_loader.netloader.weights.manifest import ALIGNMENT, Alias, Manifest, TensorSpec, chunks, is_dense
 
 BASE = TensorSpec("embed", "float32", (4, 6), (6, 1), 0)
 NEXT = TensorSpec("norm", "bfloat16", (7,), (1,), 128)
@@ -33,7 +26,7 @@ def changed(struct: Any, **changes: Any) -> Any:
 
 
 def test_tensors_lie_in_order_each_at_the_next_multiple_of_the_alignment() -> None:
-    manifest = Manifest.layout(
+    manifest = manifest_of(
         [
             ("a", torch.empty(1, dtype=torch.uint8)),
             ("b", torch.empty(16, dtype=torch.float32)),
@@ -51,12 +44,12 @@ def test_tensors_lie_in_order_each_at_the_next_multiple_of_the_alignment() -> No
 
 
 def test_a_layout_describes_type_shape_and_strides() -> None:
-    manifest = Manifest.layout([("w", torch.empty(5, 7, dtype=torch.float16).t())])
+    manifest = manifest_of([("w", torch.empty(5, 7, dtype=torch.float16).t())])
     assert manifest.tensors == (TensorSpec("w", "float16", (7, 5), (1, 7), 0),)
 
 
 def test_empty_tensors_take_no_room() -> None:
-    manifest = Manifest.layout([("a", torch.empty(0)), ("b", torch.empty(2)), ("c", torch.empty(3, 0))])
+    manifest = manifest_of([("a", torch.empty(0)), ("b", torch.empty(2)), ("c", torch.empty(3, 0))])
     assert [(spec.offset, spec.end) for spec in manifest.tensors] == [(0, 0), (0, 8), (64, 64)]
     assert manifest.nbytes == 64
 
@@ -68,7 +61,7 @@ def test_no_tensors_at_all_are_a_manifest_of_no_bytes() -> None:
 
 def test_a_tensor_that_is_not_dense_cannot_be_laid_out() -> None:
     with pytest.raises(ProtocolError, match=r"'w' \[4, 3\] is not dense: strides \[6, 1\]"):
-        Manifest.layout([("w", torch.empty(4, 6)[:, :3])])
+        manifest_of([("w", torch.empty(4, 6)[:, :3])])
 
 
 def test_every_type_that_weights_are_kept_in_has_a_name() -> None:
@@ -93,7 +86,7 @@ def dense_tensors(draw: st.DrawFn) -> torch.Tensor:
 def manifests(draw: st.DrawFn) -> Manifest:
     names = draw(st.lists(st.text(min_size=1, max_size=8), max_size=8, unique=True))
     count = draw(st.integers(0, len(names)))
-    base = Manifest.layout((name, draw(dense_tensors())) for name in names[:count])
+    base = manifest_of((name, draw(dense_tensors())) for name in names[:count])
     if not count:
         return base
     aliases = []
@@ -106,7 +99,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 
 @given(tensors=st.lists(dense_tensors(), max_size=6))
 def test_every_layout_is_aligned_in_order_and_without_overlap(tensors: list[torch.Tensor]) -> None:
-    manifest = Manifest.layout((f"w{n}", tensor) for n, tensor in enumerate(tensors))
+    manifest = manifest_of((f"w{n}", tensor) for n, tensor in enumerate(tensors))
     end = 0
     for spec, tensor in zip(manifest.tensors, tensors, strict=True):
         assert spec.offset % ALIGNMENT == 0
@@ -283,7 +276,7 @@ def test_a_tensor_without_elements_is_dense_whatever_its_strides() -> None:
 def test_an_order_of_tensors_that_moves_no_byte_is_named() -> None:
     """Empty tensors take no place, so only their order tells."""
     tensors = {name: torch.empty(0) for name in ("a", "b", "c")}
-    ours, theirs = Manifest.layout(tensors.items()), Manifest.layout(reversed(tensors.items()))
+    ours, theirs = manifest_of(tensors.items()), manifest_of(reversed(tensors.items()))
     assert [str(each) for each in ours.mismatch(theirs)] == [
         "order of tensors (here a, there c)",
         "order of tensors (here c, there a)",
@@ -292,7 +285,7 @@ def test_an_order_of_tensors_that_moves_no_byte_is_named() -> None:
 
 def test_the_stride_of_a_dimension_of_one_element_is_named() -> None:
     plain, odd = torch.empty(1, 4), torch.empty(4).as_strided((1, 4), (9, 1))
-    (difference,) = Manifest.layout([("w", plain)]).mismatch(Manifest.layout([("w", odd)]))
+    (difference,) = manifest_of([("w", plain)]).mismatch(manifest_of([("w", odd)]))
     assert str(difference) == "tensor w (here float32 [1, 4] at byte 0, there float32 [1, 4] strides [9, 1] at byte 0)"
 
 

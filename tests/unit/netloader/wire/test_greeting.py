@@ -35,9 +35,9 @@ from vllm_ascend.model_loader.netloader.errors import (
 from vllm_ascend.model_loader.netloader.server import peer_log
 from vllm_ascend.model_loader.netloader.server.admission import Guard
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
-from vllm_ascend.model_loader.netloader.transport import transports
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire import greeting
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

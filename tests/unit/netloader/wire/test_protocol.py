@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.model.attributes import Plain
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.protocol import (
     ATTRIBUTES_LIMIT,
@@ -32,6 +31,7 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     AskDigests,
     Attach,
     Attached,
+    AttributeValue,
     Challenge,
     Confirm,
     Conversation,
@@ -1190,7 +1190,7 @@ def test_a_message_of_an_earlier_release_of_the_same_version_is_understood(older
     ],
     ids=lambda value: repr(value)[:24],
 )
-def test_an_attribute_arrives_with_its_value_and_type(value: Plain) -> None:
+def test_an_attribute_arrives_with_its_value_and_type(value: AttributeValue) -> None:
     pair = Pair().say(Hello, Welcome, Join)
     client = pair.ends[CLIENT]
     client.feed(pair.ends[SERVER].send(Accept(SESSION, 1, "tcp", {}, {"layers.0.rank": value})))

@@ -36,11 +36,10 @@ from vllm_ascend.model_loader.netloader.errors import (
     TransportError,
     one_line,
 )
-from vllm_ascend.model_loader.netloader.model.attributes import Plain
-from vllm_ascend.model_loader.netloader.model.tensors import Request
 from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory, LeastRate, TooSlow
+from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
@@ -50,6 +49,7 @@ from vllm_ascend.model_loader.netloader.wire.greeting import greet
 from vllm_ascend.model_loader.netloader.wire.protocol import (
     STRANGER_REPLY_LIMIT,
     Accept,
+    AttributeValue,
     Confirm,
     Done,
     End,
@@ -85,7 +85,7 @@ class Fetched:
     address: Endpoint
     transport: str
     session: bytes
-    attributes: Mapping[str, Plain] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     fingerprint: str = ""
     evidence: Evidence | None = None
 
@@ -107,7 +107,7 @@ class Terms:
     min_bandwidth: int = 0
     disk_remains: bool = True
     allocate: Callable[[Manifest], Memory] = allocate
-    check_attributes: Callable[[Mapping[str, Plain]], None] = lambda _: None
+    check_attributes: Callable[[Mapping[str, AttributeValue]], None] = lambda _: None
     progress: Callable[[int], None] = lambda _: None
 
 

@@ -20,9 +20,7 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel, one_line
-
-Plain = bool | int | float | str | None
-"""An attribute's value that travels."""
+from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 """Exactly these: an enumeration's members are numbers or texts to `isinstance`, and no more than that to a peer."""
@@ -61,7 +59,7 @@ class Snapshot:
                     tensors[qualified(prefix, name)] = value, _checksum(value, weights)
         return cls({name: type(module) for name, module in modules.items()}, attributes, tensors)
 
-    def changes(self, model: nn.Module) -> dict[str, Plain]:
+    def changes(self, model: nn.Module) -> dict[str, AttributeValue]:
         """The plain values that `model` has gained or changed since.
 
         Raises UnsupportedModel, naming modules or attributes, where something else happened. What happens within other
@@ -109,7 +107,7 @@ class Snapshot:
         return fits and _is_settable(type(model.get_submodule(prefix)), attribute)
 
 
-def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
+def require_settable(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
     """Raises ProtocolError where `attributes` from a peer are not plain attributes of `model`'s own modules."""
     modules = dict(model.named_modules())
     for name in attributes:
@@ -125,7 +123,7 @@ def require_settable(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
             )
 
 
-def apply(model: nn.Module, attributes: Mapping[str, Plain]) -> None:
+def apply(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
     """Sets what `require_settable` has let pass."""
     for name, value in attributes.items():
         prefix, _, attribute = name.rpartition(".")
@@ -167,7 +165,7 @@ def _is_scalar(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def _is_plain(value: object) -> TypeGuard[Plain]:
+def _is_plain(value: object) -> TypeGuard[AttributeValue]:
     return type(value) in _PLAIN_TYPES
 
 

@@ -1,12 +1,9 @@
-"""The weights of a model, and their bytes behind a manifest.
+"""Which tensors of a model are its weights, and how they get into the memory that is served.
 
 `ModelWeights` knows which tensors of a model are weights and moves them into an arena: parameters are rebound to views
 of it before anything is loaded, so that the disk loader, too, writes straight into it and the bytes exist once.
 Persistent buffers count as weights; they are small and stay where they are, their contents are copied. `LiveWeights`
 are those on an accelerator: they are served from where they are, and filled there.
-
-`WeightStore` is what a server hands out: memory that stays as it is, its manifest, and a generation that grows whenever
-the process replaces the weights of that role.
 """
 
 from __future__ import annotations
@@ -16,9 +13,7 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy
@@ -29,62 +24,22 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.attributes import Plain, own_tensors, qualified
-from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests, root_of
-from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate, bind_alias
-from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.weights.live import LiveMemory
-from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Alias, Manifest, TensorSpec, is_dense, span
-from vllm_ascend.model_loader.netloader.weights.memory import Memory, Readable, flat, has_plain_format
+from vllm_ascend.model_loader.netloader.model.attributes import own_tensors, qualified
+from vllm_ascend.model_loader.netloader.model.buffers import (
+    DTYPES,
+    bind_alias,
+    dtype_name,
+    flat,
+    has_plain_format,
+    manifest_of,
+    tensor_in,
+)
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory
+from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest, TensorSpec, is_dense, span
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
 _CPU: Final = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Request:
-    """The weights that one rank needs."""
-
-    identity: ModelIdentity
-    coordinates: RankCoordinates
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
-class WeightStore:
-    """Complete weights that may be served. `memory` must be servable; whoever publishes the store closes it.
-
-    `attributes` is what else loading has set on the model; without `digests`, clients cannot verify what they get.
-    """
-
-    manifest: Manifest
-    memory: Memory
-    generation: int
-    attributes: Mapping[str, Plain] = field(default_factory=dict)
-    digests: StoreDigests | None = None
-
-    @cached_property
-    def bytes(self) -> Readable:
-        """All bytes, read-only, in the manifest's address space."""
-        return self.memory.reader()
-
-    def root(self) -> str:
-        """The root digest of the contents; makes what digests there are not. Empty where there are to be none."""
-        return "" if self.digests is None else self._root
-
-    @cached_property
-    def _root(self) -> str:
-        assert self.digests is not None
-        return root_of(self.manifest.digest, self.attributes, self.digests.all())
-
-    def root_if_known(self) -> str:
-        """As `root`, but empty as long as a digest is missing, so that it costs nothing."""
-        return self.root() if self.digests is not None and self.digests.complete else ""
-
-    def close(self) -> None:
-        """Gives up the memory; a session that still reads from an arena keeps its mapping. Idempotent."""
-        if self.digests is not None:
-            self.digests.stop()
-        self.memory.close()
 
 
 class ModelWeights:
@@ -99,7 +54,7 @@ class ModelWeights:
         for name, tensor in tensors.items():
             _require_plain_memory(name, self._parameters.get(name, tensor), device)
         bases, aliases = _separate_aliases(tensors)
-        self.manifest = Manifest.layout(((name, tensors[name]) for name in bases), aliases)
+        self.manifest = manifest_of(((name, tensors[name]) for name in bases), aliases)
         travelling = {id(tensor) for tensor in (*self._parameters.values(), *self._buffers.values())}
         others = [(name, tensor) for name, tensor in _all_tensors(model) if id(tensor) not in travelling]
         aliased = [((self._parameters | self._buffers)[alias.name], alias) for alias in aliases]
@@ -112,7 +67,7 @@ class ModelWeights:
     def bind(self, memory: Memory) -> None:
         """Makes the parameters views of `memory`, which holds all bytes, and copies the buffers out of it."""
         for spec in self.manifest.tensors:
-            view = memory.tensor(spec)
+            view = tensor_in(memory, spec)
             if spec.name in self._buffers:
                 flat(self._buffers[spec.name]).copy_(flat(view))
             else:
@@ -126,7 +81,7 @@ class ModelWeights:
         """
         files = list(_mapped_files())
         for spec in self.manifest.tensors:
-            view = memory.tensor(spec)
+            view = tensor_in(memory, spec)
             if spec.name in self._parameters:
                 _copy_touched_pages(view, self._parameters[spec.name].data, files)
                 self._parameters[spec.name].data = view
@@ -138,7 +93,7 @@ class ModelWeights:
         Raises UnsupportedModel where loading replaced parameters, changed a type or shape, or parted shared memory.
         """
         for spec, tensor in self._loaded(model):
-            view = memory.tensor(spec)
+            view = tensor_in(memory, spec)
             if tensor.data_ptr() != view.data_ptr():
                 if tensor.stride() == view.stride():
                     flat(view).copy_(flat(tensor.data))
@@ -216,11 +171,7 @@ def changed_tensors(model: nn.Module, manifest: Manifest, arena: Arena, names: S
 def _holds(tensor: torch.Tensor | None, spec: TensorSpec, contents: numpy.typing.NDArray[numpy.uint8]) -> bool:
     if tensor is None or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return False
-    if (str(tensor.dtype), tuple(tensor.shape), tensor.stride()) != (
-        f"torch.{spec.dtype}",
-        spec.shape,
-        spec.strides,
-    ):
+    if (dtype_name(tensor), tuple(tensor.shape), tensor.stride()) != (spec.dtype, spec.shape, spec.strides):
         return False
     return numpy.array_equal(flat(tensor.data).numpy(), contents)
 
@@ -271,7 +222,7 @@ def _require_plain_memory(name: str, tensor: torch.Tensor, device: torch.device)
         raise UnsupportedModel(f"{name} keeps its bytes in inner tensors ({type(tensor).__name__}, {tensor.layout})")
     if tensor.is_quantized or tensor.is_nested or tensor.is_neg() or tensor.is_conj():
         raise UnsupportedModel(f"{name} is quantized by torch, nested, or a view that changes signs")
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+    if dtype_name(tensor) not in DTYPES:
         raise UnsupportedModel(f"{name} has the dtype {tensor.dtype}, of which no tensor can be made over given memory")
     if tensor.device != device:
         raise UnsupportedModel(f"{name} is on {tensor.device}: weights are served from one device, here {device}")
@@ -305,8 +256,7 @@ def _alias(name: str, tensor: torch.Tensor, index: int, base: torch.Tensor) -> A
     start = tensor.data_ptr() - base.data_ptr()
     if start < 0 or start + _extent(tensor) > _extent(base) or start % tensor.itemsize:
         raise UnsupportedModel(f"{name} overlaps the memory of another tensor without lying within it")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Alias(name, index, start, dtype, tuple(tensor.shape), tensor.stride())
+    return Alias(name, index, start, dtype_name(tensor), tuple(tensor.shape), tensor.stride())
 
 
 def _require_dense(name: str, tensor: torch.Tensor) -> None:

@@ -17,20 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch import nn
-
-from vllm_ascend.model_loader.netloader.client.client import announce
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
-from vllm_ascend.model_loader.netloader.model.attributes import Plain
-from vllm_ascend.model_loader.netloader.model.tensors import Request, WeightStore
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +39,7 @@ class Weights:
 
     request: Request
     memory: Memory
-    attributes: Mapping[str, Plain]
+    attributes: Mapping[str, AttributeValue]
     digests: tuple[bytes, ...] | None = None
 
 
@@ -110,7 +105,7 @@ def abandon(terms: Terms) -> None:
             _close_unused(terms.address)
 
 
-def serve(model: nn.Module, weights: Weights, terms: Terms) -> WeightServer:
+def serve(model: object, weights: Weights, terms: Terms) -> WeightServer:
     """Publishes `weights` for as long as `model` lives, in place of what its engine has served of their role."""
     server = _server(model, terms)
     request, role = weights.request, weights.request.identity.role
@@ -129,7 +124,7 @@ def _digests(weights: Weights) -> StoreDigests:
     return digests
 
 
-def decline(model: nn.Module, role: str, reason: str, terms: Terms) -> WeightServer:
+def decline(model: object, role: str, reason: str, terms: Terms) -> WeightServer:
     """Answers whoever asks for `role` with `reason`."""
     server = _server(model, terms)
     server.decline(role, reason)
@@ -146,21 +141,6 @@ def _withdraw(role: str, servers: Iterable[WeightServer]) -> None:
     """From addresses, of which there is one unless a configuration file has changed between two loads."""
     for server in servers:
         server.withdraw(role)
-
-
-def tell_source(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
-    """Lets the source refer others to this process, in a thread: whether it is still there does not matter here."""
-
-    def tell() -> None:
-        try:
-            announce(source, session, port, timeout, access)
-        except (SourceError, TransportError) as error:
-            logger.debug("%s does not hear that its weights are served here too: %s", source, error)
-
-    try:
-        threading.Thread(target=tell, name="netloader-announce", daemon=True).start()
-    except RuntimeError as error:
-        logger.debug("no thread can be had to tell %s that its weights are served here too: %s", source, error)
 
 
 def suspend(engine: object, reason: str) -> Callable[[], None]:
@@ -201,7 +181,7 @@ def _own(terms: Terms) -> _Service | None:
     return next(mine, None)
 
 
-def _server(model: nn.Module, terms: Terms) -> WeightServer:
+def _server(model: object, terms: Terms) -> WeightServer:
     with _lock:
         service = _own(terms)
         assert service is not None, "its listener was not opened"

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Delivery
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer

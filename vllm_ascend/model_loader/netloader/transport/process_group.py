@@ -24,10 +24,11 @@ from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
+from vllm_ascend.model_loader.netloader.model.buffers import chunk_in, landing_tensor, own_stream
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
-from vllm_ascend.model_loader.netloader.weights.memory import Memory, own_stream
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 from vllm_ascend.model_loader.netloader.wire.protocol import (
@@ -52,8 +53,8 @@ class ProcessGroupTransport(Transport):
     name = "process_group"
     descriptors = 8  # about what Gloo takes
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
 
     def offer(self) -> Offer:
         return Offer(self.name, process_group.BACKENDS[self._device.type])
@@ -174,14 +175,15 @@ class _Receiver:
                 self._receiving.append(self._begin(pair, self._delivery.begin(self._requested.popleft())))
             arrival, buffer, work = self._receiving.popleft()
             pair.finish(work)
-            if buffer.device != arrival.landing.tensor.device:
-                arrival.landing.tensor.copy_(buffer)
+            landing = landing_tensor(arrival.landing)
+            if buffer.device != landing.device:
+                landing.copy_(buffer)
             arrival.advance(arrival.chunk.length)
             self._delivery.finish(arrival)
             self._request_ahead()
 
     def _begin(self, pair: process_group.Pair, arrival: Arrival) -> _Incoming:
-        buffer = arrival.landing.tensor
+        buffer = landing_tensor(arrival.landing)
         if buffer.device != self._device:
             buffer = torch.empty_like(buffer, device=self._device)
         return _Incoming(arrival, buffer, pair.receive(buffer))
@@ -195,7 +197,7 @@ class _Outgoing(NamedTuple):
 class _GroupSender(Sender):
     def __init__(self, store: WeightStore, device: torch.device, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__(store.manifest.nbytes)
-        self._memory = store.memory
+        self._memory, self._served = store.memory, store.bytes
         self._device = device
         self._timeout = timeouts.stall
         self._pacer = pacer
@@ -229,7 +231,8 @@ class _GroupSender(Sender):
         if self._aborted.is_set():
             raise RuntimeError("the session has ended")
         with own_stream(self._device):
-            content = self._memory.chunk(fetch.offset, fetch.length).to(self._device)
+            chunk = chunk_in(self._memory, self._served, fetch.offset, fetch.length)
+            content = chunk.to(self._device)
             self._sending.append(_Outgoing(content, pair.send(content)))
             if len(self._sending) >= IN_FLIGHT:
                 content, work = self._sending.popleft()

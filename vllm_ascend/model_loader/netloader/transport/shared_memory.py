@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import TransportError
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.wire.channel import ConnectionLost, Deadline, Stalled
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer

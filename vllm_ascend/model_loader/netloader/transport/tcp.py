@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.model.tensors import WeightStore
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline, FileRange
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer

@@ -9,8 +9,8 @@ so nothing is copied until somebody writes.
 Making pages is the larger part of the cost of filling them, so `make_pages` runs beside the work that brings the bytes,
 and ahead of it.
 
-Lifetime: the mapping lives as long as the arena or any tensor made by `tensor`. When the last tensor over a block dies,
-this process's private copies of its pages are freed; after `free_with_tensors`, so are the pages themselves.
+Lifetime: the mapping lives as long as the arena or any tensor over a `block` of it. When the last tensor over a block
+dies, this process's private copies of its pages are freed; after `free_with_tensors`, so are the pages themselves.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ import mmap
 import os
 import threading
 import weakref
-from functools import cached_property
 from typing import Final
 
-import torch
-
 from vllm_ascend.model_loader.netloader.errors import NoRoom, TransportError, UnsupportedModel
-from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Alias, Manifest, TensorSpec
-from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory, as_tensor
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
+from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory
 from vllm_ascend.model_loader.netloader.weights.memory_limit import room
 
 _MAP_FIXED: Final = 0x10
@@ -63,7 +60,6 @@ class Arena(Memory):
     def __init__(self, nbytes: int, descriptor: int, mapping: mmap.mmap) -> None:
         """Takes ownership of `descriptor`. Use `create` or `adopt`."""
         self.nbytes = nbytes
-        self.device = torch.device("cpu")
         self._descriptor = descriptor
         self._give_up_descriptor = weakref.finalize(self, os.close, descriptor)
         self._mapping = mapping
@@ -139,13 +135,6 @@ class Arena(Memory):
     def landing(self, offset: int, length: int) -> Landing:
         return _InPlace(self.writable()[offset : offset + length])
 
-    def chunk(self, offset: int, length: int) -> torch.Tensor:
-        return as_tensor(self._served[offset : offset + length])
-
-    @cached_property
-    def _served(self) -> memoryview:
-        return self.reader()
-
     def reader(self) -> memoryview:
         """The sealed bytes through a mapping of its own, untouched by what this process writes into its tensors."""
         mapping = mmap.mmap(
@@ -165,13 +154,19 @@ class Arena(Memory):
         # The write seal is refused while any writable shared mapping exists, so it also proves that none is left.
         fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_WRITE | _F_SEAL_SEAL)
 
-    def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        """A tensor of `spec`'s type, shape and strides over its bytes."""
-        dtype = DTYPES[spec.dtype]
-        if spec.nbytes == 0:
-            return torch.empty_strided(spec.shape, spec.strides, dtype=dtype, device=self.device)
-        block = self._block(spec.offset, spec.nbytes)
-        return torch.frombuffer(block, dtype=dtype).as_strided(spec.shape, spec.strides)
+    def block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
+        """The memory of one tensor, which keeps the mapping alive. While it exists, the same is given to everybody.
+
+        When the last user of it dies, pages of its own are given back.
+        """
+        block = self._blocks.get((offset, nbytes))
+        if block is None:
+            block = (ctypes.c_char * nbytes).from_buffer(self._mapping, offset)
+            weakref.finalize(
+                block, _give_back_pages, self._address + offset, nbytes, self._not_needed_without_tensors
+            ).atexit = False
+            self._blocks[offset, nbytes] = block
+        return block
 
     def free_with_tensors(self) -> None:
         """For an arena that will not be served: from now on a tensor's memory is freed when the tensor dies."""
@@ -189,17 +184,6 @@ class Arena(Memory):
         """Gives up the descriptor, as does the end of the arena's life. Idempotent."""
         self.stop_making_pages()
         self._give_up_descriptor()
-
-    def _block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """The memory of one tensor. All tensors over it share the block, so that only the last one gives pages back."""
-        block = self._blocks.get((offset, nbytes))
-        if block is None:
-            block = (ctypes.c_char * nbytes).from_buffer(self._mapping, offset)
-            weakref.finalize(
-                block, _give_back_pages, self._address + offset, nbytes, self._not_needed_without_tensors
-            ).atexit = False
-            self._blocks[offset, nbytes] = block
-        return block
 
     def _make_pages(self) -> None:
         size = _whole_pages(self.nbytes)
@@ -221,23 +205,11 @@ class _InPlace(Landing):
     def host(self) -> memoryview:
         return self._memory
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        return as_tensor(self._memory)
-
     def arrived(self, begin: int, end: int) -> memoryview:
         return self._memory[begin:end]
 
     def settle(self) -> None:
         return
-
-
-def bind_alias(base: torch.Tensor, alias: Alias) -> torch.Tensor:
-    """The tensor that `alias` describes, on the storage of its base tensor."""
-    dtype = DTYPES[alias.dtype]
-    view = torch.empty(0, dtype=dtype, device=base.device)
-    view.set_(base.untyped_storage(), alias.start // dtype.itemsize, alias.shape, alias.strides)
-    return view
 
 
 def allocate(manifest: Manifest) -> Arena:

@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Final
 
 import msgspec
-import torch
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.weights.dtypes import ITEM_BYTES
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 
 ALIGNMENT: Final = 64
@@ -25,13 +25,6 @@ ALIGNMENT: Final = 64
 
 MAX_DIMENSIONS: Final = 64
 """What torch allows; also bounds the arithmetic on a manifest from a peer."""
-
-DTYPES: Final[dict[str, torch.dtype]] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
-}
-"""By name; without torch's own quantized types, of which no tensor can be made over given memory."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -48,7 +41,7 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def end(self) -> int:
@@ -85,13 +78,14 @@ class Manifest:
         self.nbytes = _align(self.tensors[-1].end) if self.tensors else 0
 
     @classmethod
-    def layout(cls, tensors: Iterable[tuple[str, torch.Tensor]], aliases: Iterable[Alias] = ()) -> Manifest:
-        """Places dense `tensors` one after another."""
+    def layout(
+        cls, tensors: Iterable[tuple[str, str, tuple[int, ...], tuple[int, ...]]], aliases: Iterable[Alias] = ()
+    ) -> Manifest:
+        """Places dense `tensors`, each a name, dtype, shape and strides, one after another. Raises ProtocolError."""
         specs: list[TensorSpec] = []
         offset = 0
-        for name, tensor in tensors:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            specs.append(TensorSpec(name, dtype, tuple(tensor.shape), tensor.stride(), offset))
+        for name, dtype, shape, strides in tensors:
+            specs.append(TensorSpec(name, dtype, shape, strides, offset))
             offset = _align(specs[-1].end)
         return cls(specs, aliases)
 
@@ -147,9 +141,9 @@ class Manifest:
             _validate_description(alias, names)
             if not 0 <= alias.base < len(self.tensors):
                 raise ProtocolError(f"alias {alias.name!r} refers to tensor number {alias.base}, which does not exist")
-            if alias.start % DTYPES[alias.dtype].itemsize:
+            if alias.start % ITEM_BYTES[alias.dtype]:
                 raise ProtocolError(f"alias {alias.name!r} begins at byte {alias.start}, between two elements")
-            extent = span(alias.shape, alias.strides) * DTYPES[alias.dtype].itemsize
+            extent = span(alias.shape, alias.strides) * ITEM_BYTES[alias.dtype]
             if alias.start < 0 or alias.start + extent > self.tensors[alias.base].nbytes:
                 raise ProtocolError(f"alias {alias.name!r} reaches beyond tensor {self.tensors[alias.base].name!r}")
 
@@ -202,7 +196,7 @@ def _validate_description(spec: TensorSpec | Alias, names: set[str]) -> None:
     if not spec.name or spec.name in names:
         raise ProtocolError(f"tensor name {spec.name!r} is empty or appears twice")
     names.add(spec.name)
-    if spec.dtype not in DTYPES:
+    if spec.dtype not in ITEM_BYTES:
         raise ProtocolError(f"tensor {spec.name!r} has the unknown dtype {spec.dtype!r}")
     if len(spec.shape) > MAX_DIMENSIONS:
         raise ProtocolError(f"tensor {spec.name!r} has {len(spec.shape)} dimensions: at most {MAX_DIMENSIONS}")

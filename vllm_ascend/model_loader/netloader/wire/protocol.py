@@ -77,6 +77,8 @@ SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Referrals = Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=REFERRALS_LIMIT)]
 Parameters = Mapping[ShortText, ShortText | int]
+AttributeValue = bool | int | float | ShortText | None
+"""What loading sets on a model beside its weights, as far as it travels."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -153,9 +155,7 @@ class Accept(Message, frozen=True):
     generation: Count
     transport: ShortText
     parameters: Parameters
-    attributes: Annotated[
-        Mapping[ShortText, bool | int | float | ShortText | None], msgspec.Meta(max_length=ATTRIBUTES_LIMIT)
-    ] = {}
+    attributes: Annotated[Mapping[ShortText, AttributeValue], msgspec.Meta(max_length=ATTRIBUTES_LIMIT)] = {}
     fingerprint: ShortText = ""
     digest: ShortText = ""
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
+from vllm_ascend.model_loader.netloader.model.buffers import flat, own_stream, tensor_in
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory, checksum
 from vllm_ascend.model_loader.netloader.model.tensors import LiveWeights, current_tensors
-from vllm_ascend.model_loader.netloader.weights.live import LiveMemory, checksum
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
-from vllm_ascend.model_loader.netloader.weights.memory import flat, own_stream
 
 CPU = torch.device("cpu")
 
@@ -181,7 +181,7 @@ def test_a_loader_may_put_a_tensor_elsewhere() -> None:
     memory = weights.allocate()
     model.large.data = torch.ones_like(model.large.data)
     weights.collect_into(model, memory)
-    assert torch.equal(memory.tensor(weights.manifest.tensors[-2]), model.large)
+    assert torch.equal(tensor_in(memory, weights.manifest.tensors[-2]), model.large)
 
 
 def test_a_loader_that_changes_a_shape_makes_the_model_one_that_is_not_served() -> None:

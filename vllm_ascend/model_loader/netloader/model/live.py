@@ -20,17 +20,18 @@ from typing import Final, NamedTuple
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.weights.manifest import DTYPES, Manifest, TensorSpec, chunks, is_dense
-from vllm_ascend.model_loader.netloader.weights.memory import (
-    Landing,
-    Memory,
-    Readable,
+from vllm_ascend.model_loader.netloader.model.buffers import (
+    DTYPES,
+    TensorLanding,
+    TensorMemory,
     as_bytes,
     as_tensor,
     flat,
     has_plain_format,
     own_stream,
 )
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks, is_dense
+from vllm_ascend.model_loader.netloader.weights.memory import Readable
 
 _ROW_BYTES: Final = 1 << 13
 _CHECKSUM_BYTES: Final = 1 << 24
@@ -44,7 +45,7 @@ class _Part(NamedTuple):
     memory: torch.Tensor
 
 
-class LiveMemory(Memory):
+class LiveMemory(TensorMemory):
     """The memory of `tensors`, which are dense and lie as `manifest` describes them."""
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -66,7 +67,7 @@ class LiveMemory(Memory):
     def servable(self) -> bool:
         return self._servable
 
-    def landing(self, offset: int, length: int) -> Landing:
+    def landing(self, offset: int, length: int) -> TensorLanding:
         return _LiveLanding(self, offset, length)
 
     def contents(self) -> Readable:
@@ -157,7 +158,7 @@ class LiveMemory(Memory):
         return elsewhere if checksum(elsewhere) == original else None
 
 
-class _LiveLanding(Landing):
+class _LiveLanding(TensorLanding):
     """A bucket in host memory or on the device, whichever is asked for."""
 
     def __init__(self, memory: LiveMemory, offset: int, length: int) -> None:
