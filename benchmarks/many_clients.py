@@ -50,7 +50,7 @@ from typing import Any, Self
 from weight_phase import GIGABYTE, condition_memory
 
 from vllm_ascend.model_loader.netloader.client.client import Client
-from vllm_ascend.model_loader.netloader.client.session import Terms
+from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
@@ -234,7 +234,7 @@ def synthetic_publication(arena: Arena) -> Publication:
 def prepared_fetch(nbytes: int, port: int, way: Way, access: Access | None = None) -> Iterator[Callable[[], Client]]:
     """A function that fetches synthetic weights once; what it fetched is freed in the end."""
     request = Request(IDENTITY, RankCoordinates(), synthetic_manifest(nbytes))
-    client = Client(Terms(request, Timeouts(), access or Access(), verify=way.verify), (TcpTransport(),))
+    client = Client(FetchOptions(request, Timeouts(), access or Access(), verify=way.verify), (TcpTransport(),))
     fetched = []
 
     def fetch() -> Client:

@@ -58,7 +58,7 @@ from fetch_model import fetch_model
 from instance import Instance
 
 from vllm_ascend.model_loader.netloader.client.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client.session import Terms
+from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -68,7 +68,7 @@ from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.wire.messages import Join, Offer, Refuse
 
 IDLE = "idle"
 PROMPT = "Once upon a time,"
@@ -323,7 +323,7 @@ class Puller:
             self._begun.set()
 
     def _pull(self, source: Endpoint, request: Request) -> Pulled:
-        client = Client(Terms(request, Timeouts(), progress=self._note), (TcpTransport(),))
+        client = Client(FetchOptions(request, Timeouts(), progress=self._note), (TcpTransport(),))
         client.fetch([source]).memory.close()
         gc.collect()
         return Pulled(request.manifest.nbytes, client.phases.seconds["transfer"])

@@ -61,7 +61,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from vllm_ascend.model_loader.netloader.client.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
@@ -74,17 +74,8 @@ from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import (
-    AskDigests,
-    Done,
-    Fetch,
-    Hello,
-    Inquire,
-    Join,
-    Leave,
-    Offer,
-    frame,
-)
+from vllm_ascend.model_loader.netloader.wire.conversation import frame
+from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Done, Fetch, Hello, Inquire, Join, Leave, Offer
 
 HOST: Final = "127.0.0.1"
 STRANGERS_HOST: Final = "127.0.0.2"
@@ -660,7 +651,7 @@ def do(task: Task, setting: Setting) -> Result:
 
 def fetch(task: Task, setting: Setting, access: Access, sources: Sequence[Endpoint]) -> Result:
     request = Request(IDENTITY, RankCoordinates(), setting.manifest)
-    terms = Terms(request, TIMEOUTS, access, verify=task.verify, wait_timeout=WAIT_TIMEOUT)
+    terms = FetchOptions(request, TIMEOUTS, access, verify=task.verify, wait_timeout=WAIT_TIMEOUT)
     client = Client(terms, (TcpTransport(),))
     try:
         fetched = client.fetch(sources)

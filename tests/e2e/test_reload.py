@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept, End, Join, Offer, Refuse
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, End, Join, Offer, Refuse
 
 PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 

@@ -11,7 +11,7 @@ from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept, Gather, Join, Offer, Publish
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, Gather, Join, Offer, Publish
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -23,8 +23,9 @@ from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.conversation import frame
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept, AskDigests, Join, Offer, Refuse, frame
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, AskDigests, Join, Offer, Refuse
 
 CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
 """Of the environment below this one, which has no torch-npu: vLLM's CPU platform."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_ascend.model_loader.netloader.client.client import Client
-from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of, tensor_in
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory
@@ -114,11 +114,11 @@ def serving(
 def client_for(
     wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **terms: Any
 ) -> Client:
-    """A client that does not pause between tries; `terms` are further ones of `Terms`."""
+    """A client that does not pause between tries; `terms` are further ones of `FetchOptions`."""
     request = wanted.request() if isinstance(wanted, Tensors) else wanted
     if isinstance(wanted, Tensors):
         terms.setdefault("allocate", wanted.allocate)
-    return Client(Terms(request, timeouts, **terms), transports, pause=lambda _: None)
+    return Client(FetchOptions(request, timeouts, **terms), transports, pause=lambda _: None)
 
 
 def fetch(

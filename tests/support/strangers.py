@@ -30,7 +30,8 @@ from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, digest_
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import Role
+from vllm_ascend.model_loader.netloader.wire.messages import (
     REPLY_LIMIT,
     REQUEST_LIMIT,
     Accept,
@@ -56,7 +57,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Prove,
     Publish,
     Refuse,
-    Role,
     Status,
     Wait,
     Welcome,

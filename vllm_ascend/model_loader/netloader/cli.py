@@ -14,7 +14,7 @@ from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import Holding, Status
+from vllm_ascend.model_loader.netloader.wire.messages import Holding, Status
 
 
 def main(arguments: list[str] | None = None) -> int:

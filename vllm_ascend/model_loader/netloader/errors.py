@@ -7,7 +7,13 @@
       UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
       CheckpointChanged      what was read from disk may be a mixture: do not serve it
       ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
-      ProtocolError          the peer sent bytes that are not the protocol: end this session
+      PeerError              the peer failed: end this session, and only this one
+        ProtocolError        it sent what it may not send, or nothing that can be understood
+        ConnectionLost       the connection ended before what it owed had come
+        Stalled              it was silent for too long
+        Unauthorized         it does not show that it knows the token, or has no certificate of the authority
+        Damaged              it went on delivering bytes that are not those of its digests
+        TooSlow              it sends next to nothing
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
         SourceRefused        it answered no, and why
@@ -52,8 +58,32 @@ class ReloadRefused(NetloaderError):
     """The model in use cannot take new weights; it and what is served are unchanged."""
 
 
-class ProtocolError(NetloaderError):
+class PeerError(NetloaderError):
+    """The peer did not do its part: this session with it is over."""
+
+
+class ProtocolError(PeerError):
     """The peer broke the protocol."""
+
+
+class ConnectionLost(PeerError):
+    """The peer closed or reset the connection."""
+
+
+class Stalled(PeerError):
+    """The peer neither sent nor took a byte for too long."""
+
+
+class Unauthorized(PeerError):
+    """The peer did not show that it may talk to this process."""
+
+
+class Damaged(PeerError):
+    """A source went on delivering bytes that are not those of its digests."""
+
+
+class TooSlow(PeerError):
+    """A source sends bytes, but so few that another one or the disk is the better way."""
 
 
 class SourceError(NetloaderError):

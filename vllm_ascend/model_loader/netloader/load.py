@@ -25,7 +25,7 @@ from vllm.utils.network_utils import get_ip
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
 from vllm_ascend.model_loader.netloader.client.client import Client, announce
-from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here
@@ -67,7 +67,7 @@ from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
+from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Load:
         self._transports = transports(config.transports_for(self._computes_on.type), str(self._computes_on))
         # Layers of target and draft register in one compilation_config, so all configurations of an engine share it.
         self._engine = vllm_config.compilation_config
-        self._terms = serving.Terms(config, self._access, self._transports, self._rank, self._engine)
+        self._terms = serving.ServeOptions(config, self._access, self._transports, self._rank, self._engine)
         self._report = LoadReport(
             role_of(model_config),
             self._rank,
@@ -304,7 +304,7 @@ class Load:
             request = self._asked = Request(identity, rank_coordinates(self._vllm_config), weights.manifest)
         show_progress = self._vllm_config.load_config.use_tqdm_on_load and self._rank == 0
         with _progress_bar(weights.manifest.nbytes, show_progress) as progress:
-            terms = Terms(
+            terms = FetchOptions(
                 request,
                 Timeouts(self._config.connect_timeout, self._config.stall_timeout),
                 self._access,

@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.client.client import Client, announce, i
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
 from vllm_ascend.model_loader.netloader.server.server import Peer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport import base, delivery, digests
@@ -28,9 +28,9 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept, Join, Wait
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, Join, Wait
 
 CHUNK = 4096
 PATIENT = Timeouts(connect=60.0, stall=60.0)

@@ -44,7 +44,8 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import CHALLENGE_BYTES, Access
-from vllm_ascend.model_loader.netloader.wire.protocol import Attach, Challenge, Hello, Prove, Welcome, frame
+from vllm_ascend.model_loader.netloader.wire.conversation import frame
+from vllm_ascend.model_loader.netloader.wire.messages import Attach, Challenge, Hello, Prove, Welcome
 
 pytestmark = pytest.mark.timeout(120)
 

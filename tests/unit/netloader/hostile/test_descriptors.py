@@ -19,8 +19,8 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import acceptor, descriptors
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.wire.messages import Attach
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Attach
 
 pytestmark = pytest.mark.timeout(60)
 

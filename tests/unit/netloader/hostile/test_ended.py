@@ -26,7 +26,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
+from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
 
 pytestmark = pytest.mark.timeout(60)
 

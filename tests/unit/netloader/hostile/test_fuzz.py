@@ -50,21 +50,21 @@ from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceError, SourcesExhausted
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State
+from vllm_ascend.model_loader.netloader.wire.messages import (
     DIFFERENCES_LIMIT,
     REFERRALS_LIMIT,
     REPLY_LIMIT,
     Accept,
     Challenge,
     Confirm,
-    Conversation,
     Digests,
     End,
     Fetch,
@@ -72,8 +72,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Message,
     Publish,
     Refuse,
-    Role,
-    State,
     Status,
     Wait,
     Welcome,
@@ -110,7 +108,7 @@ def outcome(end: Conversation) -> str:
     try:
         while (message := end.next_message()) is not None:
             heard = type(message).__name__
-    except ProtocolError as error:
+    except PeerError as error:
         return next(kind for kind in FAULTS if kind in str(error))
     return heard
 
@@ -183,7 +181,7 @@ def heard(end: Conversation, pieces: Iterable[bytes]) -> tuple[list[Message], st
             end.feed(piece)
             while (message := end.next_message()) is not None:
                 messages.append(message)
-    except ProtocolError as error:
+    except PeerError as error:
         return messages, str(error)
     return messages, ""
 

@@ -47,7 +47,8 @@ from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.process_group import _Exchange
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import Role, State, frame
+from vllm_ascend.model_loader.netloader.wire.messages import (
     PUBLISH_LIMIT,
     End,
     Fetch,
@@ -56,9 +57,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Leave,
     Message,
     Publish,
-    Role,
-    State,
-    frame,
 )
 
 GROUP = transports(["process_group"])

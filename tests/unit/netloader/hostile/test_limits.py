@@ -30,8 +30,8 @@ from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Join
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Join
 
 pytestmark = pytest.mark.timeout(100)
 

@@ -41,12 +41,11 @@ from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.transport.tcp import MAX_CONNECTIONS as MAX_DATA_CONNECTIONS
-from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
+from vllm_ascend.model_loader.netloader.transport.tcp import MAX_DATA_CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import Role
+from vllm_ascend.model_loader.netloader.wire.messages import (
     DIGESTS_LIMIT,
     FETCH_LIMIT,
     PROTOCOL_VERSION,
@@ -62,8 +61,8 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Leave,
     Offer,
     Prove,
-    Role,
 )
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 pytestmark = pytest.mark.timeout(100)
 

@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import AskDigests, Join, Offer
+from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Join, Offer
 
 pytestmark = pytest.mark.timeout(60)
 

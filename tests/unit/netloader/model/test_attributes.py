@@ -16,7 +16,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.attributes import Snapshot, apply, qualified, require_settable
-from vllm_ascend.model_loader.netloader.wire.protocol import Accept, AttributeValue
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, AttributeValue
 
 Load = Callable[[nn.Module], None]
 

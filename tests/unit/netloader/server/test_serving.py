@@ -22,7 +22,7 @@ from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import Offer
+from vllm_ascend.model_loader.netloader.wire.messages import Offer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(self, name: str = "org/model", **config: Any) -> None:
         self.name = name
-        self.terms = serving.Terms(
+        self.terms = serving.ServeOptions(
             NetLoaderConfig(listen_host="127.0.0.1", **config), Access(), TRANSPORTS, rank=0, engine=self
         )
         self.models: dict[str, nn.Module] = {}

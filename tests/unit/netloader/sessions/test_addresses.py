@@ -20,7 +20,7 @@ from vllm_ascend.model_loader.netloader.server.server import Settings, WeightSer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import Refuse
+from vllm_ascend.model_loader.netloader.wire.messages import Refuse
 
 TCP = transports(["tcp"])
 NAME = "fleet.test"

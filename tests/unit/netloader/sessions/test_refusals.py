@@ -40,15 +40,9 @@ from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, R
 from vllm_ascend.model_loader.netloader.weights.manifest import Alias
 from vllm_ascend.model_loader.netloader.wire import greeting
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
+from vllm_ascend.model_loader.netloader.wire.conversation import Role, frame
+from vllm_ascend.model_loader.netloader.wire.messages import PROTOCOL_VERSION, Hello, Message, Welcome
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import (
-    PROTOCOL_VERSION,
-    Hello,
-    Message,
-    Role,
-    Welcome,
-    frame,
-)
 
 CONFIG = {"hidden_size": 4, "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}}
 CONFIG_OF_LONG_CONTEXT = {**CONFIG, "rope_parameters": {"rope_theta": 500_000.0, "rope_type": "default"}}

@@ -31,7 +31,7 @@ from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransp
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import STRANGER_REPLY_LIMIT, Accept, Done, Fetch, Refuse, Wait
+from vllm_ascend.model_loader.netloader.wire.messages import STRANGER_REPLY_LIMIT, Accept, Done, Fetch, Refuse, Wait
 
 CHUNK = 4096
 PATIENT = Timeouts(connect=60.0, stall=60.0)

@@ -23,7 +23,7 @@ from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, 
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourcesExhausted, TransportError
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.server import serving as process_serving
 from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
@@ -36,9 +36,8 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.channel import ConnectionLost
-from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import frame
+from vllm_ascend.model_loader.netloader.wire.messages import (
     REQUEST_LIMIT,
     AttributeValue,
     Hello,
@@ -48,8 +47,8 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Refuse,
     Status,
     Welcome,
-    frame,
 )
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 MEMORY = (MemoryTransport(),)
 IMPATIENT = Timeouts(connect=0.3, stall=0.3)

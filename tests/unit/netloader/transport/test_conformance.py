@@ -21,8 +21,9 @@ from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.wire.conversation import frame
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Hello
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Hello, frame
 
 CPU = torch.device("cpu")
 

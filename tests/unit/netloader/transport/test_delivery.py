@@ -13,17 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.clock import Clock
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, TooSlow
 from vllm_ascend.model_loader.netloader.transport import delivery as module
 from vllm_ascend.model_loader.netloader.transport.delivery import (
     TRIES_PER_CHUNK,
     Arrival,
     Chunk,
-    Damaged,
     Delivery,
     Inventory,
     LeastRate,
-    TooSlow,
 )
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
 from vllm_ascend.model_loader.netloader.weights.arena import Arena

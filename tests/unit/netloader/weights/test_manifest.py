@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.weights.manifest import ALIGNMENT, Alias, Manifest, TensorSpec, chunks, is_dense
@@ -357,7 +357,7 @@ def test_differences_name_the_tensors_and_read_the_other_way_from_the_other_side
 @example(data=GOLDEN + b"\0")
 @example(data=b"\x92\xdd\xff\xff\xff\xff")
 def test_any_bytes_are_a_manifest_or_a_protocol_error(data: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(PeerError):
         Manifest.decode(data)
 
 
@@ -377,7 +377,7 @@ wire_aliases = st.tuples(
     | st.tuples(st.lists(wire_tensors | wire_values, max_size=3), st.lists(wire_aliases | wire_values, max_size=2))
 )
 def test_any_values_are_a_manifest_or_a_protocol_error(value: object) -> None:
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(PeerError):
         manifest = Manifest.decode(msgspec.msgpack.encode(value))
         assert Manifest.decode(manifest.encoded).mismatch(manifest) == ()
 

@@ -13,7 +13,7 @@ import pytest
 from support.certificates import Authority, Identification
 from support.sources import SMALL
 
-from vllm_ascend.model_loader.netloader.client.session import Terms
+from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 from vllm_ascend.model_loader.netloader.server.server import Settings
@@ -199,7 +199,7 @@ def test_the_token_is_shown_by_nothing_that_holds_it() -> None:
     holders = (
         access,
         Settings((), access=access),
-        Terms(SMALL.request(), Timeouts(), access),
+        FetchOptions(SMALL.request(), Timeouts(), access),
         Proofs(TOKEN, bytes(32), bytes(32)),
     )
     for holder in holders:

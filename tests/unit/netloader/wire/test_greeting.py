@@ -25,7 +25,8 @@ from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.client.client import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
-    ProtocolError,
+    ConnectionLost,
+    PeerError,
     SourceError,
     SourceFailed,
     SourceRefused,
@@ -41,8 +42,9 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire import greeting
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.conversation import Role, frame
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.messages import (
     PROTOCOL_VERSION,
     Challenge,
     Hello,
@@ -50,9 +52,7 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Message,
     Prove,
     Refuse,
-    Role,
     Welcome,
-    frame,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -302,7 +302,7 @@ def impostor(behave: Callable[[Channel], None]) -> Iterator[tuple[Endpoint, list
     heard: list[Message] = []
 
     def serve() -> None:
-        with Channel(listener.accept()[0], Role.SERVER) as channel, contextlib.suppress(ProtocolError):
+        with Channel(listener.accept()[0], Role.SERVER) as channel, contextlib.suppress(PeerError):
             behave(channel)
             while True:
                 heard.append(channel.receive(Deadline(PATIENCE)))
@@ -595,7 +595,7 @@ def test_under_tls_what_is_altered_on_the_way_is_noticed(certified: Certified) -
         with greet(relay.endpoint, certified.ours, SHORT.connect) as channel:
             flip.armed = True
             channel.send(Inquire(), SHORT.connect)
-            with pytest.raises(ProtocolError, match=r"(?i)bad.record.mac"):
+            with pytest.raises(ConnectionLost, match=r"(?i)bad.record.mac"):
                 channel.receive(Deadline(PATIENCE))
 
 

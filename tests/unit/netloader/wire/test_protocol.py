@@ -14,9 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State, frame
+from vllm_ascend.model_loader.netloader.wire.messages import (
     ATTRIBUTES_LIMIT,
     DIFFERENCES_LIMIT,
     DIGESTS_LIMIT,
@@ -34,7 +35,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     AttributeValue,
     Challenge,
     Confirm,
-    Conversation,
     Digests,
     Done,
     End,
@@ -51,12 +51,9 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Prove,
     Publish,
     Refuse,
-    Role,
-    State,
     Status,
     Wait,
     Welcome,
-    frame,
 )
 
 CLIENT, SERVER = Role.CLIENT, Role.SERVER
@@ -669,7 +666,7 @@ def listen(role: Role, state: State, data: bytes) -> None:
     """Lets an end in `state` hear `data` until it needs more or gives up with a ProtocolError."""
     end = Pair().say(*WAYS[state]).ends[role]
     end.feed(data)
-    with contextlib.suppress(ProtocolError):
+    with contextlib.suppress(PeerError):
         for message in arrived(end):
             assert type(message) in EXAMPLES
 

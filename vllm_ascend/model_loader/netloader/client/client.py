@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.client.search import Search
-from vllm_ascend.model_loader.netloader.client.session import Fetched, Terms
+from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceFailed
+from vllm_ascend.model_loader.netloader.errors import PeerError, SourceFailed
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import Announce, Inquire, Status
+from vllm_ascend.model_loader.netloader.wire.messages import Announce, Inquire, Status
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Client:
     source.
     """
 
-    terms: Terms
+    terms: FetchOptions
     transports: Sequence[Transport]
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
@@ -77,7 +77,7 @@ def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> S
         try:
             channel.send(Inquire(), timeout)
             status = channel.receive(Deadline(timeout))
-        except ProtocolError as error:
+        except PeerError as error:
             raise SourceFailed(str(error)) from error
     assert isinstance(status, Status)
     return status
@@ -91,5 +91,5 @@ def announce(source: Endpoint, session: bytes, port: int, timeout: float, access
     with greet(source, access, timeout) as channel:
         try:
             channel.send(Announce(session, port), timeout)
-        except ProtocolError as error:
+        except PeerError as error:
             raise SourceFailed(str(error)) from error

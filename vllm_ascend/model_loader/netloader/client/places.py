@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
-from vllm_ascend.model_loader.netloader.client.session import Session
+from vllm_ascend.model_loader.netloader.client.session import ClientSession
 from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
-from vllm_ascend.model_loader.netloader.wire.protocol import Wait
+from vllm_ascend.model_loader.netloader.wire.messages import Wait
 
 _JOIN_SECONDS: Final = 5.0
 """How long ending a listening thread may take, once its connection is shut down."""
@@ -26,7 +26,7 @@ _JOIN_SECONDS: Final = 5.0
 class Turn:
     """What has become of a place: it is this client's turn, or the source has failed or refused meanwhile."""
 
-    session: Session
+    session: ClientSession
     failure: SourceError | TransportError | None = None
 
 
@@ -39,15 +39,15 @@ class Places:
 
     def __init__(
         self,
-        told: Callable[[Session, Wait], None],
-        wanted: Callable[[Session], bool],
-        came: Callable[[Session], None],
+        told: Callable[[ClientSession, Wait], None],
+        wanted: Callable[[ClientSession], bool],
+        came: Callable[[ClientSession], None],
     ) -> None:
         self._told = told
         self._wanted = wanted
         self._came = came
         self._changed = threading.Condition()
-        self._kept: dict[Session, threading.Thread] = {}
+        self._kept: dict[ClientSession, threading.Thread] = {}
         self._turns: deque[Turn] = deque()
         self._is_news = False
 
@@ -62,7 +62,7 @@ class Places:
         with self._changed:
             return len(self._kept)
 
-    def keep(self, session: Session) -> None:
+    def keep(self, session: ClientSession) -> None:
         """Takes over `session`, which waits for its turn. Raises TransportError where no thread can be had."""
         thread = threading.Thread(target=self._listen, args=(session,), name="netloader-place", daemon=True)
         with self._changed:
@@ -93,7 +93,7 @@ class Places:
             self._is_news = True
             self._changed.notify_all()
 
-    def give_up(self) -> list[Session]:
+    def give_up(self) -> list[ClientSession]:
         """Leaves all queues; the sessions that were in them, closed."""
         with self._changed:
             kept, self._kept = self._kept, {}
@@ -107,7 +107,7 @@ class Places:
             turn.session.close()
         return [*kept, *(turn.session for turn in turns)]
 
-    def _listen(self, session: Session) -> None:
+    def _listen(self, session: ClientSession) -> None:
         failure: SourceError | TransportError | None = None
         try:
             session.await_turn(lambda wait: self._told(session, wait))

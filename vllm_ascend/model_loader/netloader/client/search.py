@@ -20,7 +20,7 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.client import backoff
 from vllm_ascend.model_loader.netloader.client.places import Places, Turn
 from vllm_ascend.model_loader.netloader.client.route import Candidate, Contents, Route
-from vllm_ascend.model_loader.netloader.client.session import Fetched, Session, Terms
+from vllm_ascend.model_loader.netloader.client.session import ClientSession, Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
@@ -35,7 +35,7 @@ from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Inventory
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.protocol import Wait
+from vllm_ascend.model_loader.netloader.wire.messages import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Search:
 
     def __init__(
         self,
-        terms: Terms,
+        terms: FetchOptions,
         sources: Sequence[Endpoint],
         transports: Sequence[Transport],
         *,
@@ -79,7 +79,7 @@ class Search:
         self._places = Places(self._note_wait, self._wants_turn, self._make_way)
         self._pauses = backoff.pauses()
         self._lock = threading.Lock()
-        self._current: Session | None = None
+        self._current: ClientSession | None = None
         self._referred: list[str] = []
         self._waited = 0.0
         self._wasted = 0.0
@@ -127,7 +127,7 @@ class Search:
             return turn.session.take()
         return None
 
-    def _queue(self, session: Session, wait: Wait) -> bool:
+    def _queue(self, session: ClientSession, wait: Wait) -> bool:
         """Keeps the place, but not at a replica while there is anybody else; whether it does."""
         candidate = session.candidate
         self._note_wait(session, wait)
@@ -158,7 +158,7 @@ class Search:
             self._route.begin_round()
 
     @contextlib.contextmanager
-    def _attempt(self, session: Session) -> Iterator[contextlib.ExitStack]:
+    def _attempt(self, session: ClientSession) -> Iterator[contextlib.ExitStack]:
         """Notes how it ends, and decides who is asked again. What is given closes the session in the end."""
         candidate, begun, held = session.candidate, time.monotonic(), self._inventory.nbytes_held
         scope = contextlib.ExitStack()
@@ -181,7 +181,7 @@ class Search:
             self._received[str(candidate.endpoint)] += session.received
             scope.close()
 
-    def _failed(self, session: Session, error: SourceError | TransportError) -> None:
+    def _failed(self, session: ClientSession, error: SourceError | TransportError) -> None:
         candidate = session.candidate
         match error:
             case SourceRefused(referrals=referrals) if referrals and candidate.referrer is None:
@@ -205,7 +205,7 @@ class Search:
         if self._wasted > self._terms.timeouts.stall:
             self._route.forget_replicas()
 
-    def _note_wait(self, session: Session, wait: Wait) -> None:
+    def _note_wait(self, session: ClientSession, wait: Wait) -> None:
         """Also from the threads that keep places."""
         if not self._terms.verify:
             return  # nobody could tell a replica from a stranger
@@ -214,7 +214,7 @@ class Search:
         if self._route.name_replicas(session.candidate, address, wait.referrals, contents):
             self._places.note_news()
 
-    def _wants_turn(self, session: Session) -> bool:
+    def _wants_turn(self, session: ClientSession) -> bool:
         """Whether a turn that has come is of use: not while a source of equal trust delivers. From another thread."""
         with self._lock:
             current = self._current
@@ -223,22 +223,22 @@ class Search:
         self._route.postponed(session.candidate)
         return False
 
-    def _make_way(self, session: Session) -> None:
+    def _make_way(self, session: ClientSession) -> None:
         """Ends what is worth less than the turn of `session`. From another thread."""
         with self._lock:
             current = self._current
         if current is not None and current is not session and self._gives_way(current):
             current.break_off(_PATIENCE)
 
-    def _gives_way(self, current: Session) -> bool:
+    def _gives_way(self, current: ClientSession) -> bool:
         return current.candidate.is_replica or not current.accepted
 
     def _may_be_left(self) -> bool:
         """Whether there is another way to the weights than the source that is being asked."""
         return self._terms.disk_remains or self._route.has_next or self._route.has_later or len(self._places) > 0
 
-    def _session(self, candidate: Candidate, transports: Sequence[Transport]) -> Session:
-        return Session(
+    def _session(self, candidate: Candidate, transports: Sequence[Transport]) -> ClientSession:
+        return ClientSession(
             self._terms,
             candidate,
             transports=transports,
@@ -248,7 +248,7 @@ class Search:
             phases=self._phases,
         )
 
-    def _note(self, session: Session, error: Exception) -> None:
+    def _note(self, session: ClientSession, error: Exception) -> None:
         reason = one_line(str(error), _REASON_LIMIT)
         source = str(session.candidate.endpoint)
         attempt = Attempt(source, session.transport_name, reason, session.age, session.received)

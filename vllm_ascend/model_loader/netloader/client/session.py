@@ -28,25 +28,28 @@ from vllm_ascend.model_loader.netloader.client.verification import (
 )
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
+    ConnectionLost,
+    PeerError,
     ProtocolError,
     SourceError,
     SourceFailed,
     SourceRefused,
     SourceTooSlow,
+    TooSlow,
     TransportError,
     one_line,
 )
 from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory, LeastRate, TooSlow
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory, LeastRate
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.messages import (
     STRANGER_REPLY_LIMIT,
     Accept,
     AttributeValue,
@@ -91,7 +94,7 @@ class Fetched:
 
 
 @dataclass(frozen=True)
-class Terms:
+class FetchOptions:
     """What a client wants, and how it wants it from every source.
 
     `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises ProtocolError for
@@ -111,7 +114,7 @@ class Terms:
     progress: Callable[[int], None] = lambda _: None
 
 
-class Session:
+class ClientSession:
     """One conversation with `candidate`, over connections to one address. Whoever made it closes it.
 
     `inventory` says what the memory of `memory_to_fill` holds already, and is added to. `may_be_left` says whether
@@ -120,7 +123,7 @@ class Session:
 
     def __init__(
         self,
-        terms: Terms,
+        terms: FetchOptions,
         candidate: Candidate,
         *,
         transports: Sequence[Transport],
@@ -366,7 +369,7 @@ class Session:
         control = self._opened()
         if not control.may_send(Leave):
             return
-        with contextlib.suppress(ProtocolError, OSError):  # whether it hears of it or not, the next way is tried
+        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
             control.send(Leave(one_line(str(reason))), self._terms.timeouts.connect)
 
     @contextlib.contextmanager
@@ -377,18 +380,18 @@ class Session:
         except TooSlow as error:
             self._leave(error)
             raise SourceTooSlow(str(error)) from error
-        except ProtocolError as error:
+        except PeerError as error:
             raise SourceFailed(self._explanation(error)) from error
         except OSError as error:
             self._leave(error)
             raise TransportError(f"this process cannot go on: {error}") from error
 
-    def _explanation(self, error: ProtocolError) -> str:
+    def _explanation(self, error: PeerError) -> str:
         """Why the source ended the session, if it did: it breaks the transfer off first, and then says so."""
         if not isinstance(error, ConnectionLost):
             self._leave(error)
             return str(error)
-        with contextlib.suppress(ProtocolError, OSError):
+        with contextlib.suppress(PeerError, OSError):
             last = self._opened().receive(Deadline(_EXPLANATION_SECONDS))
             if isinstance(last, End):
                 return f"it ended the session: {one_line(last.reason)}"

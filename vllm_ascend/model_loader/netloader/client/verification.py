@@ -12,7 +12,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.protocol import DIGESTS_LIMIT, Accept, AskDigests, Digests, End, Message
+from vllm_ascend.model_loader.netloader.wire.messages import DIGESTS_LIMIT, Accept, AskDigests, Digests, End, Message
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def obtain(
 ) -> Evidence:
     """Asks the source for the digests of its `count` chunks, which all have to be there by `deadline`.
 
-    Raises SourceRefused where it has none of the kind that is wanted, ProtocolError where it fails.
+    Raises SourceRefused where it has none of the kind that is wanted, PeerError where it fails.
     """
     if accept.digest != BLAKE3:
         kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
@@ -65,7 +65,7 @@ def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
 
 
 def not_ended(message: Message) -> Message:
-    """`message`, unless the source ends the session by it. Raises ProtocolError with the source's reason."""
+    """`message`, unless the source ends the session by it. Raises PeerError with the source's reason."""
     if isinstance(message, End):
         raise ProtocolError(f"it ended the session: {one_line(message.reason)}")
     return message

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel, one_line
-from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
+from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 """Exactly these: an enumeration's members are numbers or texts to `isinstance`, and no more than that to a peer."""

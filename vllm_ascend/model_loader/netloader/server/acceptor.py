@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, Unauthorized
 from vllm_ascend.model_loader.netloader.server import descriptors
 from vllm_ascend.model_loader.netloader.server.admission import Guard, network_of
 from vllm_ascend.model_loader.netloader.server.listening import Listener
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost
-from vllm_ascend.model_loader.netloader.wire.greeting import Unauthorized
+from vllm_ascend.model_loader.netloader.wire.channel import Channel
+from vllm_ascend.model_loader.netloader.wire.conversation import Role, State
+from vllm_ascend.model_loader.netloader.wire.messages import Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import give_way
-from vllm_ascend.model_loader.netloader.wire.protocol import Refuse, Role, State
 
 MAX_CONNECTIONS: Final = 1024
 """Open connections of all kinds, where there are descriptors for so many; more are closed at once. Bounds threads."""
@@ -183,7 +183,7 @@ class Acceptor:
             logging.WARNING, connection.peer.host, "no room for a connection from %s: %s", connection.peer, reason
         )
         channel = connection.channel
-        with channel, contextlib.suppress(ProtocolError, OSError):
+        with channel, contextlib.suppress(PeerError, OSError):
             if self.greets_in_clear:  # under TLS there is no time for a word
                 channel.send(Refuse(f"no room: {reason}"), _REFUSAL_TIMEOUT)
 
@@ -213,7 +213,7 @@ class Acceptor:
                 in_transfer = connection.channel.state in (State.TRANSFER, State.CONFIRMING)
                 level = logging.WARNING if in_transfer else logging.DEBUG
                 self._log.say(level, peer.host, "%s went away: %s", peer, reason)
-            case ProtocolError() | OSError():
+            case PeerError() | OSError():
                 self._log.say(logging.WARNING, peer.host, "ended the connection with %s: %s", peer, reason)
             case _:
                 text = "ended the connection with %s: an error of this server"

@@ -25,13 +25,13 @@ import msgspec
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConfigError, PeerError, ProtocolError, one_line
 from vllm_ascend.model_loader.netloader.server import descriptors
 from vllm_ascend.model_loader.netloader.server.acceptor import Acceptor, Connection
 from vllm_ascend.model_loader.netloader.server.admission import Turn, Turns
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.replicas import Copy, Replicas
-from vllm_ascend.model_loader.netloader.server.session import END_SECONDS, Publication, Session
+from vllm_ascend.model_loader.netloader.server.session import END_SECONDS, Publication, ServerSession
 from vllm_ascend.model_loader.netloader.server.waiting import Guest, WaitingRoom
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, RankCoordinates
@@ -39,8 +39,7 @@ from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import welcome
-from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.messages import (
     REFERRALS_LIMIT,
     Announce,
     Attach,
@@ -52,6 +51,7 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Status,
     Wait,
 )
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class WeightServer:
         self._declined: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._peers: tuple[Peer, ...] = ()
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, ServerSession] = {}
         self._session_over = threading.Condition(self._lock)
         self._replicas = Replicas()
         self._log = PeerLog(logger)
@@ -239,7 +239,7 @@ class WeightServer:
             concerned = [session for session in self._sessions.values() if session.publication is publication]
         self._end(concerned, reason)
 
-    def _end(self, sessions: Sequence[Session], reason: str) -> None:
+    def _end(self, sessions: Sequence[ServerSession], reason: str) -> None:
         """They are told `reason`, and gone soon, whatever their clients do."""
         for session in sessions:
             session.end(reason)
@@ -287,7 +287,7 @@ class WeightServer:
             channel.send(Refuse(_UNKNOWN_SESSION), timeout)
             return
         channel.send(Attached(), timeout)
-        with contextlib.suppress(ProtocolError):  # the client closes data connections when it has all, or gives up;
+        with contextlib.suppress(PeerError):  # the client closes data connections when it has all, or gives up;
             session.sender.attach(channel)  # which of the two, its control connection says
 
     def _note_replica(self, session: bytes, endpoint: Endpoint) -> None:
@@ -378,7 +378,7 @@ class WeightServer:
                 if self._publications.get(publication.role) is publication:
                     raise
                 return False  # and its memory was closed
-            session = Session(
+            session = ServerSession(
                 connection.channel,
                 connection.peer,
                 publication=publication,
@@ -405,7 +405,7 @@ class WeightServer:
                 session.confirm(current.store.generation if current is not None else 0)
         return True
 
-    def _forget_session(self, session: Session) -> None:
+    def _forget_session(self, session: ServerSession) -> None:
         with self._session_over:
             del self._sessions[session.id]
             self._session_over.notify_all()

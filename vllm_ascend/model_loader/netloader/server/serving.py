@@ -25,7 +25,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
+from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Terms:
+class ServeOptions:
     """How a load is served. `engine` is an object that all loads of one engine share, and that lives as long as it."""
 
     config: NetLoaderConfig
@@ -79,7 +79,7 @@ _services: Final[list[_Service]] = []
 _lock: Final = threading.RLock()  # collecting garbage within may run anything
 
 
-def open_listener(role: str, terms: Terms) -> None:
+def open_listener(role: str, terms: ServeOptions) -> None:
     """Has the port from now on, where clients are told that nothing is served yet; `serve` or `abandon` follows.
 
     Raises ConfigError where it cannot be had as it is configured, or another model of this engine is served there to
@@ -96,7 +96,7 @@ def open_listener(role: str, terms: Terms) -> None:
         service.users.add(terms)
 
 
-def abandon(terms: Terms) -> None:
+def abandon(terms: ServeOptions) -> None:
     """After a load that failed: closes its listener unless that is for something else too."""
     with _lock:
         service = _own(terms)
@@ -105,7 +105,7 @@ def abandon(terms: Terms) -> None:
             _close_unused(terms.address)
 
 
-def serve(model: object, weights: Weights, terms: Terms) -> WeightServer:
+def serve(model: object, weights: Weights, terms: ServeOptions) -> WeightServer:
     """Publishes `weights` for as long as `model` lives, in place of what its engine has served of their role."""
     server = _server(model, terms)
     request, role = weights.request, weights.request.identity.role
@@ -124,7 +124,7 @@ def _digests(weights: Weights) -> StoreDigests:
     return digests
 
 
-def decline(model: object, role: str, reason: str, terms: Terms) -> WeightServer:
+def decline(model: object, role: str, reason: str, terms: ServeOptions) -> WeightServer:
     """Answers whoever asks for `role` with `reason`."""
     server = _server(model, terms)
     server.decline(role, reason)
@@ -176,12 +176,12 @@ def _servers(engine: object) -> list[WeightServer]:
         return [each.server for each in _services if each.engine() is engine]
 
 
-def _own(terms: Terms) -> _Service | None:
+def _own(terms: ServeOptions) -> _Service | None:
     mine = (each for each in _services if each.engine() is terms.engine and each.address == terms.address)
     return next(mine, None)
 
 
-def _server(model: object, terms: Terms) -> WeightServer:
+def _server(model: object, terms: ServeOptions) -> WeightServer:
     with _lock:
         service = _own(terms)
         assert service is not None, "its listener was not opened"
@@ -211,7 +211,7 @@ def _require_unused(address: tuple[str | None, int]) -> None:
         )
 
 
-def _started(terms: Terms) -> _Service:
+def _started(terms: ServeOptions) -> _Service:
     if terms.rank == 0:
         _warn_of_strangers(terms)
     server = WeightServer(*terms.address, terms.settings)
@@ -221,7 +221,7 @@ def _started(terms: Terms) -> _Service:
     return service
 
 
-def _warn_of_strangers(terms: Terms) -> None:
+def _warn_of_strangers(terms: ServeOptions) -> None:
     config, access = terms.config, terms.access
     if not access.restricted:
         reachable = f"the listener on {config.listen_host}" if config.listen_host is not None else "this host"

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Stalled, TransportError, one_line
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, Stalled
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.conversation import State
+from vllm_ascend.model_loader.netloader.wire.messages import (
     Accept,
     AskDigests,
     Confirm,
@@ -33,7 +34,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Gather,
     Leave,
     Message,
-    State,
 )
 
 END_SECONDS: Final = 1.0
@@ -59,7 +59,7 @@ class _Ended(Exception):
     """Somebody has called `end`."""
 
 
-class Session:
+class ServerSession:
     """One client that takes one publication. `run` is for the connection's thread; `end` comes from any other."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Session:
         return self._ended_because is not None
 
     def run(self) -> bool:
-        """Whether the client has everything, and only `confirm` remains. Raises ProtocolError or OSError."""
+        """Whether the client has everything, and only `confirm` remains. Raises PeerError or OSError."""
         complete = False
         try:
             self.channel.send(self._accept(), self._timeouts.connect)
@@ -105,7 +105,7 @@ class Session:
             complete = self._serve()
         except TransportError as error:
             self._ended_because = self._ended_because or one_line(str(error))
-        except (_Ended, ProtocolError, OSError):
+        except (_Ended, PeerError, OSError):
             if self._ended_because is None:
                 raise
         if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
@@ -119,7 +119,7 @@ class Session:
             raise _Ended
 
     def confirm(self, current_generation: int) -> None:
-        """Lets the client compare what it has with what is held now. Raises ProtocolError."""
+        """Lets the client compare what it has with what is held now. Raises PeerError."""
         store = self.publication.store
         root = store.root_if_known() if self._told else ""
         self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
@@ -192,7 +192,7 @@ class Session:
         return Stalled(f"the client took nothing for {self._timeouts.stall:g} s")
 
     def _next_message(self) -> Message:
-        """Raises ProtocolError, or _Ended: what has arrived already can be received after the end, too."""
+        """Raises PeerError, or _Ended: what has arrived already can be received after the end, too."""
         while True:
             self._require_going_on()
             remaining = self._timeouts.stall - self.sender.idle_seconds()

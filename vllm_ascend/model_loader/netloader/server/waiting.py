@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import PeerError, Stalled
 from vllm_ascend.model_loader.netloader.server.admission import Turn, Turns
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.messages import Wait
 from vllm_ascend.model_loader.netloader.wire.pacing import give_way
-from vllm_ascend.model_loader.netloader.wire.protocol import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Guest:
     notice: Callable[[int, int], Wait | None]
     go_on: Callable[[Turn], None]
     reconsider: Callable[[], None]
-    leave: Callable[[ProtocolError | OSError], None]
+    leave: Callable[[PeerError | OSError], None]
     fragments: int = 0
     knows: bool = False
     """Whether it has been told that it waits."""
@@ -156,7 +156,7 @@ class WaitingRoom:
                     guest.channel.send(notice, 0)
                 except Stalled:
                     self._see_off(selector, turn, guest, Stalled("it does not read that it has to wait"))
-                except (ProtocolError, OSError) as error:
+                except (PeerError, OSError) as error:
                     self._see_off(selector, turn, guest, error)
 
     def _listen(self, selector: selectors.BaseSelector, timeout: float) -> None:
@@ -171,12 +171,10 @@ class WaitingRoom:
                 guest.fragments += 1
                 if guest.fragments > _MOST_FRAGMENTS:
                     self._see_off(selector, turn, guest, error)
-            except (ProtocolError, OSError) as error:
+            except (PeerError, OSError) as error:
                 self._see_off(selector, turn, guest, error)
 
-    def _see_off(
-        self, selector: selectors.BaseSelector, turn: Turn, guest: Guest, reason: ProtocolError | OSError
-    ) -> None:
+    def _see_off(self, selector: selectors.BaseSelector, turn: Turn, guest: Guest, reason: PeerError | OSError) -> None:
         self._forget(selector, turn, guest)
         guest.leave(reason)
 

@@ -24,8 +24,8 @@ from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUN
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Fetch, Offer
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,22 @@ class Sender(ABC):
         """What the client's half must know."""
 
     def run(self) -> None:
-        """Does what the server must do by itself; returns when that is done. Raises ProtocolError or OSError."""
+        """Does what the server must do by itself; returns when that is done. Raises PeerError or OSError."""
         return
 
     def gather(self, control: Channel) -> None:
         """Makes a process group with the client, which has asked for it on the control connection.
 
-        Raises TransportError where none comes about, ProtocolError or OSError where the client failed.
+        Raises TransportError where none comes about, PeerError or OSError where the client failed.
         """
         raise ProtocolError("this session's transport makes no process group")
 
     def push(self, fetch: Fetch) -> None:
-        """Sends what the client asks for on the control connection. Raises ProtocolError."""
+        """Sends what the client asks for on the control connection. Raises PeerError."""
         raise ProtocolError("this session's transport does not push")
 
     def attach(self, channel: Channel) -> None:
-        """Serves a data connection of this session in the connection's own thread. Raises ProtocolError."""
+        """Serves a data connection of this session in the connection's own thread. Raises PeerError."""
         raise ProtocolError("this session's transport has no data connections")
 
     def idle_seconds(self) -> float:
@@ -237,6 +237,6 @@ class Transport(ABC):
     def receive(self, reception: Reception) -> Memory:
         """Returns memory that holds all bytes.
 
-        Raises TransportError where this way does not work between these machines, ProtocolError or OSError where the
+        Raises TransportError where this way does not work between these machines, PeerError or OSError where the
         source failed. On failure, nothing writes into the allocated memory any more.
         """

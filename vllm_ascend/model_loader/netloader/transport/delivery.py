@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, TooSlow
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, PIECE_BYTES
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
@@ -24,14 +24,6 @@ logger = logging.getLogger(__name__)
 
 TRIES_PER_CHUNK: Final = 3
 """How often a source may deliver one chunk damaged before it is given up."""
-
-
-class Damaged(ProtocolError):
-    """A source went on delivering bytes that are not those of its digests."""
-
-
-class TooSlow(ProtocolError):
-    """A source sends bytes, but so few that another one or the disk is the better way."""
 
 
 class Chunk(NamedTuple):

@@ -6,8 +6,8 @@ store: it depends on nothing else, and nobody can make other contents with the s
 root from a source it trusts can take the bytes from anybody, what one source brought counts with the next, and two
 instances are the same if their roots are.
 
-With a token, digests travel in frames that carry a tag (`protocol`), and under TLS encrypted, so nobody on the way can
-put others in their place.
+With a token, digests travel in frames that carry a tag (`wire.conversation`), and under TLS encrypted, so nobody on the
+way can put others in their place.
 
 A store's digests are made once, from memory that stays as it is: ahead by a thread, or when first asked for. Whoever
 has verified a whole store serves it on with the digests that it was verified by, so that damage in between would be

@@ -10,13 +10,13 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.channel import ConnectionLost
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Fetch
 
 _senders: Final[dict[str, _MemorySender]] = {}
 

@@ -23,15 +23,14 @@ import torch
 from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.model.buffers import chunk_in, landing_tensor, own_stream
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline
-from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.messages import (
     KEY_LIMIT,
     PUBLISH_LIMIT,
     End,
@@ -43,6 +42,7 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
     Offer,
     Publish,
 )
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 IN_FLIGHT: Final = 4
 
@@ -81,7 +81,7 @@ class _Exchange:
     def meet(self, rank: int, device: torch.device, aborted: threading.Event) -> process_group.Pair:
         """The group; the caller leaves it.
 
-        Raises TransportError where none comes about, ProtocolError or OSError where the peer failed.
+        Raises TransportError where none comes about, PeerError or OSError where the peer failed.
         """
         rendezvous = process_group.Rendezvous(self._publish, self._published)
         route = process_group.Route(self._control.local_host, self._control.peer_host)
@@ -94,7 +94,7 @@ class _Exchange:
             raise _explained(rendezvous, error, route.peer) from error
 
     def finish(self) -> None:
-        """Returns when the peer says that the group works. Raises ProtocolError, OSError or TransportError."""
+        """Returns when the peer says that the group works. Raises PeerError, OSError or TransportError."""
         for _ in range(process_group.VALUES_LIMIT + 1):
             if isinstance(self._receive(), Gathered):
                 return  # else it is a value that came too late to be asked for
@@ -253,7 +253,7 @@ class _GroupSender(Sender):
 def _explained(rendezvous: process_group.Rendezvous, error: RuntimeError, peer: str) -> Exception:
     """What to raise where no group came about."""
     failure = rendezvous.take_failure()
-    if isinstance(failure, ProtocolError | OSError | TransportError):
+    if isinstance(failure, PeerError | OSError | TransportError):
         return failure
     return TransportError(f"no process group with {peer} came about: {one_line(_first_line(failure or error))}")
 

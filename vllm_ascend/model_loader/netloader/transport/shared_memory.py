@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import TransportError
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, Stalled, TransportError
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
-from vllm_ascend.model_loader.netloader.wire.channel import ConnectionLost, Deadline, Stalled
+from vllm_ascend.model_loader.netloader.wire.channel import Deadline
+from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Offer
 
 _ABORT_SECONDS: Final = 0.1
 """Within which a session that is waiting notices its end."""

@@ -10,7 +10,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests, r
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory, Readable
-from vllm_ascend.model_loader.netloader.wire.protocol import AttributeValue
+from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 
 @dataclass(frozen=True)

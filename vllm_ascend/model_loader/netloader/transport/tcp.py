@@ -14,17 +14,17 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.wire.messages import Attach, Fetch, Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Attach, Fetch, Refuse
 
 CONNECTIONS: Final = min(4, os.cpu_count() or 1)
-MAX_CONNECTIONS: Final = 32
+MAX_DATA_CONNECTIONS: Final = 32
 """Data connections that a server takes for one session."""
 _REQUESTED_AHEAD: Final = 2
 
@@ -62,8 +62,8 @@ class _ChunkSender(Sender):
 
     def attach(self, channel: Channel) -> None:
         with self._lock:
-            if self._aborted.is_set() or len(self._channels) >= MAX_CONNECTIONS:
-                raise ProtocolError(f"the session is over or has {MAX_CONNECTIONS} data connections already")
+            if self._aborted.is_set() or len(self._channels) >= MAX_DATA_CONNECTIONS:
+                raise ProtocolError(f"the session is over or has {MAX_DATA_CONNECTIONS} data connections already")
             self._channels.add(channel)
         try:
             self._serve(channel)

@@ -1,7 +1,7 @@
 """A conversation over a connected socket, with a deadline on every wait.
 
 `OSError` becomes an error that says what happened to the peer: `ConnectionLost` when it went away, `Stalled` when it
-was silent for too long. Both are ProtocolErrors: the session ends, and only this one.
+was silent for too long. Both are PeerErrors: the session ends, and only this one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, Stalled
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Readable
+from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State
+from vllm_ascend.model_loader.netloader.wire.messages import Message
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
-from vllm_ascend.model_loader.netloader.wire.protocol import Conversation, Message, Role, State
 from vllm_ascend.model_loader.netloader.wire.resolution import resolve
 
 _RECEIVE_BYTES: Final = 64 << 10
@@ -33,14 +34,6 @@ _TLS_BYTES: Final = 256 << 10
 _RECEIVE_INTO_BYTES: Final = 1 << 20
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
 _TIMEVAL: Final = struct.Struct("@ll")
-
-
-class ConnectionLost(ProtocolError):
-    """The peer closed or reset the connection."""
-
-
-class Stalled(ProtocolError):
-    """The peer neither sent nor took a byte for too long."""
 
 
 class Deadline:
@@ -147,7 +140,7 @@ class Channel:
                 self.socket.settimeout(deadline.remaining() or 1e-6)
 
     def receive(self, deadline: Deadline) -> Message:
-        """The next message. Raises ProtocolError."""
+        """The next message. Raises PeerError."""
         while (message := self._conversation.next_message()) is None:
             with _translated_errors(deadline.seconds):
                 self.socket.settimeout(deadline.remaining() or 1e-6)

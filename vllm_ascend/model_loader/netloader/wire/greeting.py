@@ -9,17 +9,20 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
+    ConnectionLost,
+    PeerError,
     ProtocolError,
     SourceRefused,
     SourceUnreachable,
     TransportError,
+    Unauthorized,
     one_line,
 )
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs, challenge
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, ConnectionLost, Deadline, connect, is_our_own
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, connect, is_our_own
 from vllm_ascend.model_loader.netloader.wire.foreign import ForeignProtocol
-from vllm_ascend.model_loader.netloader.wire.protocol import (
+from vllm_ascend.model_loader.netloader.wire.messages import (
     PROTOCOL_VERSION,
     Challenge,
     Hello,
@@ -31,10 +34,6 @@ from vllm_ascend.model_loader.netloader.wire.protocol import (
 
 _LAST_WORD_SECONDS: Final = 1.0
 """For a peer that speaks another protocol to hear so."""
-
-
-class Unauthorized(ProtocolError):
-    """The peer did not show that it may talk to this server."""
 
 
 def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
@@ -52,7 +51,7 @@ def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
         if access.client_tls is not None:
             channel.secure(access.client_tls, timeout)
         _introduce(channel, access, timeout)
-    except ProtocolError as error:
+    except PeerError as error:
         channel.close()
         raise SourceUnreachable(f"it did not greet{_under(access)}: {error}{_hint(error, access)}") from error
     except BaseException:
@@ -65,7 +64,7 @@ def _under(access: Access) -> str:
     return " under TLS" if access.client_tls is not None else ""
 
 
-def _hint(error: ProtocolError, access: Access) -> str:
+def _hint(error: PeerError, access: Access) -> str:
     """What a server may mean that closes the connection without a word of its own."""
     reason = getattr(error.__cause__, "reason", None)
     if isinstance(reason, str) and "UNEXPECTED_MESSAGE" in reason:  # as `foreign` answers TLS
@@ -76,7 +75,7 @@ def _hint(error: ProtocolError, access: Access) -> str:
     return f"; it may {tls} or have blocked this address for up to a minute after failed attempts"
 
 
-def _just_closed(error: ProtocolError) -> bool:
+def _just_closed(error: PeerError) -> bool:
     """Whether the peer went away without a word: what it minds about TLS comes as an error of TLS."""
     of_tls = isinstance(error.__cause__, ssl.SSLError) and not isinstance(error.__cause__, ssl.SSLEOFError)
     return isinstance(error, ConnectionLost) and not of_tls
@@ -111,7 +110,7 @@ def _require_welcome(answer: Message) -> None:
 
 
 def welcome(channel: Channel, access: Access, timeout: float) -> None:
-    """The server's side. Raises Unauthorized, or another ProtocolError for a peer that breaks off or does not greet."""
+    """The server's side. Raises Unauthorized, or another PeerError for a peer that breaks off or does not greet."""
     if access.server_tls is not None:
         try:
             channel.secure(access.server_tls, timeout)
