@@ -101,7 +101,7 @@ ROOMS: dict[str, set[str]] = {
     "transport": {"shared words", "weights", "wire"},
     "client": {"shared words", "weights", "wire", "transport"},
     "server": {"shared words", "weights", "wire", "transport"},
-    "engine": {"shared words", "weights", "checkpoint", "model", "server"},
+    "engine": {"shared words", "weights", "checkpoint", "wire", "model", "transport", "server"},
 }
 """What the folders of Netloader may import; whatever lies above them all may import everything."""
 

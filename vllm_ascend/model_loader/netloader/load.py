@@ -28,6 +28,7 @@ from vllm_ascend.model_loader.netloader.client.client import Client, announce
 from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.engine.vllm_identity import (
     as_read,
@@ -57,7 +58,6 @@ from vllm_ascend.model_loader.netloader.model.tensors import (
     current_tensors,
 )
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
-from vllm_ascend.model_loader.netloader.server import serving
 from vllm_ascend.model_loader.netloader.server.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
@@ -198,7 +198,7 @@ class Load:
             return
         evidence = self._fetched.evidence if self._fetched is not None else None
         digests = None if evidence is None else evidence.digests
-        weights = serving.Weights(self._contents, self._memory, self._attributes, digests)
+        weights = serving.LoadedWeights(self._contents, self._memory, self._attributes, digests)
         self._server = serving.serve(model, weights, self._terms)
         self._report.listening = str(Endpoint(self._advertised_host(), self._server.port))
         self._write_address(self._report.listening)

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from netloader.server.test_serving import TRANSPORTS, Engine, identity
+from support.engines import TRANSPORTS, Engine, close_listeners, identity
 from support.sources import SMALL, fetch
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.engine.weight_changes import watch
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.server import server, serving
+from vllm_ascend.model_loader.netloader.server import server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -67,7 +68,7 @@ watch(VllmWorker)
 def heard(source: Endpoint) -> str:
     """Why a client gets nothing there, or nothing where it gets all."""
     try:
-        _, fetched = fetch(SMALL.request(identity("org/model")), TRANSPORTS, source)
+        _, fetched = fetch(SMALL.request(identity()), TRANSPORTS, source)
     except SourcesExhausted as error:
         return str(error)
     fetched.memory.close()
@@ -78,9 +79,7 @@ def heard(source: Endpoint) -> str:
 def worker() -> Iterator[Worker]:
     engine = Engine()
     yield Worker(engine, engine.loads(SMALL))
-    for service in [each for each in serving._services if each.engine() is engine]:
-        serving._services.remove(service)
-        service.server.close()
+    close_listeners()
 
 
 def test_weights_that_sleep_are_served_again_when_they_are_back(worker: Worker) -> None:
@@ -120,11 +119,11 @@ def test_weights_that_become_others_are_not_served_any_more(
 def test_weights_that_are_still_being_read_are_not_touched(
     change: Callable[[Worker], object], worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (service,) = [each for each in serving._services if each.server.port == worker._source.port]
-    settings = service.server._settings
-    service.server.configure(replace(settings, timeouts=replace(settings.timeouts, stall=0.0)))
+    (server_of_worker,) = serving.servers_of(worker.vllm_config.compilation_config)
+    settings = server_of_worker._settings
+    server_of_worker.configure(replace(settings, timeouts=replace(settings.timeouts, stall=0.0)))
     monkeypatch.setattr(server, "END_SECONDS", 0.05)
-    monkeypatch.setitem(service.server._sessions, b"of a fault of this process", StuckSession())
+    monkeypatch.setitem(server_of_worker._sessions, b"of a fault of this process", StuckSession())
     with pytest.raises(TimeoutError, match="still being read"):
         change(worker)
     monkeypatch.undo()

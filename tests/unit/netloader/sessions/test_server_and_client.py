@@ -23,8 +23,8 @@ from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, 
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.engine import serving as process_serving
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, SourcesExhausted, TransportError
-from vllm_ascend.model_loader.netloader.server import serving as process_serving
 from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication

@@ -6,57 +6,24 @@ import gc
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-import msgspec
 import pytest
-from support.sources import IDENTITY, SMALL, Tensors, fetch
+from support.engines import TRANSPORTS, Engine, close_listeners, identity
+from support.sources import SMALL, Tensors, fetch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.client.client import inquire
-from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
-from vllm_ascend.model_loader.netloader.server import serving
-from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
-from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 
 pytestmark = pytest.mark.timeout(60)
 
-TRANSPORTS: tuple[Transport, ...] = (MemoryTransport(),)
 OTHER = Tensors.of_shapes((16, 8), (5,), (33, 7), seed=1)
 """The layout of SMALL, other weights."""
-
-
-class Engine:
-    """What serving knows of one: an object that its loads share, and its models."""
-
-    def __init__(self, name: str = "org/model", **config: Any) -> None:
-        self.name = name
-        self.terms = serving.ServeOptions(
-            NetLoaderConfig(listen_host="127.0.0.1", **config), Access(), TRANSPORTS, rank=0, engine=self
-        )
-        self.models: dict[str, nn.Module] = {}
-
-    def begins(self, role: str = "target", **config: Any) -> None:
-        """A load, with its own terms."""
-        config_now = replace(self.terms.config, **config)
-        self.terms = replace(self.terms, config=config_now)
-        serving.open_listener(role, self.terms)
-
-    def loads(self, tensors: Tensors, role: str = "target", fingerprint: str = "f00d", **config: Any) -> Endpoint:
-        self.begins(role, **config)
-        model = self.models.setdefault(role, nn.Module())
-        request = tensors.request(identity(self.name, role, fingerprint))
-        weights = serving.Weights(request, tensors.store().memory, {})
-        return Endpoint("127.0.0.1", serving.serve(model, weights, self.terms).port)
-
-
-def identity(name: str, role: str = "target", fingerprint: str = "f00d") -> ModelIdentity:
-    return msgspec.structs.replace(IDENTITY, name=name, role=role, fingerprint=fingerprint)
 
 
 def taken(tensors: Tensors, source: Endpoint, name: str = "org/model", role: str = "target") -> None:
@@ -83,15 +50,13 @@ def _nothing_is_left() -> Iterator[None]:
     """Each test begins and ends without a listener."""
     yield
     gc.collect()
-    for service in list(serving._services):
-        serving._services.remove(service)
-        service.server.close()
+    close_listeners()
 
 
 def test_the_port_is_open_before_anything_is_loaded_and_clients_are_told() -> None:
     engine = Engine(listen_port=free_port())
     engine.begins()
-    source = Endpoint("127.0.0.1", engine.terms.config.listen_port or 0)
+    source = Endpoint("127.0.0.1", engine.options.config.listen_port or 0)
     assert inquire(source, 5).holdings == ()
     assert "it refused: this server does not hold target weights: it holds no weights yet" in why_not(source)
     assert engine.loads(SMALL) == source
@@ -106,14 +71,14 @@ def test_a_port_that_somebody_has_bound_is_known_before_anything_is_loaded() -> 
         with pytest.raises(OSError, match=r"vLLM's own port \(--port\), another rank or instance"):
             engine.begins()
         sock.listen()
-    assert serving._servers(engine) == []
+    assert serving.servers_of(engine) == []
 
 
 def test_a_load_that_fails_gives_its_port_back() -> None:
     port = free_port()
     engine = Engine(listen_port=port)
     engine.begins()
-    serving.abandon(engine.terms)
+    serving.abandon(engine.options)
     with pytest.raises(SourceError, match="Connection refused"):
         inquire(Endpoint("127.0.0.1", port), 5)
 
@@ -122,7 +87,7 @@ def test_a_reload_that_fails_leaves_what_is_served() -> None:
     engine = Engine(listen_port=free_port())
     source = engine.loads(SMALL)
     engine.begins()
-    serving.abandon(engine.terms)
+    serving.abandon(engine.options)
     taken(SMALL, source)
 
 
@@ -132,7 +97,7 @@ def test_a_reload_that_fails_gives_up_only_the_address_that_it_wanted() -> None:
     elsewhere = free_port()
     engine.begins(listen_port=elsewhere)
     assert "no weights yet" in why_not(Endpoint("127.0.0.1", elsewhere))
-    serving.abandon(engine.terms)
+    serving.abandon(engine.options)
     assert "Connection refused" in why_not(Endpoint("127.0.0.1", elsewhere))
     taken(SMALL, source)
 
@@ -165,7 +130,7 @@ def test_a_draft_is_served_beside_its_target() -> None:
 def test_a_draft_is_not_served_to_others_than_its_target() -> None:
     engine = Engine()
     engine.loads(SMALL)
-    engine.terms = replace(engine.terms, access=Access(b"0123456789abcdef"))
+    engine.options = replace(engine.options, access=Access(b"0123456789abcdef"))
     with pytest.raises(ConfigError, match="of the draft model are not those under which the target model is served"):
         engine.begins("draft")
 
@@ -197,11 +162,11 @@ def test_an_engine_that_is_gone_leaves_its_port_to_the_next(port: int | None) ->
     first.models["target"] = nn.Module()
     first.models["target"].itself = first.models["target"]  # type: ignore[assignment]  # dies only when collected
     first.loads(SMALL)
-    serving.decline(first.models["target"], "draft", "the first has a reason", first.terms)
+    serving.decline(first.models["target"], "draft", "the first has a reason", first.options)
     del first
     second = Engine(listen_port=port)
     second.begins()
-    [server] = serving._servers(second)
+    [server] = serving.servers_of(second)
     assert port is None or server.port == port
     assert inquire(Endpoint("127.0.0.1", server.port), 5).declined == {}
     taken(OTHER, second.loads(OTHER))
@@ -278,7 +243,7 @@ def test_ports_of_a_library_are_warned_of(
     library: str, access: Access, warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine()
-    engine.terms = replace(engine.terms, transports=(Grouped(library),), access=access)
+    engine.options = replace(engine.options, transports=(Grouped(library),), access=access)
     engine.begins()
     warnings = [message for message in caplog.messages if "process_group" in message]
     assert len(warnings) == bool(warning)
