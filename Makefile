@@ -5,6 +5,7 @@
 # make npu-sim a simulated NPU under the genuine torch-npu; source tools/npu_sim.sh then
 # make demo-npu  the demo on two simulated NPUs, over HCCL
 # make soak    server and client under random faults, every byte compared          SOAK_SECONDS=600
+# make clean   removes everything that was built or installed, both environments and the downloaded models included
 #
 # The other benchmarks take .venv/bin/python benchmarks/NAME.py, and --help says what they measure:
 #   many_clients   eight clients at once, against raw sockets
@@ -91,4 +92,5 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .models docs/_build dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	$(MAKE) -C csrc/cann_sim clean
+	rm -rf $(VENV) $(NPU_VENV) .models docs/_build dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
