@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from random_model import LARGE, make_random_model  # noqa: E402
 
-from vllm_ascend.model_loader.netloader.config import TRANSPORTS  # noqa: E402
+from vllm_ascend.model_loader.netloader.traits import NAMES as TRANSPORTS  # noqa: E402
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS  # noqa: E402
 
 GIGABYTE = 1e9

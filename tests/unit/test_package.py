@@ -30,7 +30,7 @@ def loaded_by(statement: str) -> set[str]:
         "import vllm_ascend",
         "import vllm_ascend; assert vllm_ascend.register() is None",
         f"import {NETLOADER}",
-        f"import {NETLOADER}.config, {NETLOADER}.endpoint, {NETLOADER}.errors",
+        f"import {NETLOADER}.config, {NETLOADER}.endpoint, {NETLOADER}.errors, {NETLOADER}.traits",
     ],
     ids=["the package", "registering the platform", "netloader", "the configuration"],
 )
@@ -105,7 +105,7 @@ ROOMS: dict[str, set[str]] = {
 }
 """What the folders of Netloader may import; whatever lies above them all may import everything."""
 
-SHARED_WORDS = {"config", "endpoint", "errors", "files", "report"}
+SHARED_WORDS = {"config", "endpoint", "errors", "files", "report", "traits"}
 ENTRY_POINTS = {"", "cli", "installation", "load", "loader", "registration"}
 ON_DEVICES = {"transport.process_group": {"model"}}
 """Modules that know more than their room."""
@@ -200,7 +200,7 @@ def test_the_platform_needs_nothing_of_netloader(module: str) -> None:
 
 
 def test_the_configuration_and_what_is_below_use_the_standard_library_only() -> None:
-    for module in ("errors", "endpoint", "config"):
+    for module in ("errors", "endpoint", "traits", "config"):
         assert imported_packages(full_name(module)) - {"vllm_ascend"} <= sys.stdlib_module_names
 
 

@@ -75,7 +75,7 @@ TEXT = "non-empty string"
 CLIENTS = "number of clients from 1 to 256"
 BANDWIDTH = "number of bytes per second from 1048576 to 1125899906842624"
 LEAST_BANDWIDTH = "a number of bytes per second from 0 to 1125899906842624"
-TRANSPORT = "best first and each once, out of shared_memory, tcp, process_group"
+TRANSPORT = "best first and each once, out of shared_memory, process_group, tcp"
 INVALID: dict[str, dict[str, tuple[Any, str]]] = {
     "SOURCE": {
         "null": (None, 'list of "host:port"'),

@@ -14,15 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from vllm_ascend.model_loader.netloader import traits
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint, require_host
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
-TRANSPORTS: Final = ("shared_memory", "tcp", "process_group")
-_TRANSPORTS_BY_DEVICE: Final = {"cpu": TRANSPORTS, "npu": ("process_group", "tcp")}
-_TRANSPORTS_ELSEWHERE: Final = ("tcp",)
-"""Those for weights on any other device, by way of host memory."""
-CLOSED_TRANSPORTS: Final = ("shared_memory", "tcp")
-"""Those that open nothing to strangers: no ports beside the listener's, and given TLS no bytes that can be read."""
 LEAST_LIMIT: Final = 1 << 20
 """Bytes per second; a lower MAX_BANDWIDTH would serve nobody."""
 
@@ -76,11 +71,12 @@ class NetLoaderConfig:
 
     def transports_for(self, device: str) -> tuple[str, ...]:
         """Names, best first, for weights on a `device` of that type. Raises ConfigError where TRANSPORT has none."""
-        possible = _TRANSPORTS_BY_DEVICE.get(device, _TRANSPORTS_ELSEWHERE)
+        rows = traits.serving(device)
         if self.transport is None:
-            # Whoever reaches Gloo's ports can end the process; HCCL's are on the NPUs' own network.
-            only_closed = device == "cpu" or self.tls_cert is not None
-            return tuple(name for name in possible if name in CLOSED_TRANSPORTS or not only_closed)
+            under_tls = self.tls_cert is not None
+            return tuple(row.name for row in rows if (row.used_under_tls if under_tls else row.used_in_clear))
+
+        possible = [row.name for row in rows]
         usable = tuple(name for name in self.transport if name in possible)
         if not usable or ("process_group" in self.transport and "process_group" not in possible):
             raise ConfigError(
@@ -202,10 +198,10 @@ def _names(value: object) -> tuple[str, ...]:
 
 
 def _transports(value: object) -> tuple[str, ...]:
-    allowed = f"expected a non-empty list, best first and each once, out of {', '.join(TRANSPORTS)}"
+    allowed = f"expected a non-empty list, best first and each once, out of {', '.join(traits.NAMES)}"
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError(allowed)
-    if not set(value) <= set(TRANSPORTS) or len(set(value)) != len(value):
+    if not set(value) <= set(traits.NAMES) or len(set(value)) != len(value):
         raise ValueError(allowed)
     return tuple(value)
 

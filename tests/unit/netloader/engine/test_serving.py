@@ -16,9 +16,9 @@ from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
+from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.messages import Offer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -217,16 +217,11 @@ def test_an_instance_of_another_fleet_on_a_port_that_ours_had_is_left(name: str,
 
 
 class Grouped(MemoryTransport):
-    """Of process groups it has the name, and of their library too."""
+    """It has the traits of process groups, and makes none."""
 
-    name = "process_group"
-
-    def __init__(self, library: str) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self._library = library
-
-    def offer(self) -> Offer:
-        return Offer(self.name, self._library)
+        self.traits = traits_of("process_group", device)
 
 
 GLOO = "whoever can reach it can read the weights, without token and TLS, and can end this process"
@@ -235,15 +230,15 @@ TOKEN = Access(token=b"t" * 32)
 
 
 @pytest.mark.parametrize(
-    ("library", "access", "warning"),
-    [("gloo", Access(), GLOO), ("gloo", TOKEN, GLOO), ("hccl", Access(), ""), ("hccl", TOKEN, HCCL)],
+    ("device", "access", "warning"),
+    [("cpu", Access(), GLOO), ("cpu", TOKEN, GLOO), ("npu", Access(), ""), ("npu", TOKEN, HCCL)],
     ids=["gloo", "gloo and a token", "hccl", "hccl and a token"],
 )
 def test_ports_of_a_library_are_warned_of(
-    library: str, access: Access, warning: str, caplog: pytest.LogCaptureFixture
+    device: str, access: Access, warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine()
-    engine.options = replace(engine.options, transports=(Grouped(library),), access=access)
+    engine.options = replace(engine.options, transports=(Grouped(device),), access=access)
     engine.begins()
     warnings = [message for message in caplog.messages if "process_group" in message]
     assert len(warnings) == bool(warning)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from support.sources import Tensors, client_for, fetch, serving
@@ -138,7 +139,7 @@ class Tampering(MemoryTransport):
 class AlwaysTampering(Tampering):
     """Never stops. It has a name of its own, so that one source can have it and the next not."""
 
-    name = "tampering"
+    traits = replace(MemoryTransport.traits, name="tampering")
 
     def __init__(self, damage: Damage) -> None:
         super().__init__(damage, times=ALWAYS)

@@ -132,8 +132,8 @@ def test_what_sessions_open_counts_too(opened: contextlib.ExitStack, monkeypatch
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted()
         opened.enter_context(Intruder(source).greet().say(Attach(session))).hear()
-        assert descriptors.of_peers.taken == 2 + TCP[0].descriptors
-        monkeypatch.setattr(descriptors, "SHARE", descriptors._limit() // (3 + TCP[0].descriptors))
+        assert descriptors.of_peers.taken == 2 + TCP[0].traits.descriptors
+        monkeypatch.setattr(descriptors, "SHARE", descriptors._limit() // (3 + TCP[0].traits.descriptors))
         with pytest.raises(SourcesExhausted, match="no room: this process may have no more open files"):
             fetch(SMALL, TCP, source)
         opened.close()
@@ -147,7 +147,7 @@ def test_a_session_takes_no_more_than_its_transport_says(name: str, opened: cont
     assert len(store.bytes) == SMALL.manifest.nbytes  # mapped now, which takes a descriptor of the store's own
     before = len(os.listdir("/proc/self/fd"))
     with kinds[0].sender(store, PATIENT, Pacer(None)):
-        assert len(os.listdir("/proc/self/fd")) - before <= kinds[0].descriptors
+        assert len(os.listdir("/proc/self/fd")) - before <= kinds[0].traits.descriptors
     store.close()
 
 

@@ -90,7 +90,7 @@ def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
 
 
 class UnusableTransport(MemoryTransport):
-    name = "unusable"
+    traits = replace(MemoryTransport.traits, name="unusable")
 
     def receive(self, reception: Reception) -> object:  # type: ignore[override]
         raise TransportError("not between these machines")
@@ -256,7 +256,7 @@ def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport(
         raise ProtocolError("not this")
 
     class Other(MemoryTransport):
-        name = "other"
+        traits = replace(MemoryTransport.traits, name="other")
 
     kinds = (MemoryTransport(), Other())
     with serving(SMALL, kinds) as (_, source), pytest.raises(SourcesExhausted) as error:
@@ -518,7 +518,7 @@ def test_control_characters_of_a_refusal_reach_no_log_of_the_client(caplog: pyte
 
 def test_a_server_that_is_configured_anew_serves_by_the_new_transports() -> None:
     class Other(MemoryTransport):
-        name = "other"
+        traits = replace(MemoryTransport.traits, name="other")
 
     with serving(SMALL, MEMORY) as (server, source):
         server.configure(Settings((Other(),), SHORT))

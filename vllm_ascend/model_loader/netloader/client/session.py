@@ -221,13 +221,13 @@ class ClientSession:
             assert accept is not None, "it is not this client's turn"
             assert transport is not None
             evidence: Evidence | None = None
-            if transport.copies and (self._terms.verify or self.candidate.is_replica):
+            if transport.traits.copies and (self._terms.verify or self.candidate.is_replica):
                 with self._phases("join"):
                     evidence = self._evidence(control, accept)
             with self._phases("transfer"):
                 memory = self._receive(control, accept, evidence)
             with self._phases("verify"):
-                if not transport.copies and self.candidate.is_replica:
+                if not transport.traits.copies and self.candidate.is_replica:
                     evidence = self._verify_adopted(control, accept, memory)
                 self._confirm(control, accept, memory, evidence)
 

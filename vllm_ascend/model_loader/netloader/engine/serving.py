@@ -22,6 +22,7 @@ from typing import Any, Final
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.traits import Exposure
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
@@ -238,15 +239,17 @@ def _warn_of_strangers(options: ServeOptions) -> None:
             reachable,
         )
 
-    library = next((each.offer().scope for each in options.transports if each.name == "process_group"), None)
-    if library == "gloo":
-        logger.warning(
-            "the transport process_group opens a port of Gloo's for each client: whoever can reach it can read the "
-            "weights, without token and TLS, and can end this process"
-        )
-    elif library is not None and access.restricted:
-        logger.warning(
-            "the transport process_group opens ports of %s's, which know neither token nor TLS: its bytes travel "
-            "unencrypted",
-            library,
-        )
+    for traits in (transport.traits for transport in options.transports):
+        if traits.exposure is Exposure.PROCESS:
+            logger.warning(
+                "the transport %s opens a port of %s's for each client: whoever can reach it can read the weights, "
+                "without token and TLS, and can end this process",
+                traits.name,
+                traits.library.capitalize(),
+            )
+        elif traits.exposure is Exposure.BYTES and access.restricted:
+            logger.warning(
+                "the transport %s opens ports of %s's, which know neither token nor TLS: its bytes travel unencrypted",
+                traits.name,
+                traits.library,
+            )

@@ -298,7 +298,7 @@ class WeightServer:
     def _serve_join(self, connection: Connection, join: Join) -> bool:
         """Whether the client waits now."""
         answer = self._answer(join)
-        if isinstance(answer, Refuse) or not answer[1].copies:
+        if isinstance(answer, Refuse) or not answer[1].traits.copies:
             self._serve(connection, join)
             return False
         turn = self._turns.take(connection.peer.host)
@@ -323,7 +323,7 @@ class WeightServer:
         It names replicas only with the root by which they can be told from strangers.
         """
         answer = self._answer(join)
-        if isinstance(answer, Refuse) or not answer[1].copies:
+        if isinstance(answer, Refuse) or not answer[1].traits.copies:
             return None
         publication = answer[0]
         root = publication.store.root_if_known()
@@ -366,11 +366,11 @@ class WeightServer:
     ) -> bool:
         """False if the publication is not served any more before the session has begun."""
         timeouts = self._settings.timeouts
-        if not descriptors.of_peers.take(transport.descriptors):
+        if not descriptors.of_peers.take(transport.traits.descriptors):
             self._refuse(connection, Refuse("no room: this process may have no more open files (RLIMIT_NOFILE)"))
             return True
         with contextlib.ExitStack() as ended:
-            ended.callback(descriptors.of_peers.give, transport.descriptors)
+            ended.callback(descriptors.of_peers.give, transport.traits.descriptors)
             forget = ended.enter_context(contextlib.ExitStack())  # the last: by then nothing reads the weights
             try:
                 sender = ended.enter_context(transport.sender(publication.store, timeouts, self._pacer))

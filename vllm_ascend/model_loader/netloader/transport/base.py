@@ -16,9 +16,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, Self
+from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.traits import Traits
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Delivery
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
@@ -213,13 +214,12 @@ class Rate:
 class Transport(ABC):
     """Stateless; one object serves all sessions of a process."""
 
-    name: ClassVar[str]
-    on_host_only: ClassVar[bool] = False
-    """Whether it is of no use to weights on an accelerator."""
-    copies: ClassVar[bool] = True
-    """Whether bytes move, so that they need a turn, time, and verification."""
-    descriptors: ClassVar[int] = 0
-    """How many a session takes on the server, beside its connections to the listener."""
+    traits: Traits
+    """Its row of the table, or one of its own where no configuration can name it."""
+
+    @property
+    def name(self) -> str:
+        return self.traits.name
 
     def offer(self) -> Offer:
         """What a client says of it in Join."""

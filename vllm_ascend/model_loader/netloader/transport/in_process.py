@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost
+from vllm_ascend.model_loader.netloader.traits import ANY, Traits
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
@@ -22,7 +23,7 @@ _senders: Final[dict[str, _MemorySender]] = {}
 
 
 class MemoryTransport(Transport):
-    name = "memory"
+    traits = Traits("memory", ANY)
 
     def __init__(self, tamper: Callable[[Chunk, bytes], bytes] = lambda _, content: content) -> None:
         self._tamper = tamper

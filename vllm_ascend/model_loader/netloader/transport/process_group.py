@@ -25,6 +25,7 @@ from torch.distributed import Work
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.model.buffers import chunk_in, landing_tensor, own_stream
+from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
@@ -50,11 +51,9 @@ IN_FLIGHT: Final = 4
 class ProcessGroupTransport(Transport):
     """`device` is where the weights are computed with, so that the backend is the one that reaches it."""
 
-    name = "process_group"
-    descriptors = 8  # about what Gloo takes
-
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
+        self.traits = traits_of("process_group", self._device.type)
 
     def offer(self) -> Offer:
         return Offer(self.name, process_group.BACKENDS[self._device.type])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, Stalled, TransportError
+from vllm_ascend.model_loader.netloader.traits import SHARED_MEMORY
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
@@ -33,10 +34,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 class SharedMemoryTransport(Transport):
-    name = "shared_memory"
-    descriptors = 3  # the socket, the connection, and a duplicate of that of the arena
-    on_host_only = True
-    copies = False
+    traits = SHARED_MEMORY
 
     def offer(self) -> Offer:
         return Offer(self.name, host_scope())

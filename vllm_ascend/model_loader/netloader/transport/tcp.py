@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.traits import TCP
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
@@ -30,8 +31,7 @@ _REQUESTED_AHEAD: Final = 2
 
 
 class TcpTransport(Transport):
-    name = "tcp"
-    descriptors = 1  # a duplicate of that of the arena
+    traits = TCP
 
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _ChunkSender(store, timeouts, pacer)

@@ -1,0 +1,81 @@
+"""What is true of each transport, in one table that can be read without importing any of them.
+
+The configuration decides from it which transports a rank offers, the server how many descriptors a session costs and of
+what to warn the operator, the client whether bytes have to be verified. A transport that uses another library on
+another kind of device has one row for each.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+ANY: Final = "any"
+"""Stands for every kind of device that torch may know."""
+
+
+class Exposure(enum.Enum):
+    """What a transport exposes beside the listener, which alone knows token and TLS."""
+
+    NOTHING = enum.auto()
+    """It opens no port, or none that can be reached from another host."""
+    BYTES = enum.auto()
+    """Its bytes travel unencrypted, so it is not used by default under TLS."""
+    PROCESS = enum.auto()
+    """Whoever reaches its ports can read the weights and end this process, so it is used only where it is asked for."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """One way to bring weights to a kind of device.
+
+    `name` is what TRANSPORT calls it, and `device` the type of device, as torch names it, that computes with the
+    weights. `copies` says whether bytes move, so that they need memory of their own, a turn, time, and verification.
+    `descriptors` is how many a session takes on the server, beside its connections to the listener. `library` is the
+    communication library that opens the ports by which it is exposed.
+    """
+
+    name: str
+    device: str
+    copies: bool = True
+    descriptors: int = 0
+    exposure: Exposure = Exposure.NOTHING
+    library: str = ""
+
+    @property
+    def used_in_clear(self) -> bool:
+        """Whether it is used by default where there is no TLS."""
+        return self.exposure is not Exposure.PROCESS
+
+    @property
+    def used_under_tls(self) -> bool:
+        """Whether it is used by default where peers speak TLS."""
+        return self.exposure is Exposure.NOTHING
+
+
+SHARED_MEMORY: Final = Traits("shared_memory", "cpu", copies=False, descriptors=3)
+"""A session takes its socket, the connection, and a duplicate of the arena's descriptor."""
+HCCL: Final = Traits("process_group", "npu", descriptors=8, exposure=Exposure.BYTES, library="hccl")
+"""Its ports are on the NPUs' own network."""
+TCP: Final = Traits("tcp", ANY, descriptors=1)
+"""Moves bytes by way of host memory. A session takes a duplicate of the arena's descriptor."""
+GLOO: Final = Traits("process_group", "cpu", descriptors=8, exposure=Exposure.PROCESS, library="gloo")
+"""A session takes about that many descriptors for Gloo's listener and pairs."""
+
+TABLE: Final = (SHARED_MEMORY, HCCL, TCP, GLOO)
+"""In the order of preference."""
+
+NAMES: Final = tuple(dict.fromkeys(row.name for row in TABLE))
+"""All that TRANSPORT may name."""
+
+
+def serving(device: str) -> tuple[Traits, ...]:
+    """What can carry weights for a device of that type, best first."""
+    return tuple(row for row in TABLE if row.device in (device, ANY))
+
+
+def traits_of(name: str, device: str) -> Traits:
+    """The row of the transport `name` for a device of that type. Raises KeyError where there is none."""
+    rows = {row.name: row for row in serving(device)}
+    return rows[name]
