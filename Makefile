@@ -7,7 +7,7 @@
 # make soak    server and client under random faults, every byte compared          SOAK_SECONDS=600
 # make clean   removes everything that was built or installed, both environments and the downloaded models included
 #
-# The other benchmarks take .venv/bin/python benchmarks/NAME.py, and --help says what they measure:
+# The other benchmarks take .venv/bin/python -m benchmarks.NAME, and --help says what they measure:
 #   many_clients   eight clients at once, against raw sockets
 #   verification   what the digests, a token and TLS cost
 #   neighbours     what requests feel of clients that fetch from the same instance
@@ -51,16 +51,16 @@ $(NPU_INSTALLED): $(NPU_VENV)/.packages $(NPU_SOURCES)
 	touch $@
 
 demo: $(INSTALLED)
-	@$(BIN)/python tools/demo.py --model "$(MODEL)" --transport "$(TRANSPORT)"
+	@$(BIN)/python -m tools.demo --model "$(MODEL)" --transport "$(TRANSPORT)"
 
 demo-npu: $(NPU_INSTALLED)
-	@$(ON_NPU) python tools/demo.py --npu --model "$(MODEL)" --transport "$(TRANSPORT)"
+	@$(ON_NPU) python -m tools.demo --npu --model "$(MODEL)" --transport "$(TRANSPORT)"
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/weight_phase.py
+	$(BIN)/python -m benchmarks.weight_phase
 
 soak: $(INSTALLED)
-	$(BIN)/python tools/soak.py --seconds $(SOAK_SECONDS)
+	$(BIN)/python -m tools.soak --seconds $(SOAK_SECONDS)
 
 test: lint types docs wheel check-tests check-npu
 

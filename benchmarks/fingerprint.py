@@ -1,7 +1,7 @@
 """How long it takes to recognise a checkpoint of 100 GB by its fingerprint.
 
-    python benchmarks/fingerprint.py                 # a sparse checkpoint, made on the spot: 20 files of 5 GB
-    python benchmarks/fingerprint.py --model DIR     # a checkpoint of yours
+    python -m benchmarks.fingerprint                 # a sparse checkpoint, made on the spot: 20 files of 5 GB
+    python -m benchmarks.fingerprint --model DIR     # a checkpoint of yours
 
 Measured `--rounds` times each:
 

@@ -1,7 +1,7 @@
 """How long it takes many clients to fetch the same weights from one server at once, over tcp.
 
-    python benchmarks/many_clients.py                  # 8 clients, 512 MB each
-    python benchmarks/many_clients.py --clients 4 --megabytes 256
+    python -m benchmarks.many_clients                  # 8 clients, 512 MB each
+    python -m benchmarks.many_clients --clients 4 --megabytes 256
 
 One server process holds synthetic weights; each client is a process of its own. All processes live as long as the
 benchmark and do every measurement, in turn, `--rounds` times:
@@ -47,8 +47,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
-from weight_phase import GIGABYTE, condition_memory
-
+from benchmarks.weight_phase import GIGABYTE, condition_memory
 from vllm_ascend.model_loader.netloader.client.client import Client
 from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -1,7 +1,7 @@
 """What requests for tokens feel of clients that fetch the weights from the same instance.
 
-    python benchmarks/neighbours.py                        # SmolLM2-135M-Instruct
-    python benchmarks/neighbours.py --model DIR --tokens 1000 --clients 1 8
+    python -m benchmarks.neighbours                        # SmolLM2-135M-Instruct
+    python -m benchmarks.neighbours --model DIR --tokens 1000 --clients 1 8
 
 A real `vllm serve` streams `--tokens` tokens for each case and round, greedily and past every end:
 
@@ -48,15 +48,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from many_clients import HOST, MEGABYTE, Child, Server, say
-from weight_phase import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-from demo import progress
-from fetch_model import fetch_model
-from instance import Instance
-
+from benchmarks.many_clients import HOST, MEGABYTE, Child, Server, say
+from support.vllm.fetch_model import fetch_model
+from support.vllm.instance import Instance
+from tools.demo import progress
 from vllm_ascend.model_loader.netloader.client.client import Client, inquire
 from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT

@@ -1,6 +1,6 @@
 """What it costs to verify weights while they arrive, and what the digests cost that could be used for it.
 
-    python benchmarks/verification.py                  # 1 GB
+    python -m benchmarks.verification                  # 1 GB
 
 Transfers: one server process and one client process, tcp, synthetic weights, each way in turn, `--rounds` times, in
 another order each round. The time is that of the whole fetch, from connecting to the confirmation, as is the arena's:
@@ -43,7 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from many_clients import (
+
+from benchmarks.many_clients import (
     HOST,
     MEGABYTE,
     Child,
@@ -54,12 +55,8 @@ from many_clients import (
     synthetic_arena,
     synthetic_publication,
 )
-from weight_phase import GIGABYTE, ROOT, condition_memory
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-from soak import make_certificate
-
+from benchmarks.weight_phase import GIGABYTE, condition_memory
+from tools.soak import make_certificate
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, PIECE_BYTES, start
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport

@@ -1,7 +1,7 @@
 """How long it takes to fill a model with its weights, by every way there is, in one run on one model.
 
-    python benchmarks/weight_phase.py                 # a random model of 3 GB, made on the spot
-    python benchmarks/weight_phase.py --model DIR     # a checkpoint of yours
+    python -m benchmarks.weight_phase                 # a random model of 3 GB, made on the spot
+    python -m benchmarks.weight_phase --model DIR     # a checkpoint of yours
 
 Measured, each in fresh processes, in turn, `--rounds` times; the median counts:
 
@@ -33,14 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from support.vllm.random_model import LARGE, make_random_model
+from vllm_ascend.model_loader.netloader.traits import NAMES as TRANSPORTS
+from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 
-from random_model import LARGE, make_random_model  # noqa: E402
-
-from vllm_ascend.model_loader.netloader.traits import NAMES as TRANSPORTS  # noqa: E402
-from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[1]
 GIGABYTE = 1e9
 _spawn = multiprocessing.get_context("spawn")
 
@@ -151,10 +148,11 @@ def _start_load(model: Path, load_format: str, extra: dict[str, Any], *, hold: b
         "engine": {"skip_tokenizer_init": True},
     }
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "load_models.py")],
+        [sys.executable, "-m", "support.vllm.load_models"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=ROOT,
         text=True,
     )
     assert process.stdin is not None
@@ -172,7 +170,7 @@ def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
             return result
         if line.startswith('{"error":'):
             raise RuntimeError(f"a load failed: {json.loads(line)['error']}")
-    raise RuntimeError(f"a load ended with status {process.wait()} and no result; run tools/load_models.py to see why")
+    raise RuntimeError(f"a load ended with status {process.wait()} and no result; run load_models to see why")
 
 
 def condition_memory(nbytes: int) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fetch_model import fetch_model
-from instance import Instance, InstanceFailed
+from support.vllm.fetch_model import fetch_model
+from support.vllm.instance import Instance, InstanceFailed
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils at a temperature of", "Once upon a time,")
 

@@ -1,7 +1,7 @@
 """Netloader's server and client under random faults for a while; whatever arrives is compared byte for byte.
 
-    python tools/soak.py                    # ten minutes
-    python tools/soak.py --seconds 60 --seed 7
+    python -m tools.soak                    # ten minutes
+    python -m tools.soak --seconds 60 --seed 7
 
 Two server processes, "lasting" and "mortal", serve synthetic weights, each on a listener for everybody, one with a
 token and one with TLS. They replace their weights by others now and then, every other time with serving suspended

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import loaders
 import pytest
-from fetch_model import fetch_model
-from hub import Hub
-from loaders import Load, Loader, Pool, processor
+
+from support.vllm import checkpoints, loaders
+from support.vllm.fetch_model import fetch_model
+from support.vllm.hub import Hub
+from support.vllm.loaders import Load, Loader, Pool, processor
 
 
 @pytest.fixture(scope="session")

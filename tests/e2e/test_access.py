@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from loaders import Load
-from support.certificates import Authority
 
+from support.certificates import Authority
+from support.vllm.loaders import Load
 from vllm_ascend.model_loader.netloader import cli
 
 

@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from loaders import Load
+
+from support.vllm.loaders import Load
 
 
 def test_raw_bytes_exist_once(smollm2: str, load: Load) -> None:

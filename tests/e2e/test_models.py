@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-from fetch_model import fetch_model
-from loaders import Load, Loader, Pool
+
+from support.vllm import checkpoints
+from support.vllm.fetch_model import fetch_model
+from support.vllm.loaders import Load, Loader, Pool
 
 PROMPTS: list[Any] = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128]]
 TONES: list[Any] = [{"decoder": [5, 9, 13], "tone": 440}, {"decoder": [5, 9, 13], "tone": 880}]

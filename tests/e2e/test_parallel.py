@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-from loaders import Load, Loader, generation, two_free_ports
+
+from support.vllm import checkpoints
+from support.vllm.loaders import Load, Loader, generation, two_free_ports
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import pytest
-from loaders import Load, generation
 
+from support.vllm import checkpoints
+from support.vllm.loaders import Load, generation
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest

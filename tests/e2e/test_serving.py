@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from instance import Instance
-from loaders import Pool, two_free_ports
 
+from support.vllm.instance import Instance
+from support.vllm.loaders import Pool, two_free_ports
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES

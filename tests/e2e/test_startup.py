@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loaders import Load, Pool
 
+from support.vllm.loaders import Load, Pool
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
-from random_model import make_random_model
+
+from support.vllm import checkpoints
+from support.vllm.random_model import make_random_model
 
 
 @pytest.fixture(scope="module")

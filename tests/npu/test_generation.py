@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
-from loaders import Load, Loader, Pool, two_free_ports
-from random_model import make_random_model
+
+from support.vllm import checkpoints
+from support.vllm.loaders import Load, Loader, Pool, two_free_ports
+from support.vllm.random_model import make_random_model
 
 CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
 PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128], list(range(3, 200))]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.strangers import Intruder, netloader_threads, wait_until
-
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports

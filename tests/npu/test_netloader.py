@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
-from fetch_model import fetch_model
-from loaders import Load, Loader, Pool, generation, two_free_ports
 
+from support.vllm import checkpoints
+from support.vllm.fetch_model import fetch_model
+from support.vllm.loaders import Load, Loader, Pool, generation, two_free_ports
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel

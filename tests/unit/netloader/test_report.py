@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clock import Clock
 
+from support.clock import Clock
 from vllm_ascend.model_loader.netloader.report import Attempt, LoadReport, Phases, write_whole
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving, until
 
+from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving, until
 from vllm_ascend.model_loader.netloader.client.backoff import FIRST
 from vllm_ascend.model_loader.netloader.client.client import Client, announce, inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from support.engines import TRANSPORTS, Engine, close_listeners, identity
-from support.sources import SMALL, Tensors, fetch
 from torch import nn
 
+from support.engines import TRANSPORTS, Engine, close_listeners, identity
+from support.sources import SMALL, Tensors, fetch
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from support.engines import TRANSPORTS, Engine, close_listeners, identity
 from support.sources import SMALL, fetch
-
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.engine.weight_changes import watch

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from support.sources import Tensors, client_for, fetch, serving
 
+from support.sources import Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader.client.client import Client
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

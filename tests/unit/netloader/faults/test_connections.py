@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from support.proxy import (
     Effect,
     Fault,
@@ -30,7 +31,6 @@ from support.proxy import (
     silence_all,
 )
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
-
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

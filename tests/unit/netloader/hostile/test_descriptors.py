@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from support.sources import SMALL, fetch, serving
 from support.strangers import Intruder, is_idle, many_hosts, wait_until
-
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import acceptor, descriptors

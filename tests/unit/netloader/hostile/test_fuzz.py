@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from support.certificates import Authority
 from support.sources import SMALL, Tensors, client_for, fetch, serving
 from support.strangers import (
@@ -45,7 +46,6 @@ from support.strangers import (
     tag,
     wait_until,
 )
-
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from netloader.hostile.test_fuzz import accepting, assert_orderly, outlives
+
 from support.sources import SMALL, fetch, serving
 from support.strangers import (
     Act,
@@ -38,7 +39,6 @@ from support.strangers import (
     silent,
     wait_until,
 )
-
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

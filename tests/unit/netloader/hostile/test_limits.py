@@ -18,11 +18,10 @@ from typing import Self
 
 import msgspec
 import pytest
-import support
+
 from support.process import model
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
 from support.strangers import Intruder, is_idle, wait_until
-
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
@@ -136,13 +135,12 @@ def test_a_session_for_which_descriptors_run_out_leaves_none(name: str) -> None:
 
 
 class Process:
-    """A process that runs `process.py`, alone in its group."""
+    """A process that runs `support.process`, alone in its group."""
 
     def __init__(self, role: str, **options: object) -> None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        script = str(Path(support.__file__).with_name("process.py"))
         self._popen = subprocess.Popen(
-            [sys.executable, script, role, *arguments],
+            [sys.executable, "-m", "support.process", role, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.strangers import (
     GARBAGE,
@@ -27,7 +28,6 @@ from support.strangers import (
     many_hosts,
     wait_until,
 )
-
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

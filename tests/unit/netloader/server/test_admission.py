@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clock import Clock
 
+from support.clock import Clock
 from vllm_ascend.model_loader.netloader.server.admission import (
     LEAST_CAPACITY,
     OVERCOMMITMENT,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import logging
 
 import pytest
-from support.clock import Clock
 
+from support.clock import Clock
 from vllm_ascend.model_loader.netloader.server.peer_log import INTERVAL, LINES_OF_A_HOST, LINES_OF_ALL, WORDS, PeerLog
 
 ONE, OTHER = "10.0.0.2", "10.0.0.3"

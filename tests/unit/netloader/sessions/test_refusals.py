@@ -22,8 +22,8 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.sources import SHORT, client_for
 
+from support.sources import SHORT, client_for
 from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint_fingerprint, files_in
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

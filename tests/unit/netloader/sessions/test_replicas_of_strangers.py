@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving, until
 from support.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
-
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.client import Client, announce, inquire
 from vllm_ascend.model_loader.netloader.client.route import TRIES

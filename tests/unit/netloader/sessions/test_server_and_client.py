@@ -18,8 +18,8 @@ from itertools import chain, repeat
 import msgspec
 import pytest
 import torch
-from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 
+from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.sources import SHORT, SMALL, Tensors, fetch, serving
 
+from support.sources import SHORT, SMALL, Tensors, fetch, serving
 from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.buffers import tensor_in

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clock import Clock
 
+from support.clock import Clock
 from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, TooSlow
 from vllm_ascend.model_loader.netloader.transport import delivery as module
 from vllm_ascend.model_loader.netloader.transport.delivery import (

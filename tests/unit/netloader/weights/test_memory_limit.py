@@ -124,7 +124,7 @@ if how == "checked":
 else:
     Arena.create(nbytes).writable()[:] = bytes(nbytes)
 """
-TESTS = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[5]
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def fill_within(group: Path, how: str, nbytes: int) -> subprocess.CompletedProce
         text=True,
         timeout=100,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )
 
 

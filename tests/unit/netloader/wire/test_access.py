@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+
 from support.certificates import Authority, Identification
 from support.sources import SMALL
-
 from vllm_ascend.model_loader.netloader.client.session import FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError

@@ -9,9 +9,9 @@ import ssl
 import threading
 
 import pytest
+
 from support.certificates import Authority
 from support.sources import SMALL, fetch, serving
-
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
 from vllm_ascend.model_loader.netloader.wire.access import Access

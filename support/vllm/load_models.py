@@ -4,7 +4,7 @@ This is vLLM's own worker, or a whole engine where answers are wanted: real conf
 loader and post-processing. A process that has imported vLLM once loads a small model in a few seconds, a fraction of
 what an instance takes to start. The tests and benchmarks use it.
 
-    echo '{"model": "DIR", "extra": {"LISTEN_PORT": 19000}}' | python tools/load_models.py
+    echo '{"model": "DIR", "extra": {"LISTEN_PORT": 19000}}' | python -m support.vllm.load_models
 
 Each line is one request, a JSON object; each is answered by a line ``{"result": ...}`` or ``{"error": "..."}``. What
 was loaded is held, and serves its weights, until the next load or the end of the input.

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from support.sources import Tensors, client_for, serving
 from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
-from vllm_ascend.model_loader.netloader.weights.arena import Arena
 
 PATIENT = Timeouts(connect=60.0, stall=60.0)
 
@@ -64,9 +64,9 @@ def fetch(options: argparse.Namespace) -> None:
             say("moving")
 
     def run(client: Client) -> None:
-        arenas.append(client.fetch([source]).memory)
+        fetched.append(client.fetch([source]))
 
-    arenas: list[Arena] = []
+    fetched: list[Fetched] = []
     clients = [client_for(request, kinds, timeouts=PATIENT, progress=progress) for _ in range(options.clients)]
     threads = [threading.Thread(target=run, args=(client,)) for client in clients]
     say("ready")
@@ -75,7 +75,7 @@ def fetch(options: argparse.Namespace) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    say(f"{len(arenas)} done")
+    say(f"{len(fetched)} done")
     sys.stdin.readline()
 
 

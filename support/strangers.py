@@ -453,7 +453,7 @@ class Impostor:
         self._threads: list[threading.Thread] = []
         self.heard: list[str] = []
         store = tensors.store()
-        self._bytes = bytes(store.bytes)
+        self._bytes = bytes(store.bytes[:])
         store.close()
         pieces = chunks(len(self._bytes), digests.CHUNK_BYTES)
         self.digests = tuple(digest_of(memoryview(self._bytes)[offset : offset + length]) for offset, length in pieces)

@@ -23,7 +23,7 @@ import torch
 from vllm_ascend.model_loader.netloader.client.client import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOAD_TIMEOUT = 180.0
 _REPLIES = (b'{"result":', b'{"error":')
 
@@ -48,7 +48,7 @@ def _chosen_features() -> dict[str, str]:
 
 
 class VllmProcess:
-    """tools/load_models.py, which answers requests in order."""
+    """A process of `support.vllm.load_models`, which answers requests in order."""
 
     def __init__(self, log: Path, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
@@ -56,10 +56,11 @@ class VllmProcess:
         self._output = b""
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [python, str(ROOT / "tools" / "load_models.py")],
+                [python, "-m", "support.vllm.load_models"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
+                cwd=ROOT,
                 env={**os.environ, **(environment or {}), "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
             )
 
@@ -87,7 +88,7 @@ class VllmProcess:
                     return reply
                 continue
             readable, _, _ = select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0))
-            data = self.process.stdout.read1() if readable else b""
+            data = os.read(self.process.stdout.fileno(), 1 << 16) if readable else b""
             if not data:
                 self.process.kill()
                 pytest.fail(f"a load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
@@ -127,7 +128,7 @@ class Pool:
         self._loads = 0
 
     def load(self, model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
-        """Starts a load in a process of its own: see tools/load_models.py for `request`."""
+        """Starts a load in a process of its own: see `load_models` for `request`."""
         self._loads += 1
         return Loader(self, self._directory / f"load-{self._loads}", model, extra or {}, request)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import SMALL, make_random_model
 from safetensors.torch import load_file, save_file
+
+from support.vllm.random_model import SMALL, make_random_model
 
 Tensors = Mapping[str, torch.Tensor]
 

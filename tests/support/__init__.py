@@ -1,1 +1,0 @@
-"""What the tests, the soak and the benchmarks share."""
