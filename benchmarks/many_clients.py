@@ -48,8 +48,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.weight_phase import GIGABYTE, condition_memory
-from vllm_ascend.model_loader.netloader.client.client import Client
-from vllm_ascend.model_loader.netloader.client.session import FetchOptions
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication

@@ -52,8 +52,9 @@ from benchmarks.many_clients import HOST, MEGABYTE, Child, Server, say
 from support.vllm.fetch_model import fetch_model
 from support.vllm.instance import Instance
 from tools.demo import progress
-from vllm_ascend.model_loader.netloader.client.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client.session import FetchOptions
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts

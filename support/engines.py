@@ -13,11 +13,11 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.transport.base import Transport
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
-TRANSPORTS: tuple[Transport, ...] = (MemoryTransport(),)
+TRANSPORTS: tuple[Transport, ...] = (InProcessTransport(),)
 
 
 class Engine:

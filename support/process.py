@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from support.sources import Tensors, client_for, serving
-from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.report import write_whole

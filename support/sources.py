@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from vllm_ascend.model_loader.netloader.client.client import Client
-from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of, tensor_in
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory

@@ -60,8 +60,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from vllm_ascend.model_loader.netloader.client.client import Client, inquire
-from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer

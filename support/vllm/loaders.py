@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 import torch
 
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]

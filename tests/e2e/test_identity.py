@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from support.vllm.hub import Hub
 from support.vllm.loaders import Load, Loader, two_free_ports
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 

@@ -10,7 +10,7 @@ import pytest
 
 from support.vllm import checkpoints
 from support.vllm.loaders import Load, generation
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access

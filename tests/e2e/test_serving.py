@@ -13,7 +13,7 @@ import pytest
 
 from support.vllm.instance import Instance
 from support.vllm.loaders import Pool, two_free_ports
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS

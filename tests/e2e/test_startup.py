@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.vllm.loaders import Load, Pool
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 NETLOADERS_OWN = ("blake3", "cryptography", "xxhash")

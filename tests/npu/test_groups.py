@@ -7,7 +7,7 @@ import torch
 
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.strangers import Intruder, netloader_threads, wait_until
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates

@@ -15,7 +15,7 @@ import torch
 from support.vllm import checkpoints
 from support.vllm.fetch_model import fetch_model
 from support.vllm.loaders import Load, Loader, Pool, generation, two_free_ports
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.tensors import LiveWeights

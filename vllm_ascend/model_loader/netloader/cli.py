@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.wire.access import Access

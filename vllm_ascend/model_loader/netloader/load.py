@@ -24,8 +24,10 @@ from vllm.utils.network_utils import get_ip
 
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
-from vllm_ascend.model_loader.netloader.client.client import Client, announce
-from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.inquiry import announce
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving

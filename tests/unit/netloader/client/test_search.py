@@ -12,18 +12,19 @@ import torch
 
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving, until
 from vllm_ascend.model_loader.netloader.client.backoff import FIRST
-from vllm_ascend.model_loader.netloader.client.client import Client, announce, inquire
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
 from vllm_ascend.model_loader.netloader.server.server import Peer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import base, delivery, digests
+from vllm_ascend.model_loader.netloader.transport import delivery, digests, rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of, root_of
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -34,7 +35,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import Accept, Join, Wait
 
 CHUNK = 4096
 PATIENT = Timeouts(connect=60.0, stall=60.0)
-MEMORY = (MemoryTransport(),)
+MEMORY = (InProcessTransport(),)
 TOKEN = Access(token=b"the same on all instances")
 
 Tamper = Callable[[Chunk, bytes], bytes]
@@ -47,7 +48,7 @@ def small_chunks_and_nobody_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that is held without taking anything counts as slow after some seconds: not here."""
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(base, "RATE_SECONDS", 1e9)
+    monkeypatch.setattr(rate, "RATE_SECONDS", 1e9)
 
 
 def of_chunks(count: int, *, changed: int | None = None) -> Tensors:
@@ -65,7 +66,7 @@ def untouched(_: Chunk, content: bytes) -> bytes:
     return content
 
 
-class Way(MemoryTransport):
+class Way(InProcessTransport):
     """A transport of its own name, so that what happens on the way depends on the source that has it."""
 
     def __init__(self, name: str, tamper: Tamper = untouched) -> None:
@@ -223,7 +224,7 @@ def test_progress_is_that_of_one_transfer_where_everything_was_handed_over_twice
 
 
 def test_what_one_source_brought_counts_with_another_under_a_token() -> None:
-    kind = (MemoryTransport(failing(1, at=5)),)
+    kind = (InProcessTransport(failing(1, at=5)),)
     with serving(EIGHT, MEMORY, access=TOKEN) as (_, first), serving(EIGHT, MEMORY, access=TOKEN) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second, access=TOKEN)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 3 * CHUNK}
@@ -233,7 +234,7 @@ def test_what_one_source_brought_counts_with_another_under_a_token() -> None:
 
 def test_chunks_that_the_next_source_holds_differently_are_fetched_from_it() -> None:
     newer = of_chunks(8, changed=1)
-    kind = (MemoryTransport(failing(1, at=5)),)
+    kind = (InProcessTransport(failing(1, at=5)),)
     with serving(EIGHT, MEMORY) as (_, first), serving(newer, MEMORY) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 4 * CHUNK}
@@ -241,7 +242,7 @@ def test_chunks_that_the_next_source_holds_differently_are_fetched_from_it() -> 
 
 
 def test_without_verification_every_source_starts_from_nothing() -> None:
-    kind = (MemoryTransport(failing(1, at=5)),)
+    kind = (InProcessTransport(failing(1, at=5)),)
     with serving(EIGHT, MEMORY) as (_, first), serving(EIGHT, MEMORY) as (_, second):
         client, fetched = fetch(EIGHT, kind, first, second, verify=False)
     assert +client.received == {str(first): 5 * CHUNK, str(second): 8 * CHUNK}
@@ -538,7 +539,7 @@ def test_weights_that_are_replaced_midway_are_fetched_anew_where_they_differ() -
             server.publish(Publication(IDENTITY, RankCoordinates(), newer.store(generation=2)))
         return content
 
-    client = client_for(EIGHT, (MemoryTransport(replace_at_the_third_chunk),))
+    client = client_for(EIGHT, (InProcessTransport(replace_at_the_third_chunk),))
     pauses = recording_pauses(client)
     with serving(EIGHT, MEMORY) as (server, source):
         fetched = client.fetch([source])
@@ -575,7 +576,7 @@ def test_weights_that_are_withdrawn_midway_are_taken_from_the_next_source() -> N
         return content
 
     with serving(EIGHT, MEMORY) as (server, source), serving(EIGHT, MEMORY) as (_, other):
-        client, fetched = fetch(EIGHT, (MemoryTransport(withdraw),), source, other)
+        client, fetched = fetch(EIGHT, (InProcessTransport(withdraw),), source, other)
     assert [attempt.reason for attempt in client.attempts] == [
         "it ended the session: it does not serve these weights any more"
     ]
@@ -591,7 +592,7 @@ def test_a_source_that_goes_away_midway_has_brought_what_it_brought() -> None:
             raise ConnectionLost("the peer closed the connection")
         return content
 
-    client = client_for(EIGHT, (MemoryTransport(close),))
+    client = client_for(EIGHT, (InProcessTransport(close),))
     with serving(EIGHT, MEMORY) as (server, source), serving(EIGHT, MEMORY) as (_, other):
         fetched = client.fetch([source, other])
     assert [attempt.reason for attempt in client.attempts] == ["it ended the session: the server shuts down"]

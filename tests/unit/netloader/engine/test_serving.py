@@ -12,12 +12,12 @@ from torch import nn
 
 from support.engines import TRANSPORTS, Engine, close_listeners, identity
 from support.sources import SMALL, Tensors, fetch
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.traits import traits_of
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 pytestmark = pytest.mark.timeout(60)
@@ -216,7 +216,7 @@ def test_an_instance_of_another_fleet_on_a_port_that_ours_had_is_left(name: str,
     assert f"the model or its partitioning differs: {differs}" in why_not(source)
 
 
-class Grouped(MemoryTransport):
+class Grouped(InProcessTransport):
     """It has the traits of process groups, and makes none."""
 
     def __init__(self, device: str) -> None:

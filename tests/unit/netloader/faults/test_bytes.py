@@ -13,13 +13,13 @@ from dataclasses import replace
 import pytest
 
 from support.sources import Tensors, client_for, fetch, serving
-from vllm_ascend.model_loader.netloader.client.client import Client
+from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport import delivery, digests
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.manifest import TensorSpec, chunks
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -121,7 +121,7 @@ def any_tensor(generator: random.Random) -> TensorSpec:
 KINDS = (flipped_bit, truncated, swapped_chunks, repeated_chunk, zeroed_range_or_tensor, stale_tensor)
 
 
-class Tampering(MemoryTransport):
+class Tampering(InProcessTransport):
     """Brings damaged chunks: each the first `times`, then as it is."""
 
     def __init__(self, damage: Damage, times: int = 1) -> None:
@@ -139,7 +139,7 @@ class Tampering(MemoryTransport):
 class AlwaysTampering(Tampering):
     """Never stops. It has a name of its own, so that one source can have it and the next not."""
 
-    traits = replace(MemoryTransport.traits, name="tampering")
+    traits = replace(InProcessTransport.traits, name="tampering")
 
     def __init__(self, damage: Damage) -> None:
         super().__init__(damage, times=ALWAYS)
@@ -157,7 +157,7 @@ def access(request: pytest.FixtureRequest) -> Access:
 
 @pytest.fixture
 def source(access: Access) -> Iterator[Endpoint]:
-    with serving(WEIGHTS, (MemoryTransport(),), access=access) as (_, endpoint):
+    with serving(WEIGHTS, (InProcessTransport(),), access=access) as (_, endpoint):
         yield endpoint
 
 
@@ -222,11 +222,11 @@ def test_a_source_that_always_damages_a_chunk_is_left_for_the_next(
 ) -> None:
     caplog.set_level(logging.WARNING)
     damage = kind(random.Random(0))
-    always, never = AlwaysTampering(damage), MemoryTransport()
+    always, never = AlwaysTampering(damage), InProcessTransport()
     with serving(WEIGHTS, (always,), access=access) as (_, bad):
         client, fetched = fetch(WEIGHTS, (always, never), bad, source, access=access)
     assert contents_of(fetched.memory) == ORIGINAL
-    assert (fetched.source, fetched.transport) == (source, "memory")
+    assert (fetched.source, fetched.transport) == (source, "in_process")
     (attempt,) = client.attempts
     assert (attempt.source, attempt.transport) == (str(bad), "tampering")
     assert attempt.reason.endswith(f"arrived damaged {TRIES_PER_CHUNK} times")

@@ -32,7 +32,7 @@ from support.proxy import (
 )
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
 from vllm_ascend.model_loader.netloader.client import session as client_session
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.server import WeightServer

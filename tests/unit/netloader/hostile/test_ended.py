@@ -16,11 +16,11 @@ import torch
 from support.certificates import Authority
 from support.sources import IDENTITY, Tensors, fetch, serving
 from support.strangers import Intruder, is_idle, wait_until
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server import session as server_session
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
-from vllm_ascend.model_loader.netloader.transport import base
+from vllm_ascend.model_loader.netloader.transport import sender
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -149,7 +149,7 @@ def opened() -> Iterator[contextlib.ExitStack]:
 @pytest.fixture(autouse=True)
 def any_number_of_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nothing but `end` ends those who ask for ever."""
-    for module in (base, server_session):
+    for module in (sender, server_session):
         monkeypatch.setattr(module, "TRIES_PER_CHUNK", 1 << 40)
 
 

@@ -47,7 +47,7 @@ from support.strangers import (
     wait_until,
 )
 from vllm_ascend.model_loader.netloader.client import session as client_session
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, SourceError, SourcesExhausted
@@ -442,7 +442,7 @@ def accepting(transport: str = "tcp", digest: str = BLAKE3, **parameters: str | 
 
 NULL = "no\0\r\n\x1b[2Jthing\u2028\u202e"
 WRONG_CONTENTS: dict[str, tuple[str, Message, str]] = {
-    "a transport that was not offered": ("Join", accepting("memory"), "'memory', which was not offered"),
+    "a transport that was not offered": ("Join", accepting("in_process"), "'in_process', which was not offered"),
     "a transport that is none": ("Join", accepting(NULL), "which was not offered"),
     "another checkpoint": (
         "Join",

@@ -26,7 +26,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Join
@@ -51,7 +51,7 @@ def damage(_: Chunk, content: bytes) -> bytes:
 
 BY_TRANSPORT: dict[str, tuple[Transport, Transport]] = {
     "tcp": (transports(["tcp"])[0], transports(["tcp"])[0]),
-    "memory": (MemoryTransport(), MemoryTransport(damage)),
+    "in_process": (InProcessTransport(), InProcessTransport(damage)),
 }
 """One that works and, where there is such a one, one that fails."""
 
@@ -71,7 +71,7 @@ def test_descriptors_and_threads_return_after_hundreds_of_sessions(
                         fetch(other, (working,), source)
                 case 1:
                     vanish(source, working.name)
-                case 2 if failing.name == "memory":
+                case 2 if failing.name == "in_process":
                     with pytest.raises(SourcesExhausted):
                         fetch(SMALL, (failing,), source)
                 case _:

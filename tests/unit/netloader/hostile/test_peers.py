@@ -28,7 +28,7 @@ from support.strangers import (
     many_hosts,
     wait_until,
 )
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import acceptor, peer_log
@@ -36,10 +36,12 @@ from vllm_ascend.model_loader.netloader.server import session as server_session
 from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.server.server import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import base
-from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts
+from vllm_ascend.model_loader.netloader.transport import rate
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import MAX_DATA_CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -352,7 +354,7 @@ class SlowReaders:
 
 
 def test_those_who_take_next_to_nothing_yield_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
+    monkeypatch.setattr(rate, "RATE_SECONDS", 0.2)
     monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(LARGE, TCP, timeouts=PATIENT, max_clients=2) as (server, source):
         with SlowReaders(source, 8) as readers:
@@ -364,11 +366,11 @@ def test_those_who_take_next_to_nothing_yield_their_turns(monkeypatch: pytest.Mo
 
 def test_what_filled_the_buffers_at_once_does_not_count_for_long() -> None:
     now = 0.0
-    rate = base.Rate(lambda: now)
-    rate.note(1 << 30)
-    assert rate.lately() == math.inf
-    now = base.RATE_SECONDS + 0.1
-    assert rate.lately() == 0
+    measured = rate.Rate(lambda: now)
+    measured.note(1 << 30)
+    assert measured.lately() == math.inf
+    now = rate.RATE_SECONDS + 0.1
+    assert measured.lately() == 0
 
 
 def test_a_client_that_is_slow_but_steady_is_not_taken_for_a_silent_one(opened: contextlib.ExitStack) -> None:
@@ -386,7 +388,7 @@ def test_a_client_that_is_slow_but_steady_is_not_taken_for_a_silent_one(opened: 
 def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
+    monkeypatch.setattr(rate, "RATE_SECONDS", 0.2)
     monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (_, source):
         control = opened.enter_context(Intruder(source).greet())
@@ -396,7 +398,7 @@ def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
             for _ in range(10_000):
                 line = opened.enter_context(Intruder(source).greet().attach(session))
                 taken += len(line.say(Fetch(0, nbytes)).read(nbytes))
-        assert taken == base.TRIES_PER_CHUNK * nbytes
+        assert taken == TRIES_PER_CHUNK * nbytes
         assert_serves(source)
 
 
@@ -480,7 +482,7 @@ def test_a_chunk_can_be_fetched_as_often_as_a_client_may_need_and_no_more(opened
     with serving(LARGE, TCP, timeouts=PATIENT) as (_, source):
         control = opened.enter_context(Intruder(source).greet())
         session = control.accepted(tensors=LARGE)
-        for _ in range(base.TRIES_PER_CHUNK):
+        for _ in range(TRIES_PER_CHUNK):
             line = opened.enter_context(Intruder(source).greet().attach(session))
             assert len(line.say(Fetch(0, CHUNK_BYTES)).read(CHUNK_BYTES)) == CHUNK_BYTES
         assert line.say(Fetch(0, CHUNK_BYTES)).socket.recv(1) == b""
@@ -554,7 +556,7 @@ def test_digests_are_told_as_often_as_a_client_may_need_and_no_more(first: int, 
     with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
         line = opened.enter_context(Intruder(source).greet())
         line.accepted(tensors=LARGE)
-        for _ in range(base.TRIES_PER_CHUNK):
+        for _ in range(TRIES_PER_CHUNK):
             assert len(line.say(AskDigests(first, DIGESTS_LIMIT)).hear()["digests"]) == 2 - first
         line.say(AskDigests(1, 1)).hear_out()
         wait_until(lambda: is_idle(server))
@@ -587,7 +589,7 @@ def test_whoever_only_asks_for_the_same_digests_stalls(
 def test_slow_ones_from_many_hosts_do_not_keep_the_next_host_waiting(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "RATE_SECONDS", 0.2)
+    monkeypatch.setattr(rate, "RATE_SECONDS", 0.2)
     monkeypatch.setattr(waiting_room, "WAIT_NOTICE", 0.05)
     with serving(LARGE, TCP, timeouts=PATIENT, max_clients=2) as (server, source):
         held = [opened.enter_context(Intruder(source, host).greet()) for host in itertools.islice(many_hosts(), 8)]

@@ -17,12 +17,12 @@ import pytest
 from support.certificates import Authority
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.strangers import Intruder, is_idle, many_hosts, netloader_threads, wait_until
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server import waiting
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport import base
+from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -239,7 +239,7 @@ def test_whoever_waits_has_nothing_to_say(act: object, opened: contextlib.ExitSt
 def test_whoever_waits_and_drips_is_sent_away(
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(base, "RATE_SECONDS", 1000.0)  # whoever has the turn does not become slow
+    monkeypatch.setattr(rate, "RATE_SECONDS", 1000.0)  # whoever has the turn does not become slow
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
@@ -257,7 +257,7 @@ def test_whoever_waits_and_does_not_read_is_sent_away(
 ) -> None:
     monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.0)
     monkeypatch.setattr(waiting, "_ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(base, "RATE_SECONDS", 1000.0)  # whoever has the turn does not become slow
+    monkeypatch.setattr(rate, "RATE_SECONDS", 1000.0)  # whoever has the turn does not become slow
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         listener = server.acceptor.listener
         assert listener is not None

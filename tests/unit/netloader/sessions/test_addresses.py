@@ -13,7 +13,7 @@ import pytest
 
 from support.sources import SMALL, fetch, serving
 from support.strangers import Impostor, answering, wait_until
-from vllm_ascend.model_loader.netloader.client.client import announce
+from vllm_ascend.model_loader.netloader.client.inquiry import announce
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer

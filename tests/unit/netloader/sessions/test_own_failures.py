@@ -22,7 +22,7 @@ from support.sources import SMALL, Tensors, client_for, fetch, serving
 from support.strangers import Impostor, Line
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -105,9 +105,9 @@ def test_a_process_without_threads_does_not_blame_its_source(monkeypatch: pytest
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with serving(SMALL, [*TCP, MemoryTransport()]) as (_, source):
-        client, fetched = fetch(SMALL, [*TCP, MemoryTransport()], source)
-    assert fetched.transport == "memory"
+    with serving(SMALL, [*TCP, InProcessTransport()]) as (_, source):
+        client, fetched = fetch(SMALL, [*TCP, InProcessTransport()], source)
+    assert fetched.transport == "in_process"
     assert [attempt.reason for attempt in client.attempts] == [
         "this process cannot start threads: can't start new thread"
     ]

@@ -25,15 +25,16 @@ from safetensors.torch import save_file
 
 from support.sources import SHORT, client_for
 from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint_fingerprint, files_in
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.buffers import manifest_of
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates, canonical_digest
@@ -302,7 +303,7 @@ OTHER_PROTOCOLS = {
 REFUSED = OTHER_MODELS | OTHER_RANKS | OTHER_TENSORS | OTHER_PROTOCOLS
 
 
-class WatchedTransport(MemoryTransport):
+class WatchedTransport(InProcessTransport):
     """Counts what either side begins with it."""
 
     def __init__(self) -> None:

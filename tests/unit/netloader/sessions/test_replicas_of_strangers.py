@@ -16,7 +16,8 @@ import torch
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving, until
 from support.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
 from vllm_ascend.model_loader.netloader.client import session as client_session
-from vllm_ascend.model_loader.netloader.client.client import Client, announce, inquire
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.client.route import TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -27,7 +28,7 @@ from vllm_ascend.model_loader.netloader.transport import delivery, digests
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -375,18 +376,18 @@ def test_a_turn_at_the_source_ends_what_a_replica_brings_and_keeps_what_it_has_b
         moved.append(nbytes)
 
     moved: list[int] = []
-    kind = (MemoryTransport(stop_at_the_fourth),)
+    kind = (InProcessTransport(stop_at_the_fourth),)
     with (
         serving(WEIGHTS, kind, timeouts=PATIENT, max_clients=1) as (server, source),
         serving(WEIGHTS, kind) as (_, replica),
     ):
-        client = client_for(WEIGHTS, (MemoryTransport(),))
+        client = client_for(WEIGHTS, (InProcessTransport(),))
         session = client.fetch([source]).session
         announce(source, session, replica.port, 5, Access())
         until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, kind, timeouts=PATIENT, progress=count)
         with Intruder(source).greet() as held, fetching(client, source) as result:
-            held.accepted("memory", WEIGHTS)
+            held.accepted("in_process", WEIGHTS)
             brought.wait()
             held.reset()
             until(lambda: not inquire(source, 5).waiting)
@@ -407,13 +408,13 @@ def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
         turn_came.wait()
         return content
 
-    kind = (MemoryTransport(hold_the_first),)
+    kind = (InProcessTransport(hold_the_first),)
     with (
         serving(WEIGHTS, kind, timeouts=PATIENT, max_clients=1) as (busy, first),
         serving(WEIGHTS, kind, timeouts=PATIENT) as (_, second),
         Intruder(first).greet() as held,
     ):
-        held.accepted("memory", WEIGHTS)
+        held.accepted("in_process", WEIGHTS)
         client = client_for(WEIGHTS, kind, timeouts=PATIENT)
         with fetching(client, first, second) as result:
             begun.wait()

@@ -21,18 +21,19 @@ import torch
 
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader import cli
-from vllm_ascend.model_loader.netloader.client.client import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving as process_serving
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -50,7 +51,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
 )
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
-MEMORY = (MemoryTransport(),)
+MEMORY = (InProcessTransport(),)
 IMPATIENT = Timeouts(connect=0.3, stall=0.3)
 
 
@@ -83,24 +84,24 @@ def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
         return content
 
     with serving(tensors, MEMORY) as (_, first), serving(tensors, MEMORY) as (_, second):
-        client, fetched = fetch(tensors, (MemoryTransport(fail_once),), first, second)
+        client, fetched = fetch(tensors, (InProcessTransport(fail_once),), first, second)
     tensors.assert_in(fetched.memory)
     assert fetched.source == second
     assert sum(client.received.values()) == tensors.manifest.nbytes
 
 
-class UnusableTransport(MemoryTransport):
-    traits = replace(MemoryTransport.traits, name="unusable")
+class UnusableTransport(InProcessTransport):
+    traits = replace(InProcessTransport.traits, name="unusable")
 
     def receive(self, reception: Reception) -> object:  # type: ignore[override]
         raise TransportError("not between these machines")
 
 
 def test_the_same_source_is_asked_with_the_next_transport() -> None:
-    kinds = (UnusableTransport(), MemoryTransport())
+    kinds = (UnusableTransport(), InProcessTransport())
     with serving(SMALL, kinds) as (_, source):
         client, fetched = fetch(SMALL, kinds, source)
-    assert fetched.transport == "memory"
+    assert fetched.transport == "in_process"
     assert [(attempt.transport, attempt.reason) for attempt in client.attempts] == [
         ("unusable", "not between these machines")
     ]
@@ -147,7 +148,7 @@ def test_a_server_without_the_role_says_what_it_holds() -> None:
 
 
 def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
-    class ReplacingTransport(MemoryTransport):
+    class ReplacingTransport(InProcessTransport):
         def receive(self, reception: Reception):  # type: ignore[no-untyped-def]
             arena = super().receive(reception)
             server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
@@ -209,7 +210,7 @@ def test_attributes_are_those_of_the_role_that_is_asked_for() -> None:
         assert draft.fetch([source]).attributes == ATTRIBUTES
 
 
-class CountingTransport(MemoryTransport):
+class CountingTransport(InProcessTransport):
     """Knows how often a client began to receive."""
 
     def __init__(self) -> None:
@@ -235,7 +236,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
         client = client_for(SMALL.request(), (transport,), progress=moved.append, check_attributes=check)
         with pytest.raises(SourcesExhausted) as error:
             client.fetch([unfit])
-        assert reasons(error) == f"{unfit} by memory: the source sets 'cache', which is a method in this model"
+        assert reasons(error) == f"{unfit} by in_process: the source sets 'cache', which is a method in this model"
         assert (transport.receptions, moved) == (0, [])
         assert client.phases.seconds.keys() == {"connect", "join"}
 
@@ -255,13 +256,13 @@ def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport(
     def check(attributes: Mapping[str, AttributeValue]) -> None:
         raise ProtocolError("not this")
 
-    class Other(MemoryTransport):
-        traits = replace(MemoryTransport.traits, name="other")
+    class Other(InProcessTransport):
+        traits = replace(InProcessTransport.traits, name="other")
 
-    kinds = (MemoryTransport(), Other())
+    kinds = (InProcessTransport(), Other())
     with serving(SMALL, kinds) as (_, source), pytest.raises(SourcesExhausted) as error:
         client_for(SMALL.request(), kinds, check_attributes=check).fetch([source])
-    assert error.value.reasons == (f"{source} by memory: not this",)
+    assert error.value.reasons == (f"{source} by in_process: not this",)
 
 
 def test_a_declined_role_is_refused_with_the_reason() -> None:
@@ -297,7 +298,7 @@ def test_a_source_that_declines_is_left_for_the_next() -> None:
 
 
 def test_a_transfer_of_weights_that_are_declined_meanwhile_is_ended() -> None:
-    class DecliningTransport(MemoryTransport):
+    class DecliningTransport(InProcessTransport):
         def receive(self, reception: Reception) -> Arena:
             arena = super().receive(reception)
             server.decline("target", "loading set table")
@@ -390,7 +391,7 @@ def _fetch_in_vain(tensors: Tensors, kind: str, source: Endpoint, progress: Call
         fetch(tensors, transports([kind]), source, progress=progress)
 
 
-class Stuck(MemoryTransport):
+class Stuck(InProcessTransport):
     """Whose sessions do not end before `go`, by a fault of the server's own."""
 
     def __init__(self) -> None:
@@ -406,7 +407,7 @@ class Stuck(MemoryTransport):
 def test_what_cannot_be_suspended_is_served_as_before() -> None:
     stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
     with serving(SMALL, (stuck,), timeouts=timeouts) as (server, source):
-        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(source, Hello(), join):
             _wait_until(lambda: len(server._sessions) == 1)
             for change in (server.suspend, server.give_up):
@@ -418,7 +419,7 @@ def test_what_cannot_be_suspended_is_served_as_before() -> None:
 
 
 def test_a_session_that_comes_too_late_is_told_the_reason_for_that() -> None:
-    class Overtaken(MemoryTransport):
+    class Overtaken(InProcessTransport):
         """Between the answer to Join and the session, something else happens."""
 
         def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
@@ -446,7 +447,7 @@ def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.Monk
         engine = threading.Event()  # stands for one
         listeners = [process_serving._Service(weakref.ref(engine), (None, each.port), each) for each in (first, second)]
         monkeypatch.setattr(process_serving, "_services", listeners)
-        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(other, Hello(), join):
             _wait_until(lambda: len(second._sessions) == 1)
             for change in (process_serving.suspend, process_serving.give_up):
@@ -517,15 +518,15 @@ def test_control_characters_of_a_refusal_reach_no_log_of_the_client(caplog: pyte
 
 
 def test_a_server_that_is_configured_anew_serves_by_the_new_transports() -> None:
-    class Other(MemoryTransport):
-        traits = replace(MemoryTransport.traits, name="other")
+    class Other(InProcessTransport):
+        traits = replace(InProcessTransport.traits, name="other")
 
     with serving(SMALL, MEMORY) as (server, source):
         server.configure(Settings((Other(),), SHORT))
         assert inquire(source, 5).transports == ("other",)
         with pytest.raises(SourcesExhausted, match="no common transport: this server has other"):
             fetch(SMALL, MEMORY, source)
-        assert fetch(SMALL, (MemoryTransport(), Other()), source)[1].transport == "other"
+        assert fetch(SMALL, (InProcessTransport(), Other()), source)[1].transport == "other"
 
 
 def test_generations_grow_by_role() -> None:
@@ -670,7 +671,7 @@ def resets(source: Endpoint) -> Iterator[socket.socket]:
 
 
 def joins_and_vanishes(source: Endpoint) -> Iterator[socket.socket]:
-    join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+    join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
     yield _connected(source, Hello(), join)
 
 
@@ -706,7 +707,7 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
 
 def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
-        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("memory"),))
+        join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
         _wait_until(lambda: not server.acceptor.connections and not server._sessions)
         for connection in connections:
@@ -758,18 +759,20 @@ def test_status_of_a_source_that_declines_all_it_has_does_not_say_that_it_has_no
         server.decline("target", "w is sparse")
         assert cli.main(["status", str(source)]) == 0
         declined = capsys.readouterr().out
-    head = f"{source}: 0 sessions now, transports memory\n"
+    head = f"{source}: 0 sessions now, transports in_process\n"
     assert nothing == head + "  holds no weights\n"
     assert declined == head + "  target: cannot be served: w is sparse\n"
 
 
 def test_status_shows_no_control_characters_of_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    with saying(Welcome(), Status((), 0, ("memory",), {"target": CONTROL})) as stranger:
+    with saying(Welcome(), Status((), 0, ("in_process",), {"target": CONTROL})) as stranger:
         assert cli.main(["status", str(stranger)]) == 0
     assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("status", [Status((), 0, ("memory",), {CONTROL: "w is sparse"}), Status((), 0, (CONTROL,))])
+@pytest.mark.parametrize(
+    "status", [Status((), 0, ("in_process",), {CONTROL: "w is sparse"}), Status((), 0, (CONTROL,))]
+)
 def test_status_shows_no_control_characters_of_names(status: Status, capsys: pytest.CaptureFixture[str]) -> None:
     with saying(Welcome(), status) as stranger:
         assert cli.main(["status", str(stranger)]) == 0

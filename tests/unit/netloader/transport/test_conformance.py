@@ -18,7 +18,7 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.buffers import tensor_in
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.conversation import frame
@@ -56,11 +56,11 @@ class Setting:
 
 
 SETTINGS = {
-    "memory": Setting((MemoryTransport(),)),
+    "in_process": Setting((InProcessTransport(),)),
     "shared_memory": Setting(transports(["shared_memory"])),
     "tcp": Setting(transports(["tcp"])),
     "process_group": Setting(transports(["process_group"])),
-    "memory, live": Setting((MemoryTransport(),), CPU, CPU),
+    "in_process, live": Setting((InProcessTransport(),), CPU, CPU),
     "tcp, live": Setting(transports(["tcp"]), CPU, CPU),
     "tcp, from live to an arena": Setting(transports(["tcp"]), CPU, None),
     "tcp, from an arena to live": Setting(transports(["tcp"]), None, CPU),

@@ -21,9 +21,9 @@ from vllm_ascend.model_loader.netloader.transport.delivery import (
     Chunk,
     Delivery,
     Inventory,
-    LeastRate,
 )
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
+from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 

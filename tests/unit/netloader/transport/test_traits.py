@@ -10,10 +10,10 @@ from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader import traits, transport
 from vllm_ascend.model_loader.netloader.traits import ANY, TABLE, Exposure, Traits
 from vllm_ascend.model_loader.netloader.transport.base import Transport
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 
-TEST_DOUBLES = {MemoryTransport}
+TEST_DOUBLES = {InProcessTransport}
 
 
 def made() -> dict[str, Transport]:

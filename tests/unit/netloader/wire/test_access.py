@@ -13,7 +13,7 @@ import pytest
 
 from support.certificates import Authority, Identification
 from support.sources import SMALL
-from vllm_ascend.model_loader.netloader.client.session import FetchOptions
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 from vllm_ascend.model_loader.netloader.server.server import Settings

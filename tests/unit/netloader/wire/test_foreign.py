@@ -13,12 +13,12 @@ import pytest
 from support.certificates import Authority
 from support.sources import SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 pytestmark = pytest.mark.timeout(60)
 
-MEMORY = (MemoryTransport(),)
+MEMORY = (InProcessTransport(),)
 TOKEN = Access(b"0123456789abcdef")
 
 

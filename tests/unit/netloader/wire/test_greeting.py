@@ -22,7 +22,7 @@ import pytest
 from support.certificates import Authority
 from support.clock import Clock
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
-from vllm_ascend.model_loader.netloader.client.client import announce, inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     ConnectionLost,
@@ -37,7 +37,7 @@ from vllm_ascend.model_loader.netloader.server import peer_log
 from vllm_ascend.model_loader.netloader.server.admission import Guard
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire import greeting
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.timeout(60)
 
 TOKEN = b"correct horse battery staple"
 KNOWS, KNOWS_ANOTHER, OPEN = Access(TOKEN), Access(b"tr0ub4dor&3 tr0ub4dor&3"), Access()
-MEMORY = (MemoryTransport(),)
+MEMORY = (InProcessTransport(),)
 TCP = transports(["tcp"])
 PATIENCE = 20.0
 """Seconds that nothing here takes, unless it hangs."""
@@ -204,7 +204,7 @@ def assert_no_secret(overheard: bytes, *secret: bytes) -> None:
 
 WAYS: dict[str, Callable[[Endpoint, Access], object]] = {
     "status": lambda source, access: inquire(source, SHORT.connect, access),
-    "memory": lambda source, access: SMALL.assert_in(fetch(SMALL, MEMORY, source, access=access)[1].memory),
+    "in_process": lambda source, access: SMALL.assert_in(fetch(SMALL, MEMORY, source, access=access)[1].memory),
     "tcp": lambda source, access: SMALL.assert_in(fetch(SMALL, TCP, source, access=access)[1].memory),
 }
 KINDS: Sequence[Transport] = (*MEMORY, *TCP)
@@ -428,11 +428,11 @@ def test_a_join_that_is_altered_on_the_way_is_noticed(caplog: pytest.LogCaptureF
     assert any("a frame of the client was altered on the way" in warning for warning in warnings(caplog))
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp", "shared_memory"])
+@pytest.mark.parametrize("kind", ["in_process", "tcp", "shared_memory"])
 def test_under_tls_everything_works_and_nothing_can_be_read_on_the_way(
     certified: Certified, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    kinds = MEMORY if kind == "memory" else transports([kind])
+    kinds = MEMORY if kind == "in_process" else transports([kind])
     with serving(SMALL, kinds, access=certified.ours) as (_, source), Relay(source) as relay:
         (holding,) = inquire(relay.endpoint, SHORT.connect, certified.ours).holdings
         assert holding.identity == IDENTITY
@@ -568,9 +568,9 @@ def test_who_does_not_fit_is_told_why_logged_with_its_address_and_shown_nothing(
     assert_no_secret(relay.overheard, TOKEN, WEIGHTS, *MODEL)
 
 
-@pytest.mark.parametrize("kind", ["memory", "tcp"])
+@pytest.mark.parametrize("kind", ["in_process", "tcp"])
 def test_a_token_and_tls_go_together(certified: Certified, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    kinds, access = MEMORY if kind == "memory" else TCP, with_token(certified.ours)
+    kinds, access = MEMORY if kind == "in_process" else TCP, with_token(certified.ours)
     with serving(SMALL, kinds, access=access) as (_, source), Relay(source) as relay:
         assert inquire(relay.endpoint, SHORT.connect, access).holdings
         SMALL.assert_in(fetch(SMALL, kinds, relay.endpoint, access=access)[1].memory)

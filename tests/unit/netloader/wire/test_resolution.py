@@ -14,7 +14,7 @@ from support.sources import SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.in_process import MemoryTransport
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.channel import connect
 from vllm_ascend.model_loader.netloader.wire.resolution import resolve
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_a_name_has_no_address() -> None:
 
 
 def test_a_hung_name_server_leads_to_the_next_source(hung: str) -> None:
-    transports = (MemoryTransport(),)
+    transports = (InProcessTransport(),)
     with serving(SMALL, transports) as (_, source):
         client, fetched = fetch(SMALL, transports, Endpoint(hung, 19000), source, timeouts=Timeouts(0.2, 5))
     SMALL.assert_in(fetched.memory)
@@ -96,7 +96,7 @@ def test_a_hung_name_server_leads_to_the_next_source(hung: str) -> None:
 
 def test_a_hung_name_server_of_the_only_source_ends_the_search(hung: str) -> None:
     with pytest.raises(SourcesExhausted, match="no name server has told"):
-        fetch(SMALL, (MemoryTransport(),), Endpoint(hung, 19000), timeouts=Timeouts(0.2, 5))
+        fetch(SMALL, (InProcessTransport(),), Endpoint(hung, 19000), timeouts=Timeouts(0.2, 5))
 
 
 @contextlib.contextmanager

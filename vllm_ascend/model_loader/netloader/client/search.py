@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.client import backoff
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.places import Places, Turn
 from vllm_ascend.model_loader.netloader.client.route import Candidate, Contents, Route
-from vllm_ascend.model_loader.netloader.client.session import ClientSession, Fetched, FetchOptions
+from vllm_ascend.model_loader.netloader.client.session import ClientSession, Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
@@ -56,7 +57,7 @@ class Search:
 
     def __init__(
         self,
-        terms: FetchOptions,
+        options: FetchOptions,
         sources: Sequence[Endpoint],
         transports: Sequence[Transport],
         *,
@@ -66,15 +67,15 @@ class Search:
         received: Counter[str],
         pause: Callable[[float], None],
     ) -> None:
-        self._terms = terms
+        self._options = options
         self._transports = transports
         self._memory_to_fill = memory_to_fill
         self._phases = phases
         self._attempts = attempts
         self._received = received
         self._pause = pause
-        self._route = Route(sources, slow_at_last=not terms.disk_remains)
-        self._inventory = Inventory(terms.request.manifest.nbytes)
+        self._route = Route(sources, slow_at_last=not options.disk_remains)
+        self._inventory = Inventory(options.request.manifest.nbytes)
         self._other_transports: list[tuple[Candidate, list[Transport]]] = []
         self._places = Places(self._note_wait, self._wants_turn, self._make_way)
         self._pauses = backoff.pauses()
@@ -143,9 +144,9 @@ class Search:
 
     def _wait_for_turn(self) -> None:
         """Until there is something to do, and in all no longer than WAIT_TIMEOUT."""
-        left = self._terms.wait_timeout - self._waited
+        left = self._options.wait_timeout - self._waited
         if left <= 0:
-            refusal = SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._terms.wait_timeout:g} s")
+            refusal = SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._options.wait_timeout:g} s")
             for session in self._places.give_up():
                 self._note(session, refusal)
             self._route.forget_replicas()
@@ -202,12 +203,12 @@ class Search:
     def _waste(self, seconds: float) -> None:
         """Beyond what they bring, replicas may cost so much time together, and no more."""
         self._wasted += max(seconds, 0.0)
-        if self._wasted > self._terms.timeouts.stall:
+        if self._wasted > self._options.timeouts.stall:
             self._route.forget_replicas()
 
     def _note_wait(self, session: ClientSession, wait: Wait) -> None:
         """Also from the threads that keep places."""
-        if not self._terms.verify:
+        if not self._options.verify:
             return  # nobody could tell a replica from a stranger
         contents = Contents(wait.root, wait.fingerprint)
         address = session.address or session.candidate.endpoint
@@ -235,11 +236,11 @@ class Search:
 
     def _may_be_left(self) -> bool:
         """Whether there is another way to the weights than the source that is being asked."""
-        return self._terms.disk_remains or self._route.has_next or self._route.has_later or len(self._places) > 0
+        return self._options.disk_remains or self._route.has_next or self._route.has_later or len(self._places) > 0
 
     def _session(self, candidate: Candidate, transports: Sequence[Transport]) -> ClientSession:
         return ClientSession(
-            self._terms,
+            self._options,
             candidate,
             transports=transports,
             inventory=self._inventory,

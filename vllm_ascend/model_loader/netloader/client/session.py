@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.route import Candidate
 from vllm_ascend.model_loader.netloader.client.verification import (
     Evidence,
@@ -40,13 +41,11 @@ from vllm_ascend.model_loader.netloader.errors import (
     one_line,
 )
 from vllm_ascend.model_loader.netloader.report import Phases
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory, LeastRate
-from vllm_ascend.model_loader.netloader.transport.store import Request
-from vllm_ascend.model_loader.netloader.weights.arena import allocate
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Transport
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory
+from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import greet
 from vllm_ascend.model_loader.netloader.wire.messages import (
@@ -93,27 +92,6 @@ class Fetched:
     evidence: Evidence | None = None
 
 
-@dataclass(frozen=True)
-class FetchOptions:
-    """What a client wants, and how it wants it from every source.
-
-    `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises ProtocolError for
-    attributes that the model cannot take. `min_bandwidth` is in bytes per second, times are in seconds;
-    `disk_remains` says that there is another way if no source delivers.
-    """
-
-    request: Request
-    timeouts: Timeouts
-    access: Access = field(default_factory=Access)
-    verify: bool = True
-    wait_timeout: float = 300.0
-    min_bandwidth: int = 0
-    disk_remains: bool = True
-    allocate: Callable[[Manifest], Memory] = allocate
-    check_attributes: Callable[[Mapping[str, AttributeValue]], None] = lambda _: None
-    progress: Callable[[int], None] = lambda _: None
-
-
 class ClientSession:
     """One conversation with `candidate`, over connections to one address. Whoever made it closes it.
 
@@ -123,7 +101,7 @@ class ClientSession:
 
     def __init__(
         self,
-        terms: FetchOptions,
+        options: FetchOptions,
         candidate: Candidate,
         *,
         transports: Sequence[Transport],
@@ -139,7 +117,7 @@ class ClientSession:
         """Where the source was reached."""
         self.broken_off = False
         self._begun = time.perf_counter()
-        self._terms = terms
+        self._options = options
         self.transports = transports
         self._inventory = inventory
         self._memory_to_fill = memory_to_fill
@@ -180,7 +158,7 @@ class ClientSession:
             self.address = self._control.peer
             if self.candidate.is_replica:
                 self._control.limit_frames(STRANGER_REPLY_LIMIT)
-            request, timeouts = self._terms.request, self._terms.timeouts
+            request, timeouts = self._options.request, self._options.timeouts
             offers = tuple(transport.offer() for transport in self.transports)
             join = Join(request.identity, request.coordinates, request.manifest.digest, offers)
             self._control.send(join, timeouts.connect)
@@ -194,20 +172,20 @@ class ClientSession:
 
     def _next_answer(self) -> Wait | None:
         """Notes what the source accepts. A source that was named by another has to answer at once."""
-        timeouts, control = self._terms.timeouts, self._opened()
+        timeouts, control = self._options.timeouts, self._opened()
         seconds = timeouts.connect if self.candidate.is_replica else max(timeouts.connect, timeouts.stall)
         answer = control.receive(Deadline(seconds))
         if isinstance(answer, Wait):
             return answer
-        accept = _granted(answer, self._terms.request.manifest)
+        accept = _granted(answer, self._options.request.manifest)
         self.transport = next((each for each in self.transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
-        ours = self._terms.request.identity.fingerprint
+        ours = self._options.request.identity.fingerprint
         if ours and accept.fingerprint not in ("", ours):
             raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
         try:
-            self._terms.check_attributes(accept.attributes)
+            self._options.check_attributes(accept.attributes)
         except ProtocolError as error:
             self._leave(error)
             raise SourceRefused(str(error)) from error
@@ -221,7 +199,7 @@ class ClientSession:
             assert accept is not None, "it is not this client's turn"
             assert transport is not None
             evidence: Evidence | None = None
-            if transport.traits.copies and (self._terms.verify or self.candidate.is_replica):
+            if transport.traits.copies and (self._options.verify or self.candidate.is_replica):
                 with self._phases("join"):
                     evidence = self._evidence(control, accept)
             with self._phases("transfer"):
@@ -262,7 +240,7 @@ class ClientSession:
 
     def _evidence(self, control: Channel, accept: Accept) -> Evidence:
         try:
-            manifest, timeouts = self._terms.request.manifest, self._terms.timeouts
+            manifest, timeouts = self._options.request.manifest, self._options.timeouts
             making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
             evidence = obtain(
                 control,
@@ -282,13 +260,13 @@ class ClientSession:
         assert self.transport is not None
         reception = Reception(
             parameters=accept.parameters,
-            nbytes=self._terms.request.manifest.nbytes,
+            nbytes=self._options.request.manifest.nbytes,
             control=control,
             connect=self._connect_further,
             session=accept.session,
             deliver=lambda: self._deliver(evidence),
             progress=self._progress_at_once,
-            timeouts=self._terms.timeouts,
+            timeouts=self._options.timeouts,
         )
         try:
             memory = self.transport.receive(reception)
@@ -310,15 +288,15 @@ class ClientSession:
         return evidence
 
     def _deliver(self, evidence: Evidence | None) -> Delivery:
-        memory, terms = self._memory_to_fill(), self._terms
+        memory, options = self._memory_to_fill(), self._options
         digests = None if evidence is None else evidence.digests
         may_be_left = (lambda: True) if self.candidate.is_replica else self._may_be_left
-        least = LeastRate(terms.min_bandwidth, terms.timeouts.stall, may_be_left)
+        least = LeastRate(options.min_bandwidth, options.timeouts.stall, may_be_left)
         delivery = self.delivery = Delivery(
             memory,
             self._inventory,
             digests,
-            progress=terms.progress,
+            progress=options.progress,
             source=str(self.candidate.endpoint),
             least_rate=least,
         )
@@ -328,11 +306,11 @@ class ClientSession:
 
     def _progress_at_once(self, nbytes: int) -> None:
         """For bytes that come without a delivery; some may have come from another source before."""
-        self._terms.progress(nbytes - self._inventory.shown)
+        self._options.progress(nbytes - self._inventory.shown)
         self._inventory.shown = nbytes
 
     def _connect(self, endpoint: Endpoint) -> Channel:
-        channel = greet(endpoint, self._terms.access, self._terms.timeouts.connect)
+        channel = greet(endpoint, self._options.access, self._options.timeouts.connect)
         with self._lock:
             self._channels.append(channel)
             broken_off = self.broken_off
@@ -348,7 +326,7 @@ class ClientSession:
             raise ConnectionLost(f"it takes no data connection: {error}") from error
 
     def _confirm(self, control: Channel, accept: Accept, memory: Memory, evidence: Evidence | None) -> None:
-        timeouts = self._terms.timeouts
+        timeouts = self._options.timeouts
         # The source's own pages, which no other transport can fill; what a session fills stays for the next.
         with closed_on_failure(memory) if memory.servable else contextlib.nullcontext():
             control.send(Done(), timeouts.connect)
@@ -370,7 +348,7 @@ class ClientSession:
         if not control.may_send(Leave):
             return
         with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
-            control.send(Leave(one_line(str(reason))), self._terms.timeouts.connect)
+            control.send(Leave(one_line(str(reason))), self._options.timeouts.connect)
 
     @contextlib.contextmanager
     def _failures_translated(self) -> Iterator[None]:

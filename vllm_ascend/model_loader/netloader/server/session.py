@@ -16,9 +16,10 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Stalled, TransportError, one_line
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
-from vllm_ascend.model_loader.netloader.transport.base import Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

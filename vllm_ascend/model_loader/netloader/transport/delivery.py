@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, TooSlow
+from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, PIECE_BYTES
+from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory
 
@@ -162,37 +162,6 @@ class Delivery:
     def _show(self, nbytes: int) -> None:
         self._inventory.shown += nbytes
         self._progress(nbytes)
-
-
-class LeastRate:
-    """Raises TooSlow when less than `rate` bytes per second come over `window` seconds, given that it `applies`."""
-
-    def __init__(
-        self,
-        rate: float,
-        window: float,
-        applies: Callable[[], bool] = lambda: True,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._rate = rate
-        self._window = window
-        self._applies = applies
-        self._clock = clock
-        self._begin = clock()
-        self._bytes = 0
-
-    def note(self, nbytes: int) -> None:
-        """Notes that so many bytes have come. Raises TooSlow. For one thread at a time."""
-        self._bytes += nbytes
-        elapsed = self._clock() - self._begin
-        if elapsed < self._window:
-            return
-        if self._bytes < self._rate * elapsed and self._applies():
-            raise TooSlow(
-                f"it sent {self._bytes} bytes in {elapsed:.0f} s: less than MIN_BANDWIDTH, {self._rate:g} bytes per "
-                "second, while there is another way to the weights"
-            )
-        self._begin, self._bytes = self._clock(), 0
 
 
 class Arrival:

@@ -12,24 +12,25 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost
 from vllm_ascend.model_loader.netloader.traits import ANY, Traits
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.messages import Fetch
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
-_senders: Final[dict[str, _MemorySender]] = {}
+_senders: Final[dict[str, _InProcessSender]] = {}
 
 
-class MemoryTransport(Transport):
-    traits = Traits("memory", ANY)
+class InProcessTransport(Transport):
+    traits = Traits("in_process", ANY)
 
     def __init__(self, tamper: Callable[[Chunk, bytes], bytes] = lambda _, content: content) -> None:
         self._tamper = tamper
 
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        return _MemorySender(store)
+        return _InProcessSender(store)
 
     def receive(self, reception: Reception) -> Memory:
         source = _senders.get(reception.text("key"))
@@ -47,7 +48,7 @@ class MemoryTransport(Transport):
         return delivery.memory
 
 
-class _MemorySender(Sender):
+class _InProcessSender(Sender):
     def __init__(self, store: WeightStore) -> None:
         super().__init__(store.manifest.nbytes)
         self.bytes = store.bytes

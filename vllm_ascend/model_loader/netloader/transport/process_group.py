@@ -26,8 +26,9 @@ from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.model.buffers import chunk_in, landing_tensor, own_stream
 from vllm_ascend.model_loader.netloader.traits import traits_of
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

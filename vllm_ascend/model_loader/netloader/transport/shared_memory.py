@@ -20,7 +20,8 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, Stalled, TransportError
 from vllm_ascend.model_loader.netloader.traits import SHARED_MEMORY
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline

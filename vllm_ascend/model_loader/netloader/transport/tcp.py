@@ -16,8 +16,9 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.traits import TCP
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Sender, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, FileRange

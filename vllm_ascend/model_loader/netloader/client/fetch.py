@@ -12,28 +12,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.search import Search
-from vllm_ascend.model_loader.netloader.client.session import Fetched, FetchOptions
+from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import PeerError, SourceFailed
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.channel import Deadline
-from vllm_ascend.model_loader.netloader.wire.greeting import greet
-from vllm_ascend.model_loader.netloader.wire.messages import Announce, Inquire, Status
 
 
 @dataclass
 class Client:
-    """Fetches what `terms` ask for.
+    """Fetches what `options` ask for.
 
     `phases` and `attempts` fill as it goes, so that they can be read after a failure too; `received` counts bytes by
     source.
     """
 
-    terms: FetchOptions
+    options: FetchOptions
     transports: Sequence[Transport]
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
@@ -46,7 +42,7 @@ class Client:
         kept: Memory | None = None
         try:
             search = Search(
-                self.terms,
+                self.options,
                 sources,
                 self.transports,
                 memory_to_fill=self.memory_to_fill,
@@ -67,29 +63,5 @@ class Client:
         """For transports that copy: made once, kept from source to source."""
         if self._memory is None:
             with self.phases("allocate"):
-                self._memory = self.terms.allocate(self.terms.request.manifest)
+                self._memory = self.options.allocate(self.options.request.manifest)
         return self._memory
-
-
-def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> Status:
-    """What `source` holds. Raises SourceError, or TransportError where this process cannot connect."""
-    with greet(source, access or Access(), timeout) as channel:
-        try:
-            channel.send(Inquire(), timeout)
-            status = channel.receive(Deadline(timeout))
-        except PeerError as error:
-            raise SourceFailed(str(error)) from error
-    assert isinstance(status, Status)
-    return status
-
-
-def announce(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
-    """Tells `source` that what was taken from it in `session` is served on `port` now.
-
-    `source` is the address at which it was reached. Raises as `inquire`.
-    """
-    with greet(source, access, timeout) as channel:
-        try:
-            channel.send(Announce(session, port), timeout)
-        except PeerError as error:
-            raise SourceFailed(str(error)) from error
