@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ class Way(InProcessTransport):
 
     def __init__(self, name: str, tamper: Tamper = untouched) -> None:
         super().__init__(tamper)
-        self.name = name  # type: ignore[misc]
+        self.traits = replace(self.traits, name=name)
 
 
 def failing(times: int, at: int = 0) -> Tamper:
