@@ -1,7 +1,9 @@
 """A conversation over a connected socket, with a deadline on every wait.
 
-`OSError` becomes an error that says what happened to the peer: `ConnectionLost` when it went away, `Stalled` when it
-was silent for too long. Both are PeerErrors: the session ends, and only this one.
+A channel carries messages, and between them bytes without frames: those of the weights. An OSError becomes an error
+that says what happened to the peer, `ConnectionLost` when it went away and `Stalled` when it was silent for too long.
+Both are PeerErrors, which end this session and no other. What this process or host lacks stays an OSError, because no
+peer is to blame for it (`is_our_own`).
 """
 
 from __future__ import annotations
@@ -29,15 +31,20 @@ from vllm_ascend.model_loader.netloader.wire.resolution import resolve
 
 _RECEIVE_BYTES: Final = 64 << 10
 _SEND_BYTES: Final = 1 << 20
-"""Bytes after which progress shows: the kernel would come back only after all of them, however slow the peer."""
+"""Bytes for one system call, after which progress is noted: it returns when all are sent, however slow the peer."""
 _TLS_BYTES: Final = 256 << 10
+"""Bytes to encrypt at a time."""
 _RECEIVE_INTO_BYTES: Final = 1 << 20
+"""Bytes for one system call, after which progress is noted."""
+_LEAST_TIMEOUT: Final = 1e-6
+"""Seconds, for a deadline that has passed: a timeout of 0 would make the socket non-blocking."""
 _OUR_OWN: Final = {errno.ENOSPC, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EPERM}
-_TIMEVAL: Final = struct.Struct("@ll")
+"""Error numbers that tell of a limit of this process or host."""
+_TIMEVAL: Final = struct.Struct("@ll")  # seconds and microseconds: socket(7), SO_RCVTIMEO
 
 
 class Deadline:
-    """A point in time, `seconds` from now."""
+    """A point in time, `seconds` after it was made, for several waits that share it."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
@@ -51,9 +58,9 @@ class Deadline:
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes [offset, offset + length) of a file, which `mapped` shows from its beginning.
+    """Bytes [offset, offset + length) of a file, or of memory without a file, where `descriptor` is None.
 
-    Without a descriptor they are only in memory.
+    `mapped` shows the whole of it from its beginning.
     """
 
     descriptor: int | None
@@ -63,7 +70,10 @@ class FileRange:
 
 
 class Channel:
-    """One end of a connection. Owns `sock`; use it with `with`, or call `close`."""
+    """One end of a connection. It owns `sock`: use it with `with`, or call `close`.
+
+    One thread uses it; `shut_down` and `interrupt` are for others.
+    """
 
     def __init__(self, sock: socket.socket, role: Role) -> None:
         self.socket = sock
@@ -87,6 +97,7 @@ class Channel:
 
     @property
     def state(self) -> State:
+        """How far the conversation is."""
         return self._conversation.state
 
     @property
@@ -96,20 +107,20 @@ class Channel:
 
     @property
     def peer_host(self) -> str:
-        """Raises OSError where the connection has ended."""
+        """The address by which this end reaches the peer. Raises OSError where the connection has ended."""
         return unmapped(self.socket.getpeername()[0])
 
     def may_send(self, kind: type[Message]) -> bool:
-        """Whether it is this end's turn to say that."""
+        """Whether this end may say a message of that kind now."""
         return self._conversation.may_send(kind)
 
     def secure(self, context: ssl.SSLContext, timeout: float) -> None:
-        """Goes on under TLS, as the server's end if this is one. Raises ConnectionLost or Stalled."""
+        """Goes on under TLS, whose handshake may take `timeout` seconds. Raises ConnectionLost or Stalled."""
         with _translated_errors(timeout):
             self.socket.settimeout(timeout)
             server_side = self._conversation.role is Role.SERVER
             secured = context.wrap_socket(self.socket, server_side=server_side, do_handshake_on_connect=False)
-            self.socket = secured  # at once, so that `shut_down` ends the handshake too
+            self.socket = secured  # before the handshake, so that `shut_down` can end it
             secured.do_handshake()
 
     def limit_frames(self, nbytes: int) -> None:
@@ -117,19 +128,19 @@ class Channel:
         self._conversation.limit_frames(nbytes)
 
     def authenticate(self, key: bytes) -> None:
-        """From now on, frames carry tags made with `key`."""
+        """From now on, every frame in either direction carries a tag made with `key`."""
         self._conversation.authenticate(key)
 
     def send(self, message: Message, timeout: float) -> None:
-        """Raises ConnectionLost or Stalled."""
+        """Says `message`, which may take `timeout` seconds in all. Raises ConnectionLost or Stalled."""
         with _translated_errors(timeout):
             self.socket.settimeout(timeout)
             self.socket.sendall(self._conversation.send(message))
 
     def say_last(self, content: bytes, seconds: float) -> None:
-        """Sends what is no message of ours, and lets the peer read it: to close with bytes unread would reset it away.
+        """Sends what is no message of ours, and gives the peer `seconds` to read it. Raises nothing if it does not.
 
-        Whether it does read does not matter.
+        To close at once, with bytes of the peer unread, would reset the connection and discard what was sent.
         """
         deadline = Deadline(seconds)
         with contextlib.suppress(OSError):
@@ -137,13 +148,16 @@ class Channel:
             self.socket.sendall(content)
             socket.socket.shutdown(self.socket, socket.SHUT_WR)
             while self.socket.recv(_RECEIVE_BYTES):
-                self.socket.settimeout(deadline.remaining() or 1e-6)
+                self.socket.settimeout(deadline.remaining() or _LEAST_TIMEOUT)
 
     def receive(self, deadline: Deadline) -> Message:
-        """The next message. Raises PeerError."""
+        """The next message, which has to be complete by `deadline`.
+
+        Raises Stalled, ConnectionLost, or ProtocolError for whatever the peer may not send.
+        """
         while (message := self._conversation.next_message()) is None:
             with _translated_errors(deadline.seconds):
-                self.socket.settimeout(deadline.remaining() or 1e-6)
+                self.socket.settimeout(deadline.remaining() or _LEAST_TIMEOUT)
                 data = self.socket.recv(_RECEIVE_BYTES)
             if not data:
                 raise ConnectionLost("the peer closed the connection")
@@ -158,10 +172,11 @@ class Channel:
         progress: Callable[[int], None],
         given_up: threading.Event | None = None,
     ) -> None:
-        """Sends a range of a file unframed, from its pages without a copy, under TLS or without a file by `mapped`.
+        """Sends `source` unframed, as fast as `pacer` allows, and tells `progress` how many bytes have gone.
 
-        `timeout` bounds the time without progress; whoever sets `given_up` before `shut_down` need not wait for the
-        pacer. Raises ConnectionLost or Stalled.
+        The kernel sends from the pages of the file, without a copy; under TLS, or without a file, bytes are taken from
+        `source.mapped`. `timeout` bounds the seconds without progress. Whoever sets `given_up` before it calls
+        `shut_down` need not wait for the pacer. Raises ConnectionLost or Stalled.
         """
         from_memory = isinstance(self.socket, ssl.SSLSocket) or source.descriptor is None
         send = self._send_mapped if from_memory else self._send_pages
@@ -191,13 +206,15 @@ class Channel:
                 sent += step
 
     def receive_into(self, memory: memoryview, timeout: float, progress: Callable[[int], None]) -> None:
-        """Fills `memory` with unframed bytes; `timeout` bounds the time without progress.
+        """Fills `memory` with unframed bytes, and tells `progress` how many have come.
 
-        It is fastest where the pages of `memory` exist. Raises ConnectionLost or Stalled.
+        `timeout` bounds the seconds without progress. It is fastest where the pages of `memory` exist already. Raises
+        ConnectionLost or Stalled.
         """
         if isinstance(self.socket, ssl.SSLSocket):
             self._receive_decrypted(memory, timeout, progress)
             return
+
         offset = 0
         with _translated_errors(timeout), self._blocking(socket.SO_RCVTIMEO, timeout):
             while offset < memory.nbytes:
@@ -219,59 +236,63 @@ class Channel:
 
     @contextlib.contextmanager
     def _blocking(self, option: int, timeout: float) -> Iterator[None]:
-        """Lets the kernel keep the time: Python's own timeouts make the descriptor non-blocking."""
+        """Lets the kernel keep the time, because Python's own timeouts make the descriptor non-blocking."""
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(timeout), int(timeout % 1 * 1e6)))
         yield
 
     def shut_down(self) -> None:
-        """Ends the connection for the thread that uses it, from any thread; that thread closes it.
+        """Ends the connection from any thread: the thread that uses it gets an error, and closes it.
 
-        Closing it here could give its descriptor's number to another file while a system call is about to use it.
+        To close it here could give the number of its descriptor to another file just before a system call uses it.
         """
         with contextlib.suppress(OSError):  # an SSLSocket's own shutdown would take TLS from under that thread
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def interrupt(self) -> None:
-        """Ends the receiving of the thread that uses it, from any thread; that thread can still send."""
+        """Ends the receiving from any thread: the thread that uses the channel gets an error, and can still send."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RD)
 
     def close(self) -> None:
-        """Gives up the connection. Idempotent."""
+        """Ends the connection. For the thread that uses it; idempotent."""
         self.shut_down()
         self.socket.close()
 
 
 def connect(endpoint: Endpoint, timeout: float) -> Channel:
-    """Connects as a client, not greeted yet, to the first address of the host that answers.
+    """A channel to the first address of the host that answers, not greeted yet. The caller closes it.
 
-    `timeout` bounds it all: asking for the addresses, and trying them. Raises OSError, that of the last address.
+    `timeout` bounds in seconds both to ask for the addresses and to try them. Raises the OSError of the last address.
     """
     deadline = Deadline(timeout)
     failure: OSError = TimeoutError(f"{endpoint.host} has no address")
     addresses = resolve(endpoint, timeout)
+
     for untried, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(deadline.remaining() / untried or 1e-6)  # a silent one leaves time for the others
+            # A silent address leaves time for those that are still untried.
+            sock.settimeout(deadline.remaining() / untried or _LEAST_TIMEOUT)
             sock.connect(address)
         except OSError as error:
             sock.close()
             failure = error
         else:
             return Channel(sock, Role.CLIENT)
+
     raise failure
 
 
 def is_our_own(error: OSError) -> bool:
-    """Whether it tells what this process or host lacks, which is not the peer's doing."""
-    has_own_numbers = isinstance(error, ssl.SSLError | socket.gaierror)
-    return error.errno in _OUR_OWN and not has_own_numbers
+    """Whether `error` tells of something that this process or host lacks, for which no peer is to blame."""
+    has_other_numbers = isinstance(error, ssl.SSLError | socket.gaierror)
+    return error.errno in _OUR_OWN and not has_other_numbers
 
 
 @contextlib.contextmanager
 def _translated_errors(timeout: float) -> Iterator[None]:
+    """Says what an OSError means for the peer, unless it is our own. `timeout` is how long the peer had, in seconds."""
     try:
         yield
     except (TimeoutError, BlockingIOError) as error:

@@ -1,10 +1,12 @@
-"""One end of a connection between two peers, without I/O.
+"""One end of a connection between two peers, without I/O: the order of the messages, and their framing.
 
-A frame is a 4-byte big-endian length and that many bytes: one message, and a checksum. The length is checked against a
-limit before anything is allocated. `Conversation` is fed received bytes, yields messages, and encodes what is sent;
-which message may be said by whom in which state is one table. Anything else from the peer raises ProtocolError. After
-Attached, the server answers each Fetch with the raw bytes of the range, unframed. Only the process_group transport
-gathers: what its library wants the other rank to know travels in Publish, in either direction.
+A `Conversation` is fed the bytes that have been received, yields messages, and encodes those that are to be sent. Which
+side may say what in which state is one table; anything else from the peer raises ProtocolError.
+
+A frame is a 4-byte big-endian length and that many bytes: one message and a checksum. The length is compared with a
+limit before anything is allocated. After Attached, the server answers each Fetch with the raw bytes of the range,
+unframed. Only the transport process_group gathers; whatever its library has to tell the other rank travels in Publish,
+in either direction.
 
     control connection                                     data connection (tcp transport)
     client                     server                      client                    server
@@ -24,9 +26,9 @@ gathers: what its library wants the other rank to know travels in Publish, in ei
     Done | Leave           ->
                            <-  Confirm
 
-The checksum is the payload's CRC-32. With a token, the greeting is Hello, Challenge, Prove, Welcome; every frame after
-it ends instead in an HMAC-SHA256, cut to 16 bytes, over the sender's role, the number of the frame and the payload,
-under a key that belongs to this connection.
+The checksum is the CRC-32 of the message. Where the server has a token, the greeting is Hello, Challenge, Prove,
+Welcome, and every frame after it ends in an HMAC-SHA256 instead, cut to 16 bytes. It is made over the role of the
+sender, the number of the frame and the message, with a key that belongs to this connection.
 """
 
 from __future__ import annotations
@@ -76,11 +78,15 @@ _TAG_BYTES: Final = 16
 
 
 class Role(enum.Enum):
+    """The two ends of a connection: the one that has connected, and the one that has accepted."""
+
     CLIENT = "client"
     SERVER = "server"
 
 
 class State(enum.Enum):
+    """How far a connection is. Both ends compute it from the same messages."""
+
     START = enum.auto()
     GREETED = enum.auto()
     CHALLENGED = enum.auto()
@@ -144,7 +150,7 @@ _encoder: Final = msgspec.msgpack.Encoder()
 
 
 class Conversation:
-    """One end, that of `role`, of one connection."""
+    """The end of a connection that belongs to `role`. For one thread at a time."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
@@ -160,6 +166,7 @@ class Conversation:
         self._key = key
 
     def may_send(self, kind: type[Message]) -> bool:
+        """Whether this end may say a message of that kind now."""
         return kind in _TRANSITIONS.get((self.state, self.role), {})
 
     def limit_frames(self, nbytes: int) -> None:
@@ -167,7 +174,7 @@ class Conversation:
         self._limit = nbytes
 
     def send(self, message: Message) -> bytes:
-        """The bytes to transmit."""
+        """The frame to transmit. Only a message whose turn it is may be sent: anything else is our own mistake."""
         allowed = _TRANSITIONS.get((self.state, self.role), {})
         assert type(message) in allowed, f"{type(message).__name__} may not be sent in state {self.state.name}"
         self.state = allowed[type(message)]
@@ -175,26 +182,36 @@ class Conversation:
         return _with_length(payload + self._tag(self.role, payload))
 
     def feed(self, data: bytes | memoryview) -> None:
-        """Takes bytes from the peer."""
+        """Takes bytes that the peer has sent, in pieces of any size."""
         self._received += data
 
     def next_message(self) -> Message | None:
-        """The next complete message, or None for need of more bytes. Raises ProtocolError; then the end is broken."""
+        """The next message, None where it has not arrived in full.
+
+        Raises ProtocolError for whatever the peer may not send; the conversation cannot go on after that.
+        """
         if len(self._received) < _LENGTH_BYTES:
             return None
+
+        # The length is judged by itself, before anything that a stranger has announced is waited for.
         length = int.from_bytes(self._received[:_LENGTH_BYTES], "big")
         if length > self._limit:
             if (stranger := self._foreign()) is not None:
                 raise stranger
             raise ProtocolError(f"the {self._peer.value} announces a frame of {length} bytes: at most {self._limit}")
+
         if len(self._received) < _LENGTH_BYTES + length:
             return None
-        message = self._decode(self._authentic(bytes(self._received[_LENGTH_BYTES : _LENGTH_BYTES + length])))
+        content = bytes(self._received[_LENGTH_BYTES : _LENGTH_BYTES + length])
         del self._received[: _LENGTH_BYTES + length]
+
+        # Nothing is decoded before its tag has been checked, and nothing is believed before it is its turn.
+        message = self._decode(self._authentic(content))
         self._advance(message)
         return message
 
     def _foreign(self) -> ForeignProtocol | None:
+        """What the peer speaks instead, if its first bytes tell."""
         if self.state is State.START and self.role is Role.SERVER:
             return foreign.of_client(bytes(self._received))
         if self.state is State.GREETED and self.role is Role.CLIENT:
@@ -202,7 +219,7 @@ class Conversation:
         return None
 
     def _tag(self, role: Role, payload: bytes) -> bytes:
-        """With a key it counts the frames, so that none can be left out, repeated or moved."""
+        """What ends the next frame of `role`. A key makes it count, so none can be left out, repeated or moved."""
         if self._key is None:
             return _checksum(payload)
         number = self._frames[role].to_bytes(8, "big")
@@ -234,7 +251,7 @@ class Conversation:
 
 
 def frame(message: Message) -> bytes:
-    """`message` as it travels without a key."""
+    """The frame of `message` on a connection without a key."""
     payload = _encoder.encode(message)
     return _with_length(payload + _checksum(payload))
 

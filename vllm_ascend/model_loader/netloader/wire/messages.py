@@ -1,9 +1,10 @@
-"""What two peers say to each other: the messages, and the limits on their fields.
+"""The messages of the protocol: what each one says, who sends it and when, what answers it, and how large it may be.
 
-A message is one tagged struct in msgpack. `conversation` says who may say which of them when, and how they travel.
+A message is one tagged struct in msgpack. `conversation` holds their order as one table, and how they are framed.
 
-Compatibility: peers compare PROTOCOL_VERSION in the greeting. Within a version, messages may gain fields with defaults,
-which older peers ignore; identity, coordinates and manifest do not change, since they are compared as a whole.
+Peers compare PROTOCOL_VERSION in the greeting and refuse each other if it differs. Within a version, a message may gain
+fields with defaults, which older peers ignore. Identity, coordinates and manifest gain none, because they are compared
+as a whole.
 """
 
 from __future__ import annotations
@@ -17,74 +18,101 @@ from vllm_ascend.model_loader.netloader.weights.identity import Difference, Mode
 
 PROTOCOL_VERSION: Final = 1
 REQUEST_LIMIT: Final = 64 << 10
-"""Bytes of one frame to a server: the largest, Join, is below 4 KiB. Bounds what a stranger can make it hold."""
+"""Bytes of a frame to a server, which bounds what a stranger can make it hold. The largest, Join, is below 4 KiB."""
 REPLY_LIMIT: Final = 64 << 20
-"""Bytes of one frame to a client: a refusal may carry the manifest of a model with 500,000 tensors."""
-FETCH_LIMIT: Final = 16 << 20
-"""Bytes of one Fetch: those of a chunk."""
-DIGESTS_LIMIT: Final = 64
-"""Digests in one message: the server may have to read 1 GiB for them, with the little time that inference leaves it."""
-REFERRALS_LIMIT: Final = 64
-DIFFERENCES_LIMIT: Final = 64
-"""In one refusal: identity and coordinates have fewer fields."""
-ATTRIBUTES_LIMIT: Final = 1 << 16
-"""Flags and numbers that loading has set, on a model of many layers."""
+"""Bytes of a frame to a client. A refusal may carry the manifest of a model with 500,000 tensors."""
 STRANGER_REPLY_LIMIT: Final = 1 << 20
-"""Bytes of one frame from a source that is not trusted: room for all but a manifest."""
+"""Bytes of a frame from a source that is not trusted: enough for everything but a manifest."""
+FETCH_LIMIT: Final = 16 << 20
+"""Bytes that one Fetch may ask for: those of a chunk."""
+DIGESTS_LIMIT: Final = 64
+"""Digests in one message. For these, a server may have to read 1 GiB in the little time that inference leaves it."""
+REFERRALS_LIMIT: Final = 64
+"""Endpoints in one message."""
+DIFFERENCES_LIMIT: Final = 64
+"""Differing fields in one refusal. Identity and coordinates have fewer."""
+ATTRIBUTES_LIMIT: Final = 1 << 16
+"""Attributes in one Accept: flags and numbers that loading sets on a model of many layers."""
 PUBLISH_LIMIT: Final = 8 << 10
-"""Bytes of one value of a rendezvous: the largest, HCCL's root info, has 4,108."""
+"""Bytes of one value in a rendezvous. The largest, HCCL's root info, has 4,108."""
 KEY_LIMIT: Final = 256
+"""Characters of the key of such a value."""
 
 ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
+ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Referrals = Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=REFERRALS_LIMIT)]
 Parameters = Mapping[ShortText, ShortText | int]
 AttributeValue = bool | int | float | ShortText | None
-"""What loading sets on a model beside its weights, as far as it travels."""
+"""A value that loading sets on a model beside its tensors, of a type that can travel."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
-    """Base of all messages; the class name is the tag."""
+    """Base of all messages; the name of the class is the tag."""
+
+
+# The greeting, on every connection
 
 
 class Hello(Message, frozen=True):
-    """Opens every connection. `challenge` is for a server that knows the token, which others ignore."""
+    """Client, first on every connection.
+
+    A server with a token answers Challenge, one without a token Welcome, and one of another version Refuse. `challenge`
+    is random and used once; a server with the token proves itself by it, and others ignore it.
+    """
 
     protocol: Count = PROTOCOL_VERSION
     challenge: ShortBytes = b""
 
 
 class Challenge(Message, frozen=True):
-    """Wants to see that the client knows the token."""
+    """Server, in answer to Hello: the client must prove that it knows the token. Answered by Prove.
+
+    `challenge` is random and used once.
+    """
 
     challenge: ShortBytes
     protocol: Count = PROTOCOL_VERSION
 
 
 class Prove(Message, frozen=True):
-    """Shows it."""
+    """Client, in answer to Challenge. Answered by Welcome, or by Refuse where the proof is wrong.
+
+    `proof` is an HMAC over both challenges under the token (`access.Proofs`).
+    """
 
     proof: ShortBytes
 
 
 class Welcome(Message, frozen=True):
-    """Ends the greeting; after a Challenge with the proof that the server knows the token too."""
+    """Server, at the end of the greeting. The client goes on with Join, Attach, Inquire or Announce.
+
+    After a Challenge, `proof` shows that the server knows the token too; otherwise it is empty.
+    """
 
     protocol: Count = PROTOCOL_VERSION
     proof: ShortBytes = b""
 
 
+# A session, on its control connection
+
+
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A transport that the client can use, given that the server sees the same `scope` (empty: any server)."""
+    """A transport that a client can use, as a part of Join.
+
+    It works only with a server that sees the same `scope`; an empty one means any server.
+    """
 
     transport: ShortText
     scope: ShortText = ""
 
 
 class Join(Message, frozen=True):
-    """Asks for the weights of one rank; `offers` come best first."""
+    """Client, after the greeting: asks for the weights of one rank. Answered by Accept, Wait or Refuse.
+
+    `manifest_digest` is that of the client's own model, and `offers` are the transports it can use, best first.
+    """
 
     identity: ModelIdentity
     coordinates: RankCoordinates
@@ -93,11 +121,12 @@ class Join(Message, frozen=True):
 
 
 class Wait(Message, frozen=True):
-    """All turns are taken: `served` clients have one, and `ahead` others come first. Repeated until the turn has come.
+    """Server, in answer to Join while all turns are taken. Repeated until Accept or Refuse follows.
 
-    `referrals` are endpoints that took the same weights from this server, written as in `Refuse`. The server vouches
-    for none of them: they are to be believed only if what they hold has this `root` (see `digests`), and it is the
-    server who says by which `fingerprint` it is known.
+    `served` clients have a turn, and `ahead` others come first. `referrals` are endpoints that took the same weights
+    from this server, written as in Refuse. The server vouches for none of them: they are to be believed only if what
+    they hold has the root digest `root`, which is empty until it is known. `fingerprint` is that of the checkpoint, on
+    the word of this server alone.
     """
 
     ahead: Count
@@ -108,11 +137,12 @@ class Wait(Message, frozen=True):
 
 
 class Accept(Message, frozen=True):
-    """Opens the session: `parameters` are the chosen transport's own; `digest` names the kind of the chunks' digests,
-    empty where there are none.
+    """Server, in answer to Join: opens the session. The client goes on with AskDigests, Gather, Fetch, Done or Leave.
 
-    `attributes` belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that
-    of the server's checkpoint, for a client that has none and will serve these weights in turn.
+    `transport` is the one of the client's offers that the server has chosen, and `parameters` are what the client's
+    half of it must know. `digest` names the kind of the chunks' digests, empty where the server has none. `attributes`
+    belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that of the
+    server's checkpoint, for a client that has none and will serve these weights in turn.
     """
 
     session: SessionId
@@ -124,25 +154,13 @@ class Accept(Message, frozen=True):
     digest: ShortText = ""
 
 
-class AskDigests(Message, frozen=True):
-    """Asks for the digests of `count` chunks from number `first` on."""
-
-    first: Count
-    count: Annotated[int, msgspec.Meta(gt=0, le=DIGESTS_LIMIT)]
-
-
-class Digests(Message, frozen=True):
-    """Those of the chunks that exist."""
-
-    digests: Annotated[tuple[ShortBytes, ...], msgspec.Meta(max_length=DIGESTS_LIMIT)]
-
-
 class Refuse(Message, frozen=True):
-    """Says no.
+    """Server, instead of greeting, or in answer to Join or Attach. Ends the connection.
 
-    `manifest` is the server's, where that is what differs, so that the client can name the tensors. `referrals` are
-    endpoints of other ranks of the same instance that hold what was asked for; one without a host (":19001") is on the
-    host under which the client reached this server.
+    `differences` are seen from the server: its own value, then the client's. `manifest` is the server's where the
+    tensors are what differs, so that the client can name them. `referrals` are endpoints of other ranks of the same
+    instance that hold what was asked for; one without a host (":19001") is on the host by which the client reached this
+    server.
     """
 
     reason: ShortText
@@ -151,14 +169,63 @@ class Refuse(Message, frozen=True):
     referrals: Referrals = ()
 
 
+class AskDigests(Message, frozen=True):
+    """Client, within a session: asks for the digests of `count` chunks from number `first` on. Answered by Digests."""
+
+    first: Count
+    count: Annotated[int, msgspec.Meta(gt=0, le=DIGESTS_LIMIT)]
+
+
+class Digests(Message, frozen=True):
+    """Server, in answer to AskDigests: the digests of those of the chunks that exist, in their order."""
+
+    digests: Annotated[tuple[ShortBytes, ...], msgspec.Meta(max_length=DIGESTS_LIMIT)]
+
+
+class Gather(Message, frozen=True):
+    """Client, within a session: both sides begin to make a process group. Followed by Publish from either side.
+
+    Only the transport process_group gathers.
+    """
+
+
+class Publish(Message, frozen=True):
+    """Either side, between Gather and Gathered: a value that the other rank's communication library waits for.
+
+    It has no answer.
+    """
+
+    key: Annotated[str, msgspec.Meta(max_length=KEY_LIMIT)]
+    value: Annotated[bytes, msgspec.Meta(max_length=PUBLISH_LIMIT)]
+
+
+class Gathered(Message, frozen=True):
+    """Either side: the process group works at this end. The client says so first and the server answers with the same.
+
+    After that, neither publishes any more.
+    """
+
+
+class Fetch(Message, frozen=True):
+    """Client, within a session or on a data connection: asks for bytes [offset, offset + length) of the address space.
+
+    They are one whole chunk. The transport brings them: on a data connection they follow unframed, in the order of the
+    requests, of which several may be sent ahead.
+    """
+
+    offset: Count
+    length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
+
+
 class Done(Message, frozen=True):
-    """The client has all bytes."""
+    """Client, at the end of a session: it has all bytes. Answered by Confirm."""
 
 
 class Confirm(Message, frozen=True):
-    """The generation that the server holds now; another than in Accept means that the bytes may be mixed.
+    """Server, in answer to Done. Ends the session.
 
-    `root` is the root digest of the contents, empty where the client has not asked for digests.
+    `generation` is the one that the server holds now; if it is not the one of Accept, the bytes may be mixed. `root` is
+    the root digest of the contents, empty where the client has not asked for digests.
     """
 
     generation: Count
@@ -166,62 +233,49 @@ class Confirm(Message, frozen=True):
 
 
 class End(Message, frozen=True):
-    """The server ends the session before the client has all bytes, and why."""
+    """Server, at any point of a session: it ends before the client has all bytes. There is no answer."""
 
     reason: ShortText
 
 
 class Leave(Message, frozen=True):
-    """The client gives up, and why."""
+    """Client, at any point of a session where it may speak: it gives up. There is no answer."""
 
     reason: ShortText
 
 
-class Announce(Message, frozen=True):
-    """The client that took the weights in `session` now serves them itself, on `port` of its address."""
-
-    session: SessionId
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+# Connections of other kinds, after the greeting
 
 
 class Attach(Message, frozen=True):
-    """Makes this connection a data connection of a session, where the server answers Attached."""
+    """Client: makes this connection a data connection of `session`. Answered by Attached or Refuse."""
 
     session: SessionId
 
 
 class Attached(Message, frozen=True):
-    """The server knows the session, and serves Fetches on this connection."""
+    """Server, in answer to Attach: it knows the session, and answers Fetches on this connection from now on."""
 
 
-class Fetch(Message, frozen=True):
-    """Asks for a chunk: the bytes [offset, offset + length) of the manifest's address space."""
+class Announce(Message, frozen=True):
+    """Client: having taken the weights in `session`, it now serves them itself, on `port` of its address.
 
-    offset: Count
-    length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
+    There is no answer, and the connection ends.
+    """
 
-
-class Gather(Message, frozen=True):
-    """Begins a process group of the two: until Gathered, both make it."""
-
-
-class Publish(Message, frozen=True):
-    """Tells the other rank of the group a value that its library waits for."""
-
-    key: Annotated[str, msgspec.Meta(max_length=KEY_LIMIT)]
-    value: Annotated[bytes, msgspec.Meta(max_length=PUBLISH_LIMIT)]
-
-
-class Gathered(Message, frozen=True):
-    """The group works at this end. The client says so first; after the answer neither publishes any more."""
+    session: SessionId
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class Inquire(Message, frozen=True):
-    """Asks what the server holds."""
+    """Client: asks what the server holds. Answered by Status; the client may ask again, or go on with Join."""
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """One model of a `Status`; sizes in bytes. `root` is the root digest in hexadecimal, empty until it is known."""
+    """One model that a server holds, as a part of Status.
+
+    `nbytes` are the bytes of its `tensors` tensors. `root` is the root digest in hexadecimal, empty until it is known.
+    """
 
     role: str
     identity: ModelIdentity
@@ -233,7 +287,11 @@ class Holding(msgspec.Struct, frozen=True):
 
 
 class Status(Message, frozen=True):
-    """`declined` says of a role why this process cannot serve it; `waiting` clients have not had their turn yet."""
+    """Server, in answer to Inquire.
+
+    `sessions` clients take weights now, and `waiting` others have not had their turn yet. `declined` says, by role, why
+    this process cannot serve it.
+    """
 
     holdings: tuple[Holding, ...]
     sessions: int
