@@ -15,8 +15,9 @@ from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of, tensor_in
+from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory
+from vllm_ascend.model_loader.netloader.model.views import DTYPES, manifest_of
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport

@@ -18,7 +18,7 @@ from support.vllm.loaders import Load, Loader, Pool, generation, two_free_ports
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.tensors import LiveWeights
+from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.access import Access

@@ -52,20 +52,14 @@ from vllm_ascend.model_loader.netloader.errors import (
 )
 from vllm_ascend.model_loader.netloader.files import require_writable
 from vllm_ascend.model_loader.netloader.model import attributes
-from vllm_ascend.model_loader.netloader.model.live import LiveMemory
-from vllm_ascend.model_loader.netloader.model.tensors import (
-    LiveWeights,
-    ModelWeights,
-    changed_tensors,
-    current_tensors,
-)
+from vllm_ascend.model_loader.netloader.model.live import Int8Cache
+from vllm_ascend.model_loader.netloader.model.weights import ModelWeights, weights_of
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
 from vllm_ascend.model_loader.netloader.server.server import Peer, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.store import Request
-from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -92,6 +86,8 @@ class Load:
         self._contents: Request | None = None
         self._memory: Memory | None = None
         self._attributes: Mapping[str, AttributeValue] = {}
+        self._weights: ModelWeights | None = None
+        self._cache = Int8Cache(config.int8_cache, config.int8_cache_name)
         self._mixture = ""
         self.fingerprint = ""
         self._server: WeightServer | None = None
@@ -118,7 +114,7 @@ class Load:
         """Fills `model` from the first source that delivers, else from disk unless FALLBACK forbids it."""
         weights: ModelWeights | None = None
         try:
-            weights = self._weights_of(model)
+            weights = weights_of(model, self._device)
             self._fill_from_sources(model, weights)
             return
         except UnsupportedModel as error:
@@ -210,20 +206,20 @@ class Load:
 
     def _note_changes(self, model: nn.Module) -> None:
         """Which weights post-processing has changed: on an accelerator that decides what can be served."""
-        cache, names = self._config.int8_cache, self._config.int8_cache_name
-        if isinstance(self._memory, LiveMemory):
-            try:
-                self._report.changed = self._memory.reconcile(current_tensors(model))
-            except UnsupportedModel as error:
-                self._cannot_serve(str(error), self._memory)
-        elif cache != "no" and self._computes_on.type == "cpu" and self._contents and isinstance(self._memory, Arena):
-            changed = self._report.changed = changed_tensors(model, self._contents.manifest, self._memory, names)
+        if self._memory is None or self._weights is None:
+            return
+        try:
+            self._report.changed = changed = self._weights.find_changes(model, self._memory, self._cache)
+        except UnsupportedModel as error:
+            self._cannot_serve(str(error), self._memory)
+            return
+        if changed is not None and self._weights.keeps_originals:
             logger.info(
                 "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "
                 "so INT8_CACHE %r keeps nothing beside them",
                 len(changed),
                 self._report.role,
-                cache,
+                self._cache.place,
             )
 
     def _write_address(self, address: str) -> None:
@@ -327,7 +323,7 @@ class Load:
             identity = msgspec.structs.replace(identity, fingerprint=fetched.fingerprint)
             self._contents = dataclasses.replace(request, identity=identity)
             self.fingerprint = fetched.fingerprint
-            self._keep(fetched.memory)
+            self._keep(weights, fetched.memory)
         self._fetched = fetched
         self._note_fetched(fetched, weights.manifest.nbytes, client.received)
 
@@ -373,7 +369,7 @@ class Load:
         assert self._asked is not None
         identity = as_read(self._asked.identity, reading, self.fingerprint)
         self._contents = dataclasses.replace(self._asked, identity=identity)
-        self._keep(memory)
+        self._keep(weights, memory)
 
     def _note_fingerprint(self, reading: Reading) -> None:
         try:
@@ -387,7 +383,7 @@ class Load:
         if self._mixture:
             logger.error("the %s weights of rank %d may be a mixture: %s", self._report.role, self._rank, self._mixture)
 
-    def _keep(self, memory: Memory) -> None:
+    def _keep(self, weights: ModelWeights, memory: Memory) -> None:
         """Keeps the raw bytes for serving, or only as long as the model needs them."""
         if not self._serves:
             memory.free_with_tensors()
@@ -399,9 +395,10 @@ class Load:
         except OSError as error:
             self._cannot_serve(f"the arena cannot be sealed: {error}", memory)
             return
-        if isinstance(memory, LiveMemory):
+        weights.note_originals(memory, self._cache)
+        if not weights.keeps_originals:
             watch_workers()
-            memory.remember(self._config.int8_cache, self._config.int8_cache_name)
+        self._weights = weights
         self._memory = memory
 
     def _cannot_serve(self, reason: str, memory: Memory | None = None) -> None:
@@ -411,9 +408,6 @@ class Load:
         self._memory = None
         self._report.not_served = reason
         logger.error("the %s weights of rank %d cannot be served: %s", self._report.role, self._rank, reason)
-
-    def _weights_of(self, model: nn.Module) -> ModelWeights:
-        return ModelWeights(model) if self._device.type == "cpu" else LiveWeights(model, self._device)
 
 
 class _Rank(msgspec.Struct, frozen=True):

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.buffers import flat, own_stream, tensor_in
-from vllm_ascend.model_loader.netloader.model.live import LiveMemory, checksum
-from vllm_ascend.model_loader.netloader.model.tensors import LiveWeights, current_tensors
+from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
+from vllm_ascend.model_loader.netloader.model.live import Int8Cache, LiveMemory, checksum
+from vllm_ascend.model_loader.netloader.model.streams import own_stream
+from vllm_ascend.model_loader.netloader.model.tensors import current_tensors
+from vllm_ascend.model_loader.netloader.model.views import flat
+from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 
 CPU = torch.device("cpu")
@@ -138,7 +141,7 @@ def test_what_post_processing_changes_is_served_from_its_copy(change: Callable[[
     model = Model()
     memory = memory_of(model)
     original = contents_of(memory)
-    memory.remember(cache, None)
+    memory.remember(Int8Cache(cache))
     change(model)
     assert memory.reconcile(current_tensors(model)) == ["large"]
     assert contents_of(memory) == original
@@ -151,7 +154,7 @@ def test_without_a_copy_it_is_named_with_the_setting_that_keeps_it(
 ) -> None:
     model = Model()
     memory = memory_of(model)
-    memory.remember(cache, names)
+    memory.remember(Int8Cache(cache, names))
     change(model)
     with pytest.raises(UnsupportedModel, match=r'changed 1 tensors \(large\).*INT8_CACHE to "hbm" or "dram"'):
         memory.reconcile(current_tensors(model))
@@ -160,7 +163,7 @@ def test_without_a_copy_it_is_named_with_the_setting_that_keeps_it(
 def test_what_is_unchanged_needs_no_copy() -> None:
     model = Model()
     memory = memory_of(model)
-    memory.remember("no", None)
+    memory.remember(Int8Cache())
     assert memory.reconcile(current_tensors(model)) == []
     assert memory.chunk(memory.nbytes - 64, 4).data_ptr() == model.scale.data_ptr()
 
@@ -168,7 +171,7 @@ def test_what_is_unchanged_needs_no_copy() -> None:
 def test_equal_bytes_elsewhere_are_served_from_there_so_that_the_first_place_is_free() -> None:
     model = Model()
     memory = memory_of(model)
-    memory.remember("no", None)
+    memory.remember(Int8Cache())
     model.large = nn.Parameter(model.large.data.clone(), requires_grad=False)
     assert memory.reconcile(current_tensors(model)) == []
     spec = next(spec for spec in LiveWeights(model, CPU).manifest.tensors if spec.name == "large")

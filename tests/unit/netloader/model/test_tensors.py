@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.attributes import own_tensors
-from vllm_ascend.model_loader.netloader.model.buffers import manifest_of, tensor_in
-from vllm_ascend.model_loader.netloader.model.tensors import ModelWeights, changed_tensors
+from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
+from vllm_ascend.model_loader.netloader.model.live import Int8Cache
+from vllm_ascend.model_loader.netloader.model.tensors import own_tensors
+from vllm_ascend.model_loader.netloader.model.views import manifest_of
+from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, ModelWeights
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.manifest import Alias
@@ -72,7 +74,7 @@ def is_inside(tensor: torch.Tensor, arena: Arena) -> bool:
 
 def loaded_from_disk(model: nn.Module, load: Callable[[nn.Module], None] = lambda _: None) -> WeightStore:
     """What a load from disk leaves: `model` bound to a sealed arena that holds what `load` brought."""
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     arena = empty_arena(weights)
     weights.move_into(arena)
     load(model)
@@ -83,7 +85,7 @@ def loaded_from_disk(model: nn.Module, load: Callable[[nn.Module], None] = lambd
 
 def bound_to(model: nn.Module, store: WeightStore) -> ModelWeights:
     """`model` after a fetch of `store`, as a peer that shares its memory has it."""
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     assert weights.manifest.mismatch(store.manifest) == ()
     weights.bind(store.memory)
     return weights
@@ -103,12 +105,12 @@ NAMES = [
 
 
 def test_weights_are_described_in_the_order_in_which_the_model_names_them() -> None:
-    assert [spec.name for spec in ModelWeights(Layers()).manifest.tensors] == NAMES
+    assert [spec.name for spec in ArenaWeights(Layers()).manifest.tensors] == NAMES
 
 
 def test_weights_are_exactly_what_the_model_would_save() -> None:
     model = Layers()
-    manifest = ModelWeights(model).manifest
+    manifest = ArenaWeights(model).manifest
     assert {spec.name for spec in manifest.tensors} == model.state_dict().keys()
     assert {spec.name: spec.shape for spec in manifest.tensors} == {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
@@ -156,7 +158,7 @@ def test_a_client_that_filled_its_own_arena_serves_what_it_received() -> None:
     rows = torch.arange(100_000.0)
     first = loaded_from_disk(module({"w": torch.ones(3)}, rows=rows.clone()))
     client = module({"w": torch.zeros(3)}, rows=rows * 0)
-    weights = ModelWeights(client)
+    weights = ArenaWeights(client)
     arena = empty_arena(weights)
     with arena.writable() as bytes_:
         bytes_[:] = first.bytes
@@ -181,7 +183,7 @@ def test_post_processing_does_not_change_what_is_served() -> None:
 def test_moving_keeps_what_the_model_has_initialised() -> None:
     model = seeded_layers(1)
     expected = weights_of(model)
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     arena = empty_arena(weights)
     weights.move_into(arena)
     assert_equal(weights_of(model), expected)
@@ -191,7 +193,7 @@ def test_moving_keeps_what_the_model_has_initialised() -> None:
 def test_moving_keeps_memory_order() -> None:
     transposed = torch.arange(35.0).view(5, 7).t()
     model = module({"w": transposed})
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     weights.move_into(empty_arena(weights))
     assert model.w.stride() == (1, 7)
     assert torch.equal(model.w, transposed)
@@ -204,7 +206,7 @@ def test_moving_copies_only_memory_that_was_touched() -> None:
     untouched[count // 2] = 2.0
     untouched[-1] = 3.0
     model = module({"w": untouched})
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     arena = empty_arena(weights)
     weights.move_into(arena)
     assert os.fstat(arena.descriptor).st_blocks * 512 < count
@@ -217,7 +219,7 @@ def test_moving_keeps_parameters_that_begin_and_end_within_a_page() -> None:
     storage = torch.arange(10.0 * floats_per_page)
     cuts = {"a": (3, 100), "b": (100, 3 * floats_per_page + 7), "c": (3 * floats_per_page + 7, 9 * floats_per_page)}
     model = module({name: storage[begin:end] for name, (begin, end) in cuts.items()})
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     weights.move_into(empty_arena(weights))
     for name, (begin, end) in cuts.items():
         assert torch.equal(model.get_parameter(name), storage[begin:end])
@@ -227,7 +229,7 @@ def test_moving_keeps_parameters_that_begin_and_end_within_a_page() -> None:
 def test_moving_keeps_what_lies_in_a_mapped_file(tmp_path: Path) -> None:
     numpy.full(100_000, 5.0, dtype=numpy.float32).tofile(tmp_path / "w.bin")
     model = module({"w": torch.from_file(str(tmp_path / "w.bin"), shared=False, size=100_000)})
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     weights.move_into(empty_arena(weights))
     assert model.w.eq(5.0).all()
 
@@ -347,7 +349,7 @@ def sharing() -> nn.Module:
 
 
 def test_parameters_within_the_memory_of_another_travel_once() -> None:
-    manifest = ModelWeights(sharing()).manifest
+    manifest = ArenaWeights(sharing()).manifest
     assert [spec.name for spec in manifest.tensors] == ["whole", "other"]
     assert manifest.aliases == (
         Alias("rows", 0, 24, "float32", (2, 6), (6, 1)),
@@ -396,14 +398,14 @@ def test_a_base_that_a_loader_puts_elsewhere_with_its_aliases_is_brought_in_as_o
 
 def test_two_parameters_over_the_same_memory_are_one_with_an_alias() -> None:
     storage = torch.ones(6)
-    manifest = ModelWeights(module({"a": storage, "b": storage})).manifest
+    manifest = ArenaWeights(module({"a": storage, "b": storage})).manifest
     assert [spec.name for spec in manifest.tensors] == ["a"]
     assert manifest.aliases == (Alias("b", 0, 0, "float32", (6,), (1,)),)
 
 
 def test_the_larger_of_two_parameters_that_begin_together_owns_the_memory() -> None:
     storage = torch.zeros(6)
-    manifest = ModelWeights(module({"front": storage[:2], "whole": storage})).manifest
+    manifest = ArenaWeights(module({"front": storage[:2], "whole": storage})).manifest
     assert [spec.name for spec in manifest.tensors] == ["whole"]
     assert manifest.aliases == (Alias("front", 0, 0, "float32", (2,), (1,)),)
 
@@ -421,7 +423,7 @@ def test_an_alias_may_be_of_another_type() -> None:
 def test_parameters_beside_each_other_in_one_memory_are_no_aliases() -> None:
     storage = torch.arange(24.0)
     model = module({"a": storage[:10], "b": storage[10:]})
-    manifest = ModelWeights(model).manifest
+    manifest = ArenaWeights(model).manifest
     assert [spec.name for spec in manifest.tensors] == ["a", "b"]
     assert manifest.aliases == ()
 
@@ -446,7 +448,7 @@ def buffer_within_a_parameter() -> nn.Module:
 
 def test_a_buffer_within_a_parameter_follows_it_into_the_arena() -> None:
     model = buffer_within_a_parameter()
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     weights.move_into(empty_arena(weights))
     model.whole.data.fill_(5.0)
     assert model.part.tolist() == [5.0, 5.0]
@@ -454,7 +456,7 @@ def test_a_buffer_within_a_parameter_follows_it_into_the_arena() -> None:
 
 def test_a_buffer_within_a_parameter_travels_with_it() -> None:
     client = buffer_within_a_parameter()
-    weights = ModelWeights(client)
+    weights = ArenaWeights(client)
     arena = empty_arena(weights)
     tensor_in(arena, weights.manifest.tensors[0]).fill_(5.0)
     weights.bind(arena)
@@ -480,7 +482,7 @@ def test_a_view_that_does_not_travel_follows_its_parameter_when_it_is_moved_and_
 
 def test_a_view_that_does_not_travel_follows_its_parameter_when_it_is_bound() -> None:
     model = Convolution()
-    weights = ModelWeights(model)
+    weights = ArenaWeights(model)
     arena = empty_arena(weights)
     tensor_in(arena, weights.manifest.tensors[0]).fill_(5.0)
     weights.bind(arena)
@@ -491,7 +493,7 @@ def test_parameters_that_share_memory_by_different_storages_are_recognised_or_re
     array = numpy.zeros(100, dtype=numpy.float32)
     model = module({"whole": torch.from_numpy(array), "part": torch.from_numpy(array[10:20])})
     try:
-        manifest = ModelWeights(model).manifest
+        manifest = ArenaWeights(model).manifest
     except UnsupportedModel:
         return
     assert [alias.name for alias in manifest.aliases] == ["part"]
@@ -510,7 +512,7 @@ def test_parameters_without_elements_are_described_and_bound() -> None:
 
 def test_empty_parameters_of_one_memory_are_no_aliases() -> None:
     storage = torch.zeros(6)
-    manifest = ModelWeights(module({"whole": storage, "none": storage[3:3], "nothing": storage[:0]})).manifest
+    manifest = ArenaWeights(module({"whole": storage, "none": storage[3:3], "nothing": storage[:0]})).manifest
     assert manifest.aliases == ()
     assert len(manifest.tensors) == 3
 
@@ -545,39 +547,39 @@ def test_memory_that_no_manifest_describes_is_unsupported_and_named(
 ) -> None:
     model = module({"other": torch.zeros(2)}, w=make()) if as_buffer else module({"other": torch.zeros(2), "w": make()})
     with pytest.raises(UnsupportedModel, match=reason):
-        ModelWeights(model)
+        ArenaWeights(model)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_a_parameter_that_gets_its_shape_while_it_is_loaded_is_unsupported_and_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
     with pytest.raises(UnsupportedModel, match=r"1\.weight gets its shape only while it is loaded"):
-        ModelWeights(model)
+        ArenaWeights(model)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_a_buffer_that_gets_its_shape_while_it_is_loaded_is_unsupported_and_named() -> None:
     with pytest.raises(UnsupportedModel, match="running_mean gets its shape only while it is loaded"):
-        ModelWeights(nn.LazyBatchNorm1d(affine=False))
+        ArenaWeights(nn.LazyBatchNorm1d(affine=False))
 
 
 def test_a_parameter_that_carries_partitions_is_unsupported_and_named() -> None:
     model = module({"w": torch.zeros(2)})
     model.w.partitions = [torch.zeros(1), torch.zeros(1)]
     with pytest.raises(UnsupportedModel, match="w keeps its bytes in inner tensors"):
-        ModelWeights(model)
+        ArenaWeights(model)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_quantised_tensor_is_unsupported_and_named() -> None:
     quantised = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     with pytest.raises(UnsupportedModel, match="w"):
-        ModelWeights(module({}, w=quantised))
+        ArenaWeights(module({}, w=quantised))
 
 
 def test_a_type_that_no_manifest_knows_is_unsupported_and_named() -> None:
     with pytest.raises(UnsupportedModel, match="w"):
-        ModelWeights(module({"w": torch.empty(4, dtype=torch.bits8)}))
+        ArenaWeights(module({"w": torch.empty(4, dtype=torch.bits8)}))
 
 
 def test_a_buffer_of_a_type_that_torch_cannot_copy_is_served_or_unsupported() -> None:
@@ -590,7 +592,7 @@ def test_a_buffer_of_a_type_that_torch_cannot_copy_is_served_or_unsupported() ->
 def test_a_nested_tensor_is_unsupported_and_named() -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     with pytest.raises(UnsupportedModel, match="w"):
-        ModelWeights(module({"w": nested}))
+        ArenaWeights(module({"w": nested}))
 
 
 @pytest.mark.parametrize(
@@ -600,11 +602,11 @@ def test_a_nested_tensor_is_unsupported_and_named() -> None:
 )
 def test_a_view_that_changes_signs_is_unsupported_and_named(make: Callable[[], torch.Tensor]) -> None:
     with pytest.raises(UnsupportedModel, match=r"w is .*a view that changes signs"):
-        ModelWeights(module({"w": make()}))
+        ArenaWeights(module({"w": make()}))
 
 
 def test_a_strided_parameter_without_elements_is_supported() -> None:
-    assert ModelWeights(module({"w": torch.empty(0, 6)[:, ::2]})).manifest.nbytes == 0
+    assert ArenaWeights(module({"w": torch.empty(0, 6)[:, ::2]})).manifest.nbytes == 0
 
 
 @pytest.mark.parametrize(
@@ -614,14 +616,14 @@ def test_parameters_that_overlap_in_part_are_unsupported_and_named(parts: tuple[
     storage = torch.zeros(12)
     model = module({name: storage[slice(*part)] for name, part in zip("ab", parts, strict=True)})
     with pytest.raises(UnsupportedModel, match="overlaps the memory of another tensor without lying within it"):
-        ModelWeights(model)
+        ArenaWeights(model)
 
 
 def test_a_view_of_another_type_between_two_elements_is_unsupported_and_named() -> None:
     storage = torch.zeros(16, dtype=torch.uint8)
     model = module({"bytes": storage[2:], "words": storage[4:8].view(torch.float32)})
     with pytest.raises(UnsupportedModel, match="words overlaps the memory of another tensor"):
-        ModelWeights(model)
+        ArenaWeights(model)
 
 
 def test_own_tensors_are_the_parameters_and_persistent_buffers_of_one_module() -> None:
@@ -650,14 +652,17 @@ def test_own_tensors_of_a_module_are_not_those_that_are_none() -> None:
 
 def changed_by(
     process: Callable[[nn.Module], None],
-    names: Sequence[str] | None = None,
+    names: tuple[str, ...] | None = None,
     make: Callable[[], nn.Module] = lambda: seeded_layers(1),
 ) -> list[str]:
     """What `process` changes in a model that was loaded from disk and is served."""
     model = make()
     store = loaded_from_disk(model)
+    weights = ArenaWeights(model)
     process(model)
-    return changed_tensors(model, store.manifest, store.memory, names)
+    changed = weights.find_changes(model, store.memory, Int8Cache("dram", names))
+    assert changed is not None
+    return changed
 
 
 def test_nothing_is_changed_after_loading() -> None:
@@ -667,11 +672,11 @@ def test_nothing_is_changed_after_loading() -> None:
 def test_nothing_is_changed_after_fetching() -> None:
     store = loaded_from_disk(seeded_layers(1))
     client = seeded_layers(2)
-    manifest = bound_to(client, store).manifest
-    assert changed_tensors(client, manifest, store.memory, None) == []
+    weights = bound_to(client, store)
+    assert weights.find_changes(client, store.memory, Int8Cache("dram")) == []
     client.layers[0].bias.data[1] += 1
     client.scale[0] = 0
-    assert changed_tensors(client, manifest, store.memory, None) == ["layers.0.bias", "scale"]
+    assert weights.find_changes(client, store.memory, Int8Cache("dram")) == ["layers.0.bias", "scale"]
 
 
 def test_weights_with_other_contents_are_changed() -> None:
@@ -871,4 +876,4 @@ def test_a_session_that_still_reads_keeps_the_bytes_of_a_closed_store() -> None:
 def test_a_model_that_holds_tensors_but_no_weights_has_an_empty_manifest() -> None:
     model = nn.Module()
     model.table = torch.ones(3)
-    assert ModelWeights(model).manifest.nbytes == 0
+    assert ArenaWeights(model).manifest.nbytes == 0

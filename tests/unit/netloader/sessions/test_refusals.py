@@ -28,7 +28,7 @@ from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.model.buffers import manifest_of
+from vllm_ascend.model_loader.netloader.model.views import manifest_of
 from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts

@@ -15,7 +15,7 @@ import torch
 from support.sources import SHORT, SMALL, Tensors, fetch, serving
 from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.model.buffers import tensor_in
+from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import TransportError, UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, bind_alias, manifest_of, tensor_in
+from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
+from vllm_ascend.model_loader.netloader.model.views import DTYPES, bind_alias, manifest_of
 from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest, TensorSpec
 

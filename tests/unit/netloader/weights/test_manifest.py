@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
-from vllm_ascend.model_loader.netloader.model.buffers import DTYPES, manifest_of
+from vllm_ascend.model_loader.netloader.model.views import DTYPES, manifest_of
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.weights.manifest import ALIGNMENT, Alias, Manifest, TensorSpec, chunks, is_dense
 

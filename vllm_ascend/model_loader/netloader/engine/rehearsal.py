@@ -43,7 +43,7 @@ from vllm_ascend.model_loader.netloader.engine.takeover import (
     take_over,
 )
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
-from vllm_ascend.model_loader.netloader.model.attributes import own_tensors, qualified
+from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 
 def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) -> NewWeights:

@@ -14,7 +14,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLine
 
 from vllm_ascend.model_loader.netloader.engine.takeover import Tensors
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
-from vllm_ascend.model_loader.netloader.model.attributes import own_tensors, qualified
+from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 Layout = tuple[torch.dtype | None, tuple[int, ...]]
 """Type and shape. An empty tensor has no type: vLLM gives it the one that is the default at the time."""

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS, materialize_meta_tensor
 from vllm.platforms import current_platform
 
-from vllm_ascend.model_loader.netloader.model.attributes import own_tensors, qualified
+from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 """By the qualified name of their module, and by their name in it."""

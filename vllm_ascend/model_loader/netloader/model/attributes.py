@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel, one_line
+from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
@@ -73,7 +74,7 @@ class Snapshot:
         if impossible:
             names = ", ".join(sorted(impossible)[:8])
             raise UnsupportedModel(f"loading set {names}, which cannot be told to another process")
-        return {name: value for name in changed if _is_plain(value := after.attributes[name])}
+        return {name: value for name in changed if _is_plain_value(value := after.attributes[name])}
 
     def _require_same_modules(self, after: Snapshot) -> None:
         """Raises UnsupportedModel with the outermost modules that are there no longer, or now, or of another class."""
@@ -101,7 +102,7 @@ class Snapshot:
 
     def _travels(self, name: str, after: Snapshot, model: nn.Module) -> bool:
         prefix, _, attribute = name.rpartition(".")
-        if prefix not in self.modules or not _is_plain(self.attributes.get(name)):
+        if prefix not in self.modules or not _is_plain_value(self.attributes.get(name)):
             return False
         fits = _fits_into_a_message(after.attributes.get(name, _MISSING))
         return fits and _is_settable(type(model.get_submodule(prefix)), attribute)
@@ -117,7 +118,7 @@ def require_settable(model: nn.Module, attributes: Mapping[str, AttributeValue])
             raise ProtocolError(f"the source sets {one_line(repr(name))}, and this model has no such module")
         held = {**module._parameters, **module._buffers, **module._modules}
         current = held.get(attribute, inspect.getattr_static(module, attribute, None))
-        if attribute in held or not _is_plain(current):
+        if attribute in held or not _is_plain_value(current):
             raise ProtocolError(
                 f"the source sets {one_line(repr(name))}, which is a {type(current).__name__} in this model"
             )
@@ -128,19 +129,6 @@ def apply(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
     for name, value in attributes.items():
         prefix, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(prefix), attribute, value)
-
-
-def qualified(prefix: str, name: str) -> str:
-    """How torch names what a module holds; `prefix` is the module's own name, empty for the model itself."""
-    return f"{prefix}.{name}" if prefix else name
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of `module` itself; vLLM keeps derived tables in non-persistent buffers."""
-    yield from module.named_parameters(recurse=False)
-    for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set:
-            yield name, buffer
 
 
 def _checksum(tensor: torch.Tensor, weights: set[int]) -> int | None:
@@ -157,7 +145,7 @@ def _is_name(attribute: str) -> bool:
 
 
 def _is_settable(module_type: type[nn.Module], attribute: str) -> bool:
-    return _is_name(attribute) and _is_plain(inspect.getattr_static(module_type, attribute, None))
+    return _is_name(attribute) and _is_plain_value(inspect.getattr_static(module_type, attribute, None))
 
 
 def _is_scalar(value: object) -> bool:
@@ -165,11 +153,11 @@ def _is_scalar(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def _is_plain(value: object) -> TypeGuard[AttributeValue]:
+def _is_plain_value(value: object) -> TypeGuard[AttributeValue]:
     return type(value) in _PLAIN_TYPES
 
 
 def _fits_into_a_message(value: object) -> bool:
     if isinstance(value, str):
         return type(value) is str and len(value) <= _TEXT_LIMIT and not _SURROGATES.search(value)
-    return _is_plain(value) and (type(value) is not int or value in _INTEGERS)
+    return _is_plain_value(value) and (type(value) is not int or value in _INTEGERS)

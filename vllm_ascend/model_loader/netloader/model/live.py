@@ -1,12 +1,13 @@
-"""The parameters of a model on an accelerator as the memory that is served: nothing is held beside them.
+"""The parameters of a model on an accelerator as the memory that is served, so that nothing is held beside them.
 
-A chunk of the address space is a part of one tensor or spans many. It is sent from where it lies if it lies in one
-piece, and from a bucket otherwise; it arrives in a bucket and is copied to its tensors when it has passed. Buckets have
-the size of a chunk, and as many exist as chunks are under way.
+A chunk of the manifest's address space is a part of one tensor, or spans several. One that lies in one piece is sent
+from where it is, any other from a bucket, into which it is gathered. A chunk that arrives does so in a bucket, and is
+copied to its tensors once it has been verified. Buckets have the size of a chunk, and there are as many as chunks are
+under way.
 
-Post-processing may change what was loaded. `remember` notes every tensor's checksum beforehand, and keeps copies where
-INT8_CACHE says so; `reconcile` finds out afterwards which tensors are still what they were, wherever they lie now, and
-serves the others from their copies.
+Post-processing may change what was loaded. Before it, `remember` notes a checksum of every tensor, and copies the
+tensors that INT8_CACHE covers. After it, `reconcile` finds out which tensors are still what they were, wherever they
+lie now, and serves the others from their copies.
 """
 
 from __future__ import annotations
@@ -14,41 +15,55 @@ from __future__ import annotations
 import bisect
 import errno
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.buffers import (
-    DTYPES,
-    TensorLanding,
-    TensorMemory,
-    as_bytes,
-    as_tensor,
-    flat,
-    has_plain_format,
-    own_stream,
-)
+from vllm_ascend.model_loader.netloader.model.device_memory import DeviceLanding, DeviceMemory
+from vllm_ascend.model_loader.netloader.model.streams import finish_work, own_stream
+from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, flat, has_plain_format, view_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks, is_dense
 from vllm_ascend.model_loader.netloader.weights.memory import Readable
 
 _ROW_BYTES: Final = 1 << 13
 _CHECKSUM_BYTES: Final = 1 << 24
-"""At a time, so that what the sums take beside the weights is bounded."""
+"""Bytes that are summed at a time, which bounds what the sums take beside the weights."""
+
+
+@dataclass(frozen=True)
+class Int8Cache:
+    """Which originals are copied before post-processing may change them, and where to.
+
+    `place` is INT8_CACHE: ``hbm``, ``dram``, or ``no``. `names` is INT8_CACHE_NAME: copied are the tensors whose name
+    contains one of them, or with None all tensors.
+    """
+
+    place: str = "no"
+    names: tuple[str, ...] | None = None
+
+    def may_cover(self, name: str) -> bool:
+        """Whether the tensor `name` is among those that `names` allows, whatever the place."""
+        return self.names is None or any(part in name for part in self.names)
 
 
 class _Part(NamedTuple):
-    """All bytes of one tensor of the manifest, in the order in which they lie."""
+    """A tensor of the manifest, and all its bytes as a one-dimensional uint8 tensor."""
 
     spec: TensorSpec
     memory: torch.Tensor
 
 
-class LiveMemory(TensorMemory):
-    """The memory of `tensors`, which are dense and lie as `manifest` describes them."""
+class LiveMemory(DeviceMemory):
+    """Weights that are served from the tensors of a model.
+
+    Closing it leaves the tensors to the model, and drops the copies of originals.
+    """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """`tensors` are those that `manifest` describes, by name, each dense and on `device`."""
         self.nbytes = manifest.nbytes
         self.device = device
         self._specs = [spec for spec in manifest.tensors if spec.nbytes]
@@ -59,15 +74,15 @@ class LiveMemory(TensorMemory):
         self.hold(tensors)
 
     def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """From now on the bytes are those of `tensors`."""
+        """Serves the bytes of `tensors` from now on. They are as `manifest` describes them, perhaps in other places."""
         self._parts = {spec.name: _Part(spec, flat(tensors[spec.name])) for spec in self._specs}
-        _finish_work(self.device)
+        finish_work(self.device)
 
     @property
     def servable(self) -> bool:
         return self._servable
 
-    def landing(self, offset: int, length: int) -> TensorLanding:
+    def landing(self, offset: int, length: int) -> DeviceLanding:
         return _LiveLanding(self, offset, length)
 
     def contents(self) -> Readable:
@@ -86,16 +101,15 @@ class LiveMemory(TensorMemory):
         return bucket
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
-        dtype = DTYPES[spec.dtype]
         if spec.nbytes == 0:
-            return torch.empty_strided(spec.shape, spec.strides, dtype=dtype, device=self.device)
-        memory = self._parts[spec.name].memory
-        start = memory.storage_offset() // dtype.itemsize
-        empty = torch.empty(0, dtype=dtype, device=memory.device)
-        return empty.set_(memory.untyped_storage(), start, spec.shape, spec.strides)
+            return view_of(torch.empty(0, dtype=torch.uint8, device=self.device), spec)
+        return view_of(self._parts[spec.name].memory, spec)
 
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tensors' bytes within [offset, offset + length), and where each begins relative to `offset`."""
+        """Bytes [offset, offset + length) tensor by tensor, each with where it begins relative to `offset`.
+
+        What lies between two tensors belongs to none. Raises OSError after `close`.
+        """
         parts = self._parts
         if self.nbytes and not parts:
             raise OSError(errno.EBADF, "these weights are given up")
@@ -107,28 +121,30 @@ class LiveMemory(TensorMemory):
             yield begin - offset, part.memory[begin - part.spec.offset : end - part.spec.offset]
 
     def seal(self) -> None:
-        _finish_work(self.device)
+        finish_work(self.device)
         self._servable = True
 
     def close(self) -> None:
         self._servable = False
         self._parts, self._copies = {}, {}
 
-    def remember(self, cache: str, names: Collection[str] | None) -> None:
-        """Call it before post-processing. `cache` is INT8_CACHE, `names` what INT8_CACHE_NAME restricts it to."""
+    def remember(self, cache: Int8Cache) -> None:
+        """Notes what every tensor holds, and copies those that `cache` covers. Call it before post-processing."""
         for name, part in self._parts.items():
             self._checksums[name] = checksum(part.memory)
-            if cache != "no" and (names is None or any(wanted in name for wanted in names)):
-                self._copies[name] = part.memory.clone() if cache == "hbm" else part.memory.to("cpu", copy=True)
-        _finish_work(self.device)
+            if cache.place != "no" and cache.may_cover(name):
+                self._copies[name] = part.memory.clone() if cache.place == "hbm" else part.memory.to("cpu", copy=True)
+        finish_work(self.device)
 
     def reconcile(self, current: Mapping[str, torch.Tensor]) -> list[str]:
-        """Call it after post-processing, with what the model holds by now; returns the names of what was changed.
+        """Finds the originals again. Call it after post-processing, with the tensors that the model holds by now.
 
-        Raises UnsupportedModel, naming the tensors, where the original of one is kept nowhere.
+        Returns the names of the tensors that were changed. Raises UnsupportedModel, naming the tensors, if the original
+        of one is kept nowhere.
         """
         in_use = {tensor.untyped_storage().data_ptr() for tensor in current.values()}
-        changed, lost = [], []
+        changed: list[str] = []
+        lost: list[str] = []
         for name, part in self._parts.items():
             kept = self._unchanged(part, current.get(name), in_use)
             if kept is None:
@@ -139,6 +155,7 @@ class LiveMemory(TensorMemory):
             else:
                 self._parts[name] = part._replace(memory=kept)
         self._copies, self._checksums = {}, {}
+
         if lost:
             raise UnsupportedModel(
                 f"post-processing changed {len(lost)} tensors ({', '.join(lost[:8])}{', ...' if lost[8:] else ''}) and "
@@ -148,18 +165,18 @@ class LiveMemory(TensorMemory):
         return changed
 
     def _unchanged(self, part: _Part, now: torch.Tensor | None, in_use: set[int]) -> torch.Tensor | None:
-        """Where the model itself still has what was loaded; None where it does not."""
+        """The memory in which the model itself still has what was loaded into `part`, None if there is none."""
         original = self._checksums[part.spec.name]
         if part.memory.untyped_storage().data_ptr() in in_use and checksum(part.memory) == original:
             return part.memory
-        if now is None or now.nbytes != part.spec.nbytes or not _is_plain(now):
+        if now is None or now.nbytes != part.spec.nbytes or not _lies_plainly(now):
             return None
         elsewhere = flat(now)
         return elsewhere if checksum(elsewhere) == original else None
 
 
-class _LiveLanding(TensorLanding):
-    """A bucket in host memory or on the device, whichever is asked for."""
+class _LiveLanding(DeviceLanding):
+    """A bucket for one chunk, in host memory or on the device."""
 
     def __init__(self, memory: LiveMemory, offset: int, length: int) -> None:
         self._memory = memory
@@ -192,7 +209,7 @@ class _LiveLanding(TensorLanding):
 
 
 class _HostCopies:
-    """Reads from the device as if it were host memory."""
+    """All bytes of a memory on a device; each slice is copied to the host when it is read."""
 
     def __init__(self, memory: LiveMemory) -> None:
         self._memory = memory
@@ -207,7 +224,10 @@ class _HostCopies:
 
 
 def checksum(memory: torch.Tensor) -> bytes:
-    """Made on the memory's device out of sums over rows and columns: cheap, against accidents, not against anybody."""
+    """A checksum of the bytes of `memory`, a one-dimensional uint8 tensor, made on its own device.
+
+    It consists of sums over rows and columns, so it is cheap. It reveals accidents, and is no defence against anybody.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with own_stream(memory.device):
         for offset, length in chunks(memory.nbytes, _CHECKSUM_BYTES):
@@ -217,7 +237,7 @@ def checksum(memory: torch.Tensor) -> bytes:
 
 
 def _sums(block: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Of the columns and rows of `block` as a table, and the bytes that do not fill a row."""
+    """The sums of the columns and of the rows of `block`, seen as a table, and the bytes that do not fill a row."""
     even = block.nbytes - block.nbytes % _ROW_BYTES
     if even:
         words = block[:even].view(torch.int32) if block.storage_offset() % 4 == 0 else block[:even]
@@ -232,12 +252,6 @@ def _to_host(memory: torch.Tensor) -> memoryview:
         return as_bytes(memory.cpu())
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def _lies_plainly(tensor: torch.Tensor) -> bool:
     is_strided = tensor.layout is torch.strided
     return is_strided and is_dense(tuple(tensor.shape), tensor.stride()) and has_plain_format(tensor)
-
-
-def _finish_work(device: torch.device) -> None:
-    """What the model's own stream still does to the tensors is done afterwards."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -24,7 +24,8 @@ from torch.distributed import Work
 
 from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, ProtocolError, TransportError, one_line
-from vllm_ascend.model_loader.netloader.model.buffers import chunk_in, landing_tensor, own_stream
+from vllm_ascend.model_loader.netloader.model.device_memory import chunk_in, landing_tensor
+from vllm_ascend.model_loader.netloader.model.streams import own_stream
 from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery

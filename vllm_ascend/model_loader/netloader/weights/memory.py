@@ -2,7 +2,7 @@
 
 The manifest's address space is one block of host memory (`arena`), or it is spread over the parameters themselves on an
 accelerator (`model.live`). Bytes go in and out by chunks, as host bytes; what else memory on an accelerator can do is
-in `model.buffers`. Whatever arrives lands first, and settles where it belongs only when it is known to be what was
+in `model.device_memory`. Whatever arrives lands first, and settles where it belongs only when it is known to be what was
 served; an arena, which nobody computes with before it is complete, is its own landing place.
 """
 
