@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,12 +128,6 @@ def fetch(
     """Raises SourcesExhausted."""
     client = client_for(wanted, transports, **terms)
     return client, client.fetch(sources)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """The test's own timeout is the deadline."""
-    while not condition():
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

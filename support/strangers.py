@@ -15,7 +15,6 @@ import socket
 import ssl
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -561,13 +560,6 @@ def hanging_up(_: Line, __: dict[str, Any]) -> None:
 def resetting(line: Line, _: dict[str, Any]) -> None:
     line.reset()
     raise Misbehaved
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 40
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true within 40 s"
-        time.sleep(0.005)
 
 
 def netloader_threads() -> list[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from support.vllm.instance import Instance
+from support.vllm.instance import START_TIMEOUT, Instance
 from support.vllm.loaders import Pool, two_free_ports
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
@@ -55,7 +56,7 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
 
     killed = first.address
     third = start("C", {"SOURCE": [killed, second.address], "TRANSPORT": ["tcp"], "FALLBACK": "error"})
-    wait_until(lambda: inquire(Endpoint.parse(killed), 10).sessions == 1)
+    wait_until(lambda: inquire(Endpoint.parse(killed), 10).sessions == 1, START_TIMEOUT, interval=0.2)
     time.sleep(5)  # of the 27 that A takes for all
     first.kill()
     third.wait_until_ready()
@@ -66,7 +67,7 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
     assert report["received"][killed] >= CHUNK_BYTES
     assert report["bytes"] <= sum(report["received"].values()) <= 1.01 * report["bytes"] + CONNECTIONS * CHUNK_BYTES
     third.terminate()
-    wait_until(lambda: third.processes() == {})
+    wait_until(lambda: third.processes() == {}, START_TIMEOUT, interval=0.2)
 
     port = two_free_ports()
     extra = {"SOURCE": [second.address], "TRANSPORT": ["process_group"], "FALLBACK": "error", "LISTEN_PORT": port}
@@ -83,16 +84,10 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
     engine = next(process for process, command in second.processes().items() if "EngineCore" in command)
     os.kill(engine, signal.SIGKILL)
     second.wait_until_ended(60)
-    wait_until(lambda: second.processes() == {})
+    wait_until(lambda: second.processes() == {}, START_TIMEOUT, interval=0.2)
     fourth.terminate()
-    wait_until(lambda: fourth.processes() == {})
+    wait_until(lambda: fourth.processes() == {}, START_TIMEOUT, interval=0.2)
     assert "@netloader-" not in Path("/proc/net/unix").read_text()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """The test's own timeout is the deadline."""
-    while not condition():
-        time.sleep(0.2)
 
 
 def assert_came_from(source: Instance, client: Instance, transport: str, rank: int = 0) -> None:

@@ -9,13 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.vllm.loaders import Load, Pool
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
@@ -78,14 +78,12 @@ def test_sigterm_while_loading_ends_it_at_once_and_leaves_nothing(untied: str, l
     server = load(untied, {"MAX_BANDWIDTH": 1 << 20}).finish_loading()
     source = Endpoint.parse(server.address)
     client = load(untied, {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "FALLBACK": "error"})
-    while not inquire(source, 10).sessions:
-        time.sleep(0.1)
+    wait_until(lambda: inquire(source, 10).sessions, 100, interval=0.1)
     process, directory = client.process.process, client.log.parent
     files = set(directory.iterdir())
     process.terminate()
     assert process.wait(30) == -signal.SIGTERM
-    while inquire(source, 10).sessions:
-        time.sleep(0.1)
+    wait_until(lambda: not inquire(source, 10).sessions, 100, interval=0.1)
     assert "went away" in server.log_text()
     assert set(directory.iterdir()) == files
     assert f"/proc/{process.pid}" not in map(str, Path("/proc").iterdir())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
-from support.strangers import Intruder, netloader_threads, wait_until
+from support.strangers import Intruder, netloader_threads
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports

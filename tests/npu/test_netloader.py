@@ -15,6 +15,7 @@ import torch
 from support.vllm import checkpoints
 from support.vllm.fetch_model import fetch_model
 from support.vllm.loaders import Load, Loader, Pool, generation, two_free_ports
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
@@ -223,9 +224,7 @@ def kill_midway(server: Loader) -> None:
 
 
 def wait_for_session(server: Loader) -> None:
-    """The test's own timeout is the deadline."""
-    while inquire(Endpoint.parse(server.address), 10).sessions == 0:
-        time.sleep(0.02)
+    wait_until(lambda: inquire(Endpoint.parse(server.address), 10).sessions > 0, 300, interval=0.02)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving, until
+from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.backoff import FIRST
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
@@ -328,7 +329,7 @@ def test_where_nobody_else_is_to_be_asked_a_client_waits_for_its_turn() -> None:
     with busy() as (source, held):
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
         with fetching(client, source) as result:
-            until(lambda: inquire(source, 5).waiting == 1)
+            wait_until(lambda: inquire(source, 5).waiting == 1)
             held.close()
             fetched = result()
     assert (fetched.source, client.attempts) == (source, [])
@@ -339,7 +340,7 @@ def test_a_busy_source_is_returned_to_when_the_others_have_failed() -> None:
     with unreachable() as gone, busy() as (source, held):
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
         with fetching(client, source, gone) as result:
-            until(lambda: client.attempts and inquire(source, 5).waiting)
+            wait_until(lambda: client.attempts and inquire(source, 5).waiting)
             held.close()
             fetched = result()
     assert fetched.source == source
@@ -367,10 +368,10 @@ def test_the_first_turn_that_comes_is_taken_and_the_other_place_is_given_up() ->
     with busy() as (first, _), busy() as (second, held):
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
         with fetching(client, first, second) as result:
-            until(lambda: inquire(first, 5).waiting and inquire(second, 5).waiting)
+            wait_until(lambda: inquire(first, 5).waiting and inquire(second, 5).waiting)
             held.close()
             fetched = result()
-        until(lambda: not inquire(first, 5).waiting)
+        wait_until(lambda: not inquire(first, 5).waiting)
     assert (fetched.source, client.attempts) == (second, [])
 
 
@@ -393,7 +394,7 @@ def referrals_of(source: Endpoint) -> tuple[str, ...]:
 def announced(source: Endpoint, session: bytes, port: int) -> None:
     """Returns when a busy `source` refers others to `port`."""
     announce(source, session, port, 5, Access())
-    until(lambda: referrals_of(source))
+    wait_until(lambda: referrals_of(source))
 
 
 def test_a_busy_source_refers_to_whoever_took_its_weights_and_serves_them() -> None:
@@ -413,7 +414,7 @@ def test_who_waits_already_leaves_for_a_replica_that_announces_itself() -> None:
     with replicated() as (source, replica, first), turn_taken(source):
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
         with fetching(client, source) as result:
-            until(lambda: inquire(source, 5).waiting)
+            wait_until(lambda: inquire(source, 5).waiting)
             announce(source, first.session, replica.port, 5, Access())
             fetched = result()
     assert (fetched.source, client.attempts) == (replica, [])
@@ -424,7 +425,7 @@ def test_a_referral_that_leads_nowhere_is_tried_once_while_the_place_is_kept() -
         announced(source, first.session, gone.port)
         client = client_for(EIGHT, MEMORY, timeouts=PATIENT)
         with fetching(client, source) as result:
-            until(lambda: client.attempts and inquire(source, 5).waiting)
+            wait_until(lambda: client.attempts and inquire(source, 5).waiting)
             held.close()
             fetched = result()
     assert fetched.source == source
@@ -443,7 +444,7 @@ def test_a_configured_source_is_not_asked_again_because_another_refers_to_it() -
 def test_an_announcement_of_a_session_that_never_was_is_not_believed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), replicated() as (source, replica, _), turn_taken(source):
         announce(source, bytes(16), replica.port, 5, Access())
-        until(lambda: "announces weights that it did not take from here" in caplog.text)
+        wait_until(lambda: "announces weights that it did not take from here" in caplog.text)
         assert referrals_of(source) == ()
 
 
@@ -451,7 +452,7 @@ def test_an_announcement_before_the_weights_are_taken_is_not_believed(caplog: py
     with caplog.at_level(logging.WARNING), serving(EIGHT, MEMORY, timeouts=PATIENT, max_clients=1) as (_, source):
         with turn_taken(source) as (_, accept):
             announce(source, accept.session, 19000, 5, Access())
-            until(lambda: "announces weights that it did not take from here" in caplog.text)
+            wait_until(lambda: "announces weights that it did not take from here" in caplog.text)
             assert referrals_of(source) == ()
 
 

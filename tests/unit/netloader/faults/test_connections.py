@@ -8,7 +8,6 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -31,6 +30,7 @@ from support.proxy import (
     silence_all,
 )
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -84,13 +84,6 @@ def _nothing_is_left_behind(request: pytest.FixtureRequest, caplog: pytest.LogCa
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true within 20 s"
-        time.sleep(0.01)
 
 
 def payload(percent: int, effect: Effect) -> Fault:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from support.sources import SMALL, fetch, serving
-from support.strangers import Intruder, is_idle, many_hosts, wait_until
+from support.strangers import Intruder, is_idle, many_hosts
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import acceptor, descriptors

@@ -15,7 +15,8 @@ import torch
 
 from support.certificates import Authority
 from support.sources import IDENTITY, Tensors, fetch, serving
-from support.strangers import Intruder, is_idle, wait_until
+from support.strangers import Intruder, is_idle
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server import session as server_session

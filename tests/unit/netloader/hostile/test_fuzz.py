@@ -44,8 +44,8 @@ from support.strangers import (
     sending,
     silent,
     tag,
-    wait_until,
 )
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES

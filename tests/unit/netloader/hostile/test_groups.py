@@ -37,8 +37,8 @@ from support.strangers import (
     saying,
     sending,
     silent,
-    wait_until,
 )
+from support.wait import wait_until
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -21,7 +21,8 @@ import pytest
 
 from support.process import model
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
-from support.strangers import Intruder, is_idle, wait_until
+from support.strangers import Intruder, is_idle
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport

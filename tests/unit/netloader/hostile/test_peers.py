@@ -26,8 +26,8 @@ from support.strangers import (
     Line,
     is_idle,
     many_hosts,
-    wait_until,
 )
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from support.sources import SMALL, fetch, serving
-from support.strangers import Impostor, answering, wait_until
+from support.strangers import Impostor, answering
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving, until
+from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
 from support.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
@@ -79,10 +80,10 @@ def turn_taken(source: Endpoint) -> Iterator[Intruder]:
 def fetched_past(stranger: Endpoint, server: WeightServer, source: Endpoint, **terms: object) -> tuple[Client, Fetched]:
     """What a client gets that waits at `source`, which refers it to `stranger`; the turn comes when that was tried."""
     announce(source, take_everything(source), stranger.port, 5, Access())
-    until(lambda: referrals_of(server))
+    wait_until(lambda: referrals_of(server))
     client = client_for(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, **terms)
     with turn_taken(source) as held, fetching(client, source) as result:
-        until(lambda: client.attempts and inquire(source, 5).waiting)
+        wait_until(lambda: client.attempts and inquire(source, 5).waiting)
         held.reset()
         fetched = result()
     WEIGHTS.assert_in(fetched.memory)
@@ -130,7 +131,7 @@ def test_a_replica_cannot_give_weights_another_fingerprint() -> None:
     unknown = replace_fingerprint("")
     with trusted() as (server, source), serving(WEIGHTS, TCP, identity=lie) as (_, replica):
         announce(source, take_everything(source), replica.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         with turn_taken(source):
             _, fetched = fetch(WEIGHTS.request(unknown), TCP, source)
     WEIGHTS.assert_in(fetched.memory)
@@ -149,7 +150,7 @@ def test_who_fetches_nothing_is_no_replica() -> None:
             session = line.accepted(tensors=WEIGHTS)
             line.say(Done()).hear()
         announce(source, session, 19001, 5, Access())
-        until(lambda: is_idle(server))
+        wait_until(lambda: is_idle(server))
         assert referrals_of(server) == ()
 
 
@@ -163,7 +164,7 @@ def test_who_fetches_all_but_one_chunk_is_no_replica() -> None:
             data.say(Fetch(0, CHUNK), Fetch(0, CHUNK)).read(2 * CHUNK)
             line.say(Done()).hear()
         announce(source, session, 19001, 5, Access())
-        until(lambda: is_idle(server))
+        wait_until(lambda: is_idle(server))
         assert referrals_of(server) == ()
 
 
@@ -171,7 +172,7 @@ def test_a_server_that_does_not_digest_names_nobody() -> None:
     with serving(WEIGHTS, TCP, timeouts=PATIENT, max_clients=1, verify=False) as (server, source):
         _, fetched = fetch(WEIGHTS, TCP, source, verify=False)
         announce(source, fetched.session, 19001, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         with turn_taken(source), Intruder(source).greet() as line:
             heard = line.join(tensors=WEIGHTS).hear_kind(Wait)
     assert (heard["referrals"], heard["root"]) == ([], "")
@@ -180,10 +181,10 @@ def test_a_server_that_does_not_digest_names_nobody() -> None:
 def test_who_does_not_verify_follows_nobody() -> None:
     with trusted() as (server, source), serving(FORGED, TCP) as (lying, stranger):
         announce(source, take_everything(source), stranger.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, TCP, timeouts=PATIENT, verify=False)
         with turn_taken(source) as held, fetching(client, source) as result:
-            until(lambda: inquire(source, 5).waiting)
+            wait_until(lambda: inquire(source, 5).waiting)
             held.reset()
             fetched = result()
         assert (fetched.source, client.attempts) == (source, [])
@@ -195,7 +196,7 @@ def test_a_root_that_is_not_known_yet_is_waited_for_before_anybody_is_named() ->
         _, fetched = fetch(WEIGHTS, SHARED, source)  # which needs no digests
         fetched.memory.close()
         announce(source, fetched.session, 19001, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         with turn_taken(source), Intruder(source).greet() as line:
             assert line.join(tensors=WEIGHTS).hear_kind(Wait)["referrals"] == []
         take_everything(source)
@@ -341,10 +342,10 @@ def test_a_replica_names_nobody() -> None:
     with Impostor({}, WEIGHTS) as third, Impostor({}, WEIGHTS) as replica, trusted() as (server, source):
         replica.acts["Join"] = answering(Wait(1, (str(third.endpoint),), third.root))
         announce(source, take_everything(source), replica.endpoint.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
         with turn_taken(source) as held, fetching(client, source) as result:
-            until(lambda: "Join" in replica.heard and inquire(source, 5).waiting)
+            wait_until(lambda: "Join" in replica.heard and inquire(source, 5).waiting)
             held.reset()
             fetched = result()
         assert (fetched.source, third.heard) == (source, [])
@@ -354,10 +355,10 @@ def test_a_replica_that_lets_others_wait_for_ever_is_left_for_the_source() -> No
     waiting = answering(Wait(7))
     with silent_replicas(waiting) as replicas, trusted() as (server, source):
         announce(source, take_everything(source), replicas[0].endpoint.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
         with turn_taken(source) as held, fetching(client, source) as result:
-            until(lambda: "Join" in replicas[0].heard and inquire(source, 5).waiting)
+            wait_until(lambda: "Join" in replicas[0].heard and inquire(source, 5).waiting)
             held.reset()
             fetched = result()
     assert (fetched.source, client.attempts) == (source, [])
@@ -384,13 +385,13 @@ def test_a_turn_at_the_source_ends_what_a_replica_brings_and_keeps_what_it_has_b
         client = client_for(WEIGHTS, (InProcessTransport(),))
         session = client.fetch([source]).session
         announce(source, session, replica.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, kind, timeouts=PATIENT, progress=count)
         with Intruder(source).greet() as held, fetching(client, source) as result:
             held.accepted("in_process", WEIGHTS)
             brought.wait()
             held.reset()
-            until(lambda: not inquire(source, 5).waiting)
+            wait_until(lambda: not inquire(source, 5).waiting)
             time.sleep(0.05)  # the turn is told to the client's thread
             turn_came.set()
             fetched = result()
@@ -419,7 +420,7 @@ def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
         with fetching(client, first, second) as result:
             begun.wait()
             held.reset()
-            until(lambda: is_idle(busy) or (not busy._sessions and not busy._turns.waiting))
+            wait_until(lambda: is_idle(busy) or (not busy._sessions and not busy._turns.waiting))
             turn_came.set()
             fetched = result()
     assert (fetched.source, client.attempts) == (second, [])
@@ -429,10 +430,10 @@ def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
 def test_a_stranger_that_hangs_up_is_tried_once() -> None:
     with silent_replicas(hanging_up) as replicas, trusted() as (server, source):
         announce(source, take_everything(source), replicas[0].endpoint.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         client = client_for(WEIGHTS, TCP, timeouts=PATIENT)
         with turn_taken(source) as held, fetching(client, source) as result:
-            until(lambda: client.attempts)
+            wait_until(lambda: client.attempts)
             held.reset()
             fetched = result()
         assert replicas[0].heard.count("Join") == 1
@@ -443,7 +444,7 @@ def test_the_memory_that_a_client_fills_is_its_own_whoever_it_is_referred_to() -
     """Nobody can write into it later: what came is sealed like any other."""
     with trusted() as (server, source), serving(WEIGHTS, TCP) as (_, replica):
         announce(source, take_everything(source), replica.port, 5, Access())
-        until(lambda: referrals_of(server))
+        wait_until(lambda: referrals_of(server))
         with turn_taken(source):
             _, fetched = fetch(WEIGHTS, TCP, source)
     assert fetched.source == replica

@@ -9,7 +9,6 @@ import random
 import socket
 import struct
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -245,7 +245,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
         assert (transport.receptions, sum(moved)) == (1, SMALL.manifest.nbytes)
         SMALL.assert_in(fetched.memory)
 
-        _wait_until(lambda: not server._sessions)
+        wait_until(lambda: not server._sessions)
         _, again = fetch(SMALL, MEMORY, unfit)
         assert again.attributes == ATTRIBUTES
     assert checked == [ATTRIBUTES, ATTRIBUTES, {}]
@@ -409,7 +409,7 @@ def test_what_cannot_be_suspended_is_served_as_before() -> None:
     with serving(SMALL, (stuck,), timeouts=timeouts) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(source, Hello(), join):
-            _wait_until(lambda: len(server._sessions) == 1)
+            wait_until(lambda: len(server._sessions) == 1)
             for change in (server.suspend, server.give_up):
                 with pytest.raises(TimeoutError, match=r"what is served to 127\.0\.0\.1:\d+ is still being read"):
                     change("it sleeps")
@@ -449,13 +449,13 @@ def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.Monk
         monkeypatch.setattr(process_serving, "_services", listeners)
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(other, Hello(), join):
-            _wait_until(lambda: len(second._sessions) == 1)
+            wait_until(lambda: len(second._sessions) == 1)
             for change in (process_serving.suspend, process_serving.give_up):
                 with pytest.raises(TimeoutError):
                     change(engine, "it sleeps")
             SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
             stuck.go.set()
-        _wait_until(lambda: not first._sessions and not second._sessions)
+        wait_until(lambda: not first._sessions and not second._sessions)
         resume = process_serving.suspend(engine, "it sleeps")
         with pytest.raises(SourcesExhausted, match="it sleeps"):
             fetch(SMALL, MEMORY, source)
@@ -494,7 +494,7 @@ def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.L
         server.decline("target", CONTROL)
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
-        _wait_until(lambda: not server.acceptor.connections)
+        wait_until(lambda: not server.acceptor.connections)
     expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
     assert logged(caplog, "refused ").endswith(expected)
     assert logged(caplog, "could not load from ").endswith(expected)
@@ -702,23 +702,16 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
         SMALL.assert_in(fetched.memory)
         for connection in connections:
             connection.close()
-        _wait_until(lambda: not server.acceptor.connections)
+        wait_until(lambda: not server.acceptor.connections)
 
 
 def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
-        _wait_until(lambda: not server.acceptor.connections and not server._sessions)
+        wait_until(lambda: not server.acceptor.connections and not server._sessions)
         for connection in connections:
             connection.close()
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true within 20 s"
-        time.sleep(0.01)
 
 
 def test_status_tells_what_is_held(capsys: pytest.CaptureFixture[str]) -> None:

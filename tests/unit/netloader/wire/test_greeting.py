@@ -12,7 +12,6 @@ import secrets
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -22,6 +21,7 @@ import pytest
 from support.certificates import Authority
 from support.clock import Clock
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -66,13 +66,6 @@ PATIENCE = 20.0
 
 MODEL = [field.encode() for field in (IDENTITY.name, IDENTITY.architecture, IDENTITY.config_digest)]
 WEIGHTS = SMALL.by_name["w0"].numpy().tobytes()[:32]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.002)
 
 
 class Relay:
