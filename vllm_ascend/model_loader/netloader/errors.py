@@ -1,28 +1,28 @@
-"""What can go wrong, shaped by what the caller does next.
+"""What can go wrong, one class for each thing that the caller can do next.
 
     NetloaderError
       ConfigError            the user's configuration is wrong: stop the start
       BrokenInstallation     a package that is needed cannot be imported: stop the start
-      NoRoom                 the limit on this process's memory is below what the weights need: stop the start
-      UnsupportedModel       this model's weights cannot be held in an arena: load from disk, do not serve
+      NoRoom                 this process may not have the memory that the weights need: stop the start
+      UnsupportedModel       the weights of this model cannot be described or held: load from disk, do not serve
       CheckpointChanged      what was read from disk may be a mixture: do not serve it
-      ReloadRefused          this model cannot take new weights in place: start the instance anew to change them
-      PeerError              the peer failed: end this session, and only this one
-        ProtocolError        it sent what it may not send, or nothing that can be understood
-        ConnectionLost       the connection ended before what it owed had come
-        Stalled              it was silent for too long
-        Unauthorized         it does not show that it knows the token, or has no certificate of the authority
-        Damaged              it went on delivering bytes that are not those of its digests
-        TooSlow              it sends next to nothing
+      ReloadRefused          this model cannot take new weights in place: restart the instance to change them
+      PeerError              the peer did not do its part: end this session, and no other
+        ProtocolError        it said what it may not say, or what cannot be understood
+        ConnectionLost       the connection ended; the peer may have said why on another one
+        Stalled              it neither sent nor took a byte for too long
+        Unauthorized         it did not prove that it may talk to this process: note it against its address
+        Damaged              it delivered bytes that are not those of its digests
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
-        SourceRefused        it answered no, and why
-        SourceFailed         it went away, stalled, or broke the protocol
+        SourceRefused        it declined, or it holds something else: do not ask it again
+        SourceFailed         it failed within a session: it may be asked again in a later round
         SourceTooSlow        it sends next to nothing: ask it again only if nobody else is left
-      TransportError         this transport does not work here: try the source's next transport
-      SourcesExhausted       nobody is left to ask: load from disk, or stop when FALLBACK forbids the disk
+      TransportError         this transport does not work here: try the next one with the same source
+      SourcesExhausted       nobody is left to ask: load from disk, or stop where FALLBACK forbids it
 
-`OSError` and `msgspec` errors are translated where they occur and chained.
+Errors of the operating system and of msgspec are translated where they occur, and chained. A PeerError belongs to a
+session, on either side of it; the client makes a SourceError of it once it knows what that means for its search.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 
 
 class NetloaderError(Exception):
-    """Base of everything Netloader raises on purpose."""
+    """The base of all that Netloader raises on purpose."""
 
 
 class ConfigError(NetloaderError, ValueError):
@@ -39,35 +39,35 @@ class ConfigError(NetloaderError, ValueError):
 
 
 class BrokenInstallation(NetloaderError, ImportError):
-    """Netloader was asked for and cannot be imported."""
+    """Netloader was asked for, but a package that it needs cannot be imported."""
 
 
 class NoRoom(NetloaderError):
-    """Loading would end with this process killed, whichever way the weights came."""
+    """To load would get this process killed, in whichever way the weights came: its memory limit is too low."""
 
 
 class UnsupportedModel(NetloaderError):
-    """The model's tensors cannot be described by a manifest, or there is no memory of the kind that is served."""
+    """No manifest can describe the tensors of the model, or no memory that can be served can hold them."""
 
 
 class CheckpointChanged(NetloaderError):
-    """Files were replaced or written to while they were read, or nobody can tell."""
+    """Files of the checkpoint were replaced or written to while they were read, or nobody can tell."""
 
 
 class ReloadRefused(NetloaderError):
-    """The model in use cannot take new weights; it and what is served are unchanged."""
+    """The model in use cannot take new weights. It is unchanged, and so is what is served of it."""
 
 
 class PeerError(NetloaderError):
-    """The peer did not do its part: this session with it is over."""
+    """The peer did not do its part, so this session with it is over. Raised as such where no kind of it says more."""
 
 
 class ProtocolError(PeerError):
-    """The peer broke the protocol."""
+    """The peer said what it may not say, or what cannot be understood."""
 
 
 class ConnectionLost(PeerError):
-    """The peer closed or reset the connection."""
+    """The peer closed or reset the connection, or took no further one for the session."""
 
 
 class Stalled(PeerError):
@@ -75,29 +75,25 @@ class Stalled(PeerError):
 
 
 class Unauthorized(PeerError):
-    """The peer did not show that it may talk to this process."""
+    """The peer showed neither that it knows the token nor a certificate that the authority has signed."""
 
 
 class Damaged(PeerError):
-    """A source went on delivering bytes that are not those of its digests."""
-
-
-class TooSlow(PeerError):
-    """A source sends bytes, but so few that another one or the disk is the better way."""
+    """The bytes that the source delivered, or shares, are not those of its digests."""
 
 
 class SourceError(NetloaderError):
-    """A source could not deliver the weights."""
+    """A source did not deliver the weights."""
 
 
 class SourceUnreachable(SourceError):
-    """The source did not take the connection or did not greet in time."""
+    """The source did not take the connection, or did not greet in time."""
 
 
 class SourceRefused(SourceError):
     """The source declined, or what it holds is not what is wanted.
 
-    `referrals` are endpoints, as text, that the source named instead of itself.
+    `referrals` are the endpoints that it named instead of itself, as text.
     """
 
     def __init__(self, reason: str, referrals: Sequence[str] = ()) -> None:
@@ -110,18 +106,15 @@ class SourceFailed(SourceError):
 
 
 class SourceTooSlow(SourceError):
-    """The source sends less than MIN_BANDWIDTH while there is another way to the weights."""
+    """The source sends less than MIN_BANDWIDTH, while there is another way to the weights."""
 
 
 class TransportError(NetloaderError):
-    """A negotiated transport could not move the bytes on this pair of machines, or this process lacks what it takes."""
+    """A transport cannot move bytes between these two machines, or this process lacks what it takes to use it."""
 
 
 class SourcesExhausted(NetloaderError):
-    """Every source was tried, or there was none.
-
-    `reasons` holds one line per attempt, in order.
-    """
+    """Every source was tried, or there was none. `reasons` has a line for each attempt, in order."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
@@ -129,6 +122,9 @@ class SourcesExhausted(NetloaderError):
 
 
 def one_line(text: str, limit: int = 1000) -> str:
-    """`text` from a peer, fit for a log: no line breaks or control characters, and not without end."""
+    """`text` as it may be shown: at most `limit` characters, with "?" for line breaks and control characters.
+
+    For all that a peer has said, before it goes to a log or a terminal.
+    """
     printable = "".join(character if character.isprintable() else "?" for character in text[:limit])
     return printable if len(text) <= limit else f"{printable}..."

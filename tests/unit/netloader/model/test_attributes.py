@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import SourceRefused, UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.attributes import Snapshot, apply, qualified, require_settable
 from vllm_ascend.model_loader.netloader.wire.messages import Accept, AttributeValue
 
@@ -402,7 +402,7 @@ UNSETTABLE: dict[str, str] = {
 def test_what_is_no_plain_attribute_of_a_module_is_refused_and_named(
     name: str, reason: str, value: AttributeValue
 ) -> None:
-    with pytest.raises(ProtocolError) as error:
+    with pytest.raises(SourceRefused) as error:
         require_settable(Draft(), {"limit": 9, name: value, "note": "draft"})
     assert str(error.value) == reason
     assert str(error.value).isprintable()
@@ -410,13 +410,13 @@ def test_what_is_no_plain_attribute_of_a_module_is_refused_and_named(
 
 @pytest.mark.parametrize("name", ["is_draft", "cache", "fused"])
 def test_a_property_is_refused(name: str) -> None:
-    with pytest.raises(ProtocolError, match=f"the source sets '{name}'"):
+    with pytest.raises(SourceRefused, match=f"the source sets '{name}'"):
         require_settable(Draft(), {name: True})
 
 
 @pytest.mark.parametrize("name", ["bias", "offset", "head", "layers.0.bias"])
 def test_a_parameter_buffer_or_module_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(ProtocolError, match=f"the source sets '{name}'"):
+    with pytest.raises(SourceRefused, match=f"the source sets '{name}'"):
         require_settable(Draft(), {name: 3})
 
 

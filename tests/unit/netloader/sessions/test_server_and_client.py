@@ -24,7 +24,7 @@ from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving as process_serving
-from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, SourcesExhausted, TransportError
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourceRefused, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
 from vllm_ascend.model_loader.netloader.server.session import Publication
@@ -228,7 +228,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
     def check(attributes: Mapping[str, AttributeValue]) -> None:
         checked.append(attributes)
         if attributes:
-            raise ProtocolError("the source sets 'cache', which is a method in this model")
+            raise SourceRefused("the source sets 'cache', which is a method in this model")
 
     transport, moved = CountingTransport(), list[int]()
     with serving(SMALL, MEMORY) as (server, unfit), serving(SMALL, MEMORY) as (_, source):
@@ -254,7 +254,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
 
 def test_a_source_whose_attributes_do_not_fit_is_not_asked_by_another_transport() -> None:
     def check(attributes: Mapping[str, AttributeValue]) -> None:
-        raise ProtocolError("not this")
+        raise SourceRefused("not this")
 
     class Other(InProcessTransport):
         traits = replace(InProcessTransport.traits, name="other")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clock import Clock
-from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, TooSlow
+from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, SourceTooSlow
 from vllm_ascend.model_loader.netloader.transport import delivery as module
 from vllm_ascend.model_loader.netloader.transport.delivery import (
     TRIES_PER_CHUNK,
@@ -179,7 +179,7 @@ def test_a_damaged_chunk_returns_to_the_queue(receiving: Receive, caplog: pytest
         chunk = next_chunk(delivery)
         received.bring(delivery, chunk, altered(content, 0))
         assert (delivery.remaining, delivery.damaged, received.progress) == (3, 1, 0)
-        with pytest.raises(ProtocolError, match="3 of 3 chunks did not arrive"):
+        with pytest.raises(PeerError, match="3 of 3 chunks did not arrive"):
             received.inventory.require_complete()
         assert received.bring_all(delivery) == [1, 2, 0]
         assert delivery.received == 4 * CHUNK
@@ -271,7 +271,7 @@ def test_a_transport_that_leaves_out_a_chunk_is_seen(receiving: Receive, nbytes:
     assert count == -(-nbytes // CHUNK)
     with received.delivery(digests_of(content)) as delivery:
         for left in range(count, 0, -1):
-            with pytest.raises(ProtocolError, match=f"{left} of {count} chunks did not arrive"):
+            with pytest.raises(PeerError, match=f"{left} of {count} chunks did not arrive"):
                 received.inventory.require_complete()
             chunk = next_chunk(delivery)
             received.bring(delivery, chunk)
@@ -462,7 +462,8 @@ def test_a_source_that_drips_is_left_after_the_window(per_second: int, is_left: 
     least = LeastRate(100, 30.0, clock=clock)
     drip(least, clock, per_second, 29)
     if is_left:
-        with pytest.raises(TooSlow, match=f"it sent {30 * per_second} bytes in 30 s: less than MIN_BANDWIDTH, 100 "):
+        slow = f"it sent {30 * per_second} bytes in 30 s: less than MIN_BANDWIDTH, 100 "
+        with pytest.raises(SourceTooSlow, match=slow):
             drip(least, clock, per_second, 1)
     else:
         drip(least, clock, per_second, 300)
@@ -472,7 +473,7 @@ def test_a_source_that_begins_to_drip_is_left_one_window_later_whatever_it_sent_
     clock = Clock(0.0)
     least = LeastRate(100, 30.0, clock=clock)
     drip(least, clock, 1_000_000, 45)
-    with pytest.raises(TooSlow):
+    with pytest.raises(SourceTooSlow):
         drip(least, clock, 1, 60)
     assert clock.now <= 45 + 2 * 30 + 1
 
@@ -482,7 +483,7 @@ def test_a_source_that_drips_is_kept_for_as_long_as_there_is_no_other_way() -> N
     least = LeastRate(100, 30.0, lambda: bool(others), clock)
     drip(least, clock, 1, 1000)
     others.append("another source")
-    with pytest.raises(TooSlow):
+    with pytest.raises(SourceTooSlow):
         drip(least, clock, 1, 31)
 
 
@@ -498,7 +499,7 @@ def test_a_delivery_that_is_too_slow_fails_where_its_bytes_arrive(receiving: Rec
         arrival = delivery.begin(next_chunk(delivery))
         arrival.advance(1)
         clock.now = 31.0
-        with pytest.raises(TooSlow):
+        with pytest.raises(SourceTooSlow):
             arrival.advance(1)
 
 

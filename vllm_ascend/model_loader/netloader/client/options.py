@@ -18,7 +18,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 class FetchOptions:
     """What a client wants, and how it wants it from every source.
 
-    `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises ProtocolError for
+    `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises SourceRefused for
     attributes that the model cannot take. `min_bandwidth` is in bytes per second, times are in seconds;
     `disk_remains` says that there is another way if no source delivers.
     """

@@ -36,7 +36,6 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceFailed,
     SourceRefused,
     SourceTooSlow,
-    TooSlow,
     TransportError,
     one_line,
 )
@@ -61,11 +60,10 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Refuse,
     Wait,
 )
+from vllm_ascend.model_loader.netloader.wire.refusal import refused
 
 logger = logging.getLogger(__name__)
 
-SHOWN_DIFFERENCES: Final = 8
-"""Differing tensors named in a message; the rest is counted."""
 LEAST_DIGEST_RATE: Final = 100 << 20
 """Bytes per second that a source digests at the very least, with the little time that inference leaves it. Whoever is
 named as a replica has made its digests.
@@ -186,9 +184,9 @@ class ClientSession:
             raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
         try:
             self._options.check_attributes(accept.attributes)
-        except ProtocolError as error:
-            self._leave(error)
-            raise SourceRefused(str(error)) from error
+        except SourceRefused as refusal:
+            self._leave(refusal)
+            raise
         self._accept = accept
         return None
 
@@ -333,7 +331,7 @@ class ClientSession:
             confirm = not_ended(control.receive(Deadline(timeouts.stall)))
             assert isinstance(confirm, Confirm)
             if confirm.generation != accept.generation:
-                raise ProtocolError(
+                raise PeerError(
                     f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
                 )
             if evidence is not None and evidence.digests and confirm.root != evidence.root:
@@ -355,9 +353,9 @@ class ClientSession:
         """What the source has done wrong becomes SourceError; what this process lacks is nobody else's fault."""
         try:
             yield
-        except TooSlow as error:
+        except SourceTooSlow as error:
             self._leave(error)
-            raise SourceTooSlow(str(error)) from error
+            raise
         except PeerError as error:
             raise SourceFailed(self._explanation(error)) from error
         except OSError as error:
@@ -385,16 +383,9 @@ def closed_on_failure(memory: Memory) -> Iterator[None]:
         raise
 
 
-def _granted(answer: Message, manifest: Manifest) -> Accept:
+def _granted(answer: Message, wanted: Manifest) -> Accept:
     """`answer`, unless it is a refusal. Raises SourceRefused, naming the fields or tensors that differ."""
-    if isinstance(answer, Accept):
-        return answer
-    assert isinstance(answer, Refuse)
-    differences = [difference.flipped() for difference in answer.differences]
-    if answer.manifest:
-        differences = list(manifest.mismatch(Manifest.decode(answer.manifest))) or differences
-    shown = [one_line(str(difference)) for difference in differences[:SHOWN_DIFFERENCES]]
-    if len(differences) > SHOWN_DIFFERENCES:
-        shown.append(f"and {len(differences) - SHOWN_DIFFERENCES} more")
-    details = f": {'; '.join(shown)}" if shown else ""
-    raise SourceRefused(f"it refused: {one_line(answer.reason)}{details}", answer.referrals)
+    if isinstance(answer, Refuse):
+        raise refused(answer, wanted)
+    assert isinstance(answer, Accept)
+    return answer

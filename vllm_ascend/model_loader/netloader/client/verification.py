@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_ascend.model_loader.netloader.client.route import Candidate
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused, one_line
+from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, ProtocolError, SourceRefused, one_line
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
@@ -57,15 +57,15 @@ def require_promised(evidence: Evidence, candidate: Candidate) -> None:
 
 
 def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
-    """Reads memory that somebody else has filled. Raises ProtocolError where it is not what the digests say."""
+    """Reads memory that somebody else has filled. Raises Damaged where it is not what the digests say."""
     data = memory.contents()
     for chunk in parts:
         if digest_of(data[chunk.offset : chunk.offset + chunk.length]) != evidence.digests[chunk.number]:
-            raise ProtocolError(f"chunk {chunk.number} of the memory that it shares is not the one of its digest")
+            raise Damaged(f"chunk {chunk.number} of the memory that it shares is not the one of its digest")
 
 
 def not_ended(message: Message) -> Message:
     """`message`, unless the source ends the session by it. Raises PeerError with the source's reason."""
     if isinstance(message, End):
-        raise ProtocolError(f"it ended the session: {one_line(message.reason)}")
+        raise PeerError(f"it ended the session: {one_line(message.reason)}")
     return message

@@ -19,7 +19,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, UnsupportedModel, one_line
+from vllm_ascend.model_loader.netloader.errors import SourceRefused, UnsupportedModel, one_line
 from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
@@ -109,17 +109,17 @@ class Snapshot:
 
 
 def require_settable(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
-    """Raises ProtocolError where `attributes` from a peer are not plain attributes of `model`'s own modules."""
+    """Raises SourceRefused where `attributes` from a peer are not plain attributes of `model`'s own modules."""
     modules = dict(model.named_modules())
     for name in attributes:
         prefix, _, attribute = name.rpartition(".")
         module = modules.get(prefix)
         if module is None or not _is_name(attribute):
-            raise ProtocolError(f"the source sets {one_line(repr(name))}, and this model has no such module")
+            raise SourceRefused(f"the source sets {one_line(repr(name))}, and this model has no such module")
         held = {**module._parameters, **module._buffers, **module._modules}
         current = held.get(attribute, inspect.getattr_static(module, attribute, None))
         if attribute in held or not _is_plain_value(current):
-            raise ProtocolError(
+            raise SourceRefused(
                 f"the source sets {one_line(repr(name))}, which is a {type(current).__name__} in this model"
             )
 

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError
+from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, PIECE_BYTES
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
@@ -65,10 +65,10 @@ class Inventory:
         return sum(self.chunks[number].length for number in self._held.copy())
 
     def require_complete(self) -> None:
-        """Raises ProtocolError where a transport came to its end without every chunk."""
+        """Raises PeerError where a transport came to its end without every chunk."""
         absent = len(self.chunks) - len(self._held)
         if absent:
-            raise ProtocolError(f"{absent} of {len(self.chunks)} chunks did not arrive")
+            raise PeerError(f"{absent} of {len(self.chunks)} chunks did not arrive")
 
 
 class Delivery:

@@ -117,7 +117,7 @@ class _Exchange:
             case End(reason):
                 raise TransportError(f"it ended the session: {one_line(reason)}")
             case Leave(reason):
-                raise ProtocolError(f"it gave up the process group: {one_line(reason)}")
+                raise PeerError(f"it gave up the process group: {one_line(reason)}")
         return message
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import TooSlow
+from vllm_ascend.model_loader.netloader.errors import SourceTooSlow
 
 RATE_SECONDS: Final = 5.0
 
@@ -45,7 +45,10 @@ class Rate:
 
 
 class LeastRate:
-    """Raises TooSlow when less than `rate` bytes per second come over `window` seconds, given that it `applies`."""
+    """Gives up a source by SourceTooSlow when less than `rate` bytes per second have come over `window` seconds.
+
+    It is given up only while `applies` says so.
+    """
 
     def __init__(
         self,
@@ -62,13 +65,13 @@ class LeastRate:
         self._bytes = 0
 
     def note(self, nbytes: int) -> None:
-        """Notes that so many bytes have come. Raises TooSlow. For one thread at a time."""
+        """Notes that so many bytes have come. Raises SourceTooSlow. For one thread at a time."""
         self._bytes += nbytes
         elapsed = self._clock() - self._begin
         if elapsed < self._window:
             return
         if self._bytes < self._rate * elapsed and self._applies():
-            raise TooSlow(
+            raise SourceTooSlow(
                 f"it sent {self._bytes} bytes in {elapsed:.0f} s: less than MIN_BANDWIDTH, {self._rate:g} bytes per "
                 "second, while there is another way to the weights"
             )

@@ -1,4 +1,8 @@
-"""How every connection begins: TLS where there are certificates, then Hello and Welcome, with a token in between."""
+"""How every connection begins: TLS where there are certificates, Hello, proofs where there is a token, and Welcome.
+
+`greet` is the client's side and `welcome` the server's. Either ends with a channel that the other messages may use, or
+with an error that says what to compare on both sides: here the mistakes of a deployment show.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,6 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourceUnreachable,
     TransportError,
     Unauthorized,
-    one_line,
 )
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs, challenge
@@ -31,15 +34,17 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Refuse,
     Welcome,
 )
+from vllm_ascend.model_loader.netloader.wire.refusal import refused
 
 _LAST_WORD_SECONDS: Final = 1.0
-"""For a peer that speaks another protocol to hear so."""
+"""How long a peer that speaks another protocol may take to read that it does."""
 
 
 def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
-    """A greeted connection, which the caller closes.
+    """A connection to `source` that has been greeted; the caller closes it.
 
-    Raises SourceUnreachable or SourceRefused, and TransportError where this process cannot connect to anybody.
+    `timeout` is how many seconds each of its steps may take: to connect, to agree on TLS, and to answer. Raises
+    SourceUnreachable or SourceRefused, and TransportError where this process cannot connect to anybody.
     """
     try:
         channel = connect(source, timeout)
@@ -47,6 +52,7 @@ def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
         if is_our_own(error):
             raise TransportError(f"this process cannot connect: {error.strerror or error}") from error
         raise SourceUnreachable(f"no connection: {getattr(error, 'strerror', None) or error}") from error
+
     try:
         if access.client_tls is not None:
             channel.secure(access.client_tls, timeout)
@@ -57,6 +63,7 @@ def greet(source: Endpoint, access: Access, timeout: float) -> Channel:
     except BaseException:
         channel.close()
         raise
+
     return channel
 
 
@@ -65,27 +72,30 @@ def _under(access: Access) -> str:
 
 
 def _hint(error: PeerError, access: Access) -> str:
-    """What a server may mean that closes the connection without a word of its own."""
+    """What a server may mean by it that breaks off without saying why."""
     reason = getattr(error.__cause__, "reason", None)
     if isinstance(reason, str) and "UNEXPECTED_MESSAGE" in reason:  # as `foreign` answers TLS
         return "; it has no TLS: TLS_CERT, TLS_KEY and TLS_CA belong on all instances or on none"
     if not _just_closed(error):
         return ""
+
     tls = "want TLS (TLS_CERT, TLS_KEY, TLS_CA)" if access.client_tls is None else "have no TLS"
     return f"; it may {tls} or have blocked this address for up to a minute after failed attempts"
 
 
 def _just_closed(error: PeerError) -> bool:
-    """Whether the peer went away without a word: what it minds about TLS comes as an error of TLS."""
+    """Whether the peer went away without a word. What it objects to in TLS comes as an error of TLS."""
     of_tls = isinstance(error.__cause__, ssl.SSLError) and not isinstance(error.__cause__, ssl.SSLEOFError)
     return isinstance(error, ConnectionLost) and not of_tls
 
 
 def _introduce(channel: Channel, access: Access, timeout: float) -> None:
+    """The messages of the client. Raises SourceRefused, or PeerError for a peer that breaks off or does not greet."""
     ours = challenge()
     with contextlib.suppress(ConnectionLost):  # a server that has closed it already may have said why
         channel.send(Hello(challenge=ours), timeout)
     answer = channel.receive(Deadline(timeout))
+
     if isinstance(answer, Challenge):
         if access.token is None:
             raise SourceRefused("it wants a token: set TOKEN_FILE")
@@ -97,20 +107,24 @@ def _introduce(channel: Channel, access: Access, timeout: float) -> None:
         channel.authenticate(proofs.frame_key)
     elif isinstance(answer, Welcome) and access.token is not None:
         raise SourceRefused("it has no token, and weights are not taken from just anybody: set TOKEN_FILE there too")
+
     _require_welcome(answer)
 
 
 def _require_welcome(answer: Message) -> None:
     if isinstance(answer, Refuse):
-        differences = "; ".join(str(difference.flipped()) for difference in answer.differences)
-        raise SourceRefused(one_line(f"it refused: {answer.reason}{': ' if differences else ''}{differences}"))
+        raise refused(answer)
     assert isinstance(answer, Welcome)
     if answer.protocol != PROTOCOL_VERSION:
         raise SourceRefused(f"it speaks protocol {answer.protocol}: expected {PROTOCOL_VERSION}")
 
 
 def welcome(channel: Channel, access: Access, timeout: float) -> None:
-    """The server's side. Raises Unauthorized, or another PeerError for a peer that breaks off or does not greet."""
+    """The server's side of `greet`. The channel stays the caller's, whatever happens.
+
+    Raises Unauthorized for a peer that does not prove that it may talk to this process, and another PeerError for one
+    that breaks off or does not greet within `timeout` seconds.
+    """
     if access.server_tls is not None:
         try:
             channel.secure(access.server_tls, timeout)
@@ -118,6 +132,7 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
             if _just_closed(error):
                 raise  # it went away, as health checks do
             raise Unauthorized(f"no TLS with a certificate of our authority: {error}") from error
+
     deadline = Deadline(timeout)
     hello = _first_message(channel, deadline)
     assert isinstance(hello, Hello)
@@ -125,25 +140,35 @@ def welcome(channel: Channel, access: Access, timeout: float) -> None:
         difference = Difference("protocol", str(PROTOCOL_VERSION), str(hello.protocol))
         channel.send(Refuse("the protocol versions differ", (difference,)), timeout)
         raise ProtocolError(f"the protocol versions differ: {difference}")
+
     if access.token is None:
         channel.send(Welcome(), timeout)
-        return
+    else:
+        _require_proof(channel, access.token, hello, deadline, timeout)
+
+
+def _require_proof(channel: Channel, token: bytes, hello: Hello, deadline: Deadline, timeout: float) -> None:
+    """Goes on with authenticated frames. Raises Unauthorized."""
     ours = challenge()
-    proofs = Proofs(access.token, hello.challenge, ours)
+    proofs = Proofs(token, hello.challenge, ours)
     channel.send(Challenge(ours), timeout)
     try:
         prove = channel.receive(deadline)
     except ConnectionLost as error:
         raise Unauthorized("it does not show that it knows the token") from error
+
     assert isinstance(prove, Prove)
     if not hmac.compare_digest(prove.proof, proofs.client):
         channel.send(Refuse("the token is not the one of this server"), timeout)
         raise Unauthorized("it has another token")
+
+    # The Welcome still travels without a tag; the client checks the proof in it before it trusts any.
     channel.send(Welcome(proof=proofs.server), timeout)
     channel.authenticate(proofs.frame_key)
 
 
 def _first_message(channel: Channel, deadline: Deadline) -> Message:
+    """What the peer says first. One that speaks another protocol is told so in that one."""
     try:
         return channel.receive(deadline)
     except ForeignProtocol as error:
