@@ -1,10 +1,12 @@
-"""A TCP proxy in front of a server that does damage: at a chosen byte, a chosen thing goes wrong.
+"""A TCP proxy in front of a server, which passes everything on until something goes wrong at a chosen byte.
 
     with Proxy(server, Fault(Stream.PAYLOAD, at=5000, effect=kill)) as proxy:
         fetch(tensors, transports, proxy.endpoint)
 
-Bytes are counted from 0 in a `Stream`. An effect comes when `at` bytes have passed and the next one is there. One
-thread runs all connections of a proxy; `close`, or the end of `with`, ends it and gives up every socket.
+Bytes are counted from 0 in a `Stream`. An effect happens when `at` bytes have passed and the next one has arrived. One
+thread runs all connections of a proxy. `close`, or the end of the `with` block, ends it and closes every socket.
+
+A subclass that overrides `passing` sees every piece, and decides what goes on in its place.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -29,7 +33,7 @@ _BEGINNING = 1024
 
 
 class Stream(enum.Enum):
-    """What is counted: each connection's own bytes, apart from the weights, or the weights on all connections."""
+    """Which bytes are counted together: those of one connection in one direction, or the weights on all connections."""
 
     TO_SERVER = "what a client says"
     TO_CLIENT = "what a server says"
@@ -37,14 +41,15 @@ class Stream(enum.Enum):
 
 
 Effect = Callable[["Direction", bytearray], Awaitable[None]]
-"""Told where it happens and the bytes that come next, which it may change."""
+"""What goes wrong. It is called with the place where it happens and the bytes that come next, which it may change."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """What goes wrong, once: at the byte `at` of `stream`, of the given connection or of the first that gets there.
+    """Something that goes wrong once, at the byte `at` of `stream`.
 
-    Connection 0 is the control connection of the first session; data connections follow.
+    It happens on the connection of the given number, or on the first one that gets there. Connections are numbered as
+    they come: 0 is the control connection of the first session, and its data connections follow.
     """
 
     stream: Stream
@@ -54,19 +59,34 @@ class Fault:
 
 
 class Proxy:
-    """Takes connections to `endpoint` to `target`. With `delay`, every piece of bytes waits so many seconds."""
+    """Passes connections to `endpoint` on to `target`.
 
-    def __init__(self, target: Endpoint, *faults: Fault, delay: float = 0.0) -> None:
+    With `others`, the servers take turns: each connection goes to the next one. Every piece waits for `delay` seconds.
+    With `source_host`, the server sees connections come from that address. Without `payload_apart`, everything that a
+    server sends on a connection counts as TO_CLIENT, as it does under TLS, where weights cannot be told from messages.
+    """
+
+    def __init__(
+        self,
+        target: Endpoint,
+        *faults: Fault,
+        others: Sequence[Endpoint] = (),
+        delay: float = 0.0,
+        source_host: str | None = None,
+        payload_apart: bool = True,
+    ) -> None:
         self.delay = delay
+        self.source_host = source_host
+        self.payload_apart = payload_apart
         self.connections = 0
         self.silent = False
         """Nothing passes any more, and all connections stay open."""
         self.passed: Counter[tuple[Stream, int]] = Counter()
         """Bytes that went on, by stream and connection; those of all PAYLOAD under connection 0."""
         self.payload_lock = asyncio.Lock()
-        self._target = target
+        self._targets = itertools.cycle((target, *others))
         self._faults = list(faults)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._listener.setblocking(False)
         self.endpoint = Endpoint("127.0.0.1", self._listener.getsockname()[1])
         self._links: dict[asyncio.Task[None], _Link] = {}
@@ -91,6 +111,14 @@ class Proxy:
     def struck(self) -> bool:
         """Whether every fault has happened."""
         return not self._faults
+
+    def passing(self, connection: int, stream: Stream, piece: bytes) -> bytes:
+        """Is called with every piece, in order, and returns what goes on in its place. For subclasses."""
+        return piece
+
+    def wait_for_ends(self) -> None:
+        """Returns when both sides of every connection have ended it."""
+        wait_until(lambda: not self._links)
 
     def close(self) -> None:
         """Ends every connection. Idempotent."""
@@ -138,7 +166,7 @@ class Proxy:
                 client, _ = await self._loop.sock_accept(self._listener)
                 link = _Link(self, self.connections, client)
                 self.connections += 1
-                task = asyncio.create_task(link.run(self._target))
+                task = asyncio.create_task(link.run(next(self._targets)))
                 self._links[task] = link
                 task.add_done_callback(self._links.pop)
 
@@ -157,12 +185,18 @@ class _Link:
     attached: bool = False
     """Whether the client has said Attach and the server has answered, so that weights follow."""
     attaching: bool = False
+    rate: float | None = None
+    """Bytes per second, if they are limited."""
+    ends_at: float | None = None
+    """When the connection ends by itself, if it does, on the clock of the event loop."""
 
     async def run(self, target: Endpoint) -> None:
         for sock in (self.client, self.server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            if self.proxy.source_host is not None:
+                self.server.bind((self.proxy.source_host, 0))
             await asyncio.get_running_loop().sock_connect(self.server, target)
             async with asyncio.TaskGroup() as group:
                 group.create_task(Direction(self, self.client, self.server, Stream.TO_SERVER).run())
@@ -197,11 +231,16 @@ class Direction:
     async def run(self) -> None:
         loop, proxy = asyncio.get_running_loop(), self.link.proxy
         while data := await loop.sock_recv(self._source, _RECEIVE_BYTES):
-            if proxy.delay:
-                await asyncio.sleep(proxy.delay)
-            if self._stream is Stream.TO_SERVER and len(self._beginning) < _BEGINNING:
+            data = proxy.passing(self.link.number, self._stream, data)
+            if proxy.delay or self.link.rate is not None:
+                await asyncio.sleep(proxy.delay + (len(data) / self.link.rate if self.link.rate is not None else 0.0))
+            if self.link.ends_at is not None and loop.time() > self.link.ends_at:
+                raise _Ended
+
+            if proxy.payload_apart and self._stream is Stream.TO_SERVER and len(self._beginning) < _BEGINNING:
                 self._beginning += data
                 self.link.attaching = b"Attach" in self._beginning
+
             if self._stream is Stream.TO_CLIENT and self.link.attached:
                 async with proxy.payload_lock:  # so that effects come at the very byte
                     await self._pass(bytearray(data), Stream.PAYLOAD, 0)
@@ -298,6 +337,16 @@ async def kill(direction: Direction, _: bytearray) -> None:
     """The process ends."""
     direction.link.proxy.end_all()
     raise _Ended
+
+
+def throttle(rate: float, seconds: float) -> Effect:
+    """From now on this connection passes `rate` bytes per second in each direction, and ends after `seconds`."""
+
+    async def effect(direction: Direction, _: bytearray) -> None:
+        direction.link.rate = rate
+        direction.link.ends_at = asyncio.get_running_loop().time() + seconds
+
+    return effect
 
 
 def hold(begun: threading.Event, end: threading.Event) -> Effect:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
-import threading
 from pathlib import Path
 
 import pytest
 
+from support.proxy import Fault, Proxy, Stream, kill
 from support.vllm.loaders import Load
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 
 def test_raw_bytes_exist_once(smollm2: str, load: Load) -> None:
@@ -17,59 +19,24 @@ def test_raw_bytes_exist_once(smollm2: str, load: Load) -> None:
     assert server.result["private_bytes"] < 0.05 * server.result["parameter_bytes"] + (8 << 20)
 
 
-class Relay:
-    """A TCP proxy in front of a server that cuts every connection once `limit` bytes have come back through it."""
-
-    def __init__(self, target: str, limit: int) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._left = limit
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = []
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
-            except OSError:
-                return
-            self._sockets += [client, server]
-            threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
-
-    def _pump(self, source: socket.socket, destination: socket.socket, counted: bool) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                destination.sendall(data)
-                self._left -= len(data) if counted else 0
-                if self._left < 0:
-                    self.close()
-        except OSError:
-            self.close()
-
-    def close(self) -> None:
-        self._listener.close()
-        for each in self._sockets:
-            try:
-                each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-
 def test_whatever_fails_the_instance_starts_from_disk(untied: str, fine_tune: str, load: Load, tmp_path: Path) -> None:
     """Each of these sources fails in its own way; one start tries them all and loads from disk in the end."""
     server, other = load(untied), load(fine_tune)
     server.finish_loading()
-    cut = Relay(server.address, limit=server.result["parameter_bytes"] // 2)
-    with socket.create_server(("127.0.0.1", 0)) as unbound, socket.create_server(("127.0.0.1", 0)) as mute:
+    half = Fault(Stream.PAYLOAD, server.result["parameter_bytes"] // 2, kill)
+    with contextlib.ExitStack() as scope:
+        cut = scope.enter_context(Proxy(Endpoint.parse(server.address), half))
+        unbound = scope.enter_context(socket.create_server(("127.0.0.1", 0)))
+        mute = scope.enter_context(socket.create_server(("127.0.0.1", 0)))
         closed = f"127.0.0.1:{unbound.getsockname()[1]}"
         unbound.close()
         silent = f"127.0.0.1:{mute.getsockname()[1]}"
         other.finish_loading()
-        extra = {"SOURCE": [closed, silent, other.address, cut.address], "CONNECT_TIMEOUT": 5, "TRANSPORT": ["tcp"]}
+        extra = {
+            "SOURCE": [closed, silent, other.address, str(cut.endpoint)],
+            "CONNECT_TIMEOUT": 5,
+            "TRANSPORT": ["tcp"],
+        }
         fallen_back, stopped = load(untied, extra), load(untied, {**extra, "FALLBACK": "error"})
         digests = fallen_back.finish_loading().digests
         error = stopped.fails_with()
@@ -80,7 +47,7 @@ def test_whatever_fails_the_instance_starts_from_disk(untied: str, fine_tune: st
     assert "no connection" in reasons[closed]
     assert "it did not greet: the peer was silent" in reasons[silent]
     assert "fingerprint" in reasons[other.address]
-    assert cut.address in reasons
+    assert str(cut.endpoint) in reasons
     assert fallen_back.log_text().count("no source delivered the weights, loading from disk") == 1
     assert error.startswith("SourcesExhausted")
     assert "fingerprint" in error

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from support.proxy import Proxy
 from support.sources import SMALL, fetch, serving
 from support.strangers import Impostor, answering
 from support.wait import wait_until
@@ -85,50 +85,10 @@ def test_a_referral_without_a_host_means_the_address_that_was_reached() -> None:
             assert fetched.source == elsewhere
 
 
-class VirtualAddress:
-    """One address before several servers: each connection goes to the next of them."""
-
-    def __init__(self, *servers: Endpoint) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("127.0.0.1", self._listener.getsockname()[1])
-        self._servers = itertools.cycle(servers)
-        self._sockets: list[socket.socket] = []
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> VirtualAddress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
-        self._thread.join()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                ours = self._listener.accept()[0]
-                theirs = socket.create_connection(next(self._servers))
-                self._sockets += [ours, theirs]
-                for source, sink in ((ours, theirs), (theirs, ours)):
-                    threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _pass(source: socket.socket, sink: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-
-
 def test_behind_one_address_of_several_servers_the_cause_is_named() -> None:
     with fleet() as servers, serving(SMALL, TCP) as (_, single):
         backends = [Endpoint(host, servers[0].port) for host in HOSTS]
-        with VirtualAddress(*backends) as virtual:
+        with Proxy(backends[0], others=backends[1:]) as virtual:
             with pytest.raises(SourcesExhausted) as error:
                 fetch(SMALL, TCP, virtual.endpoint)
             assert all(

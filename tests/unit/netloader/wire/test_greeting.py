@@ -12,14 +12,15 @@ import secrets
 import socket
 import ssl
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import pytest
 
 from support.certificates import Authority
 from support.clock import Clock
+from support.proxy import Proxy, Stream
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
@@ -68,67 +69,35 @@ MODEL = [field.encode() for field in (IDENTITY.name, IDENTITY.architecture, IDEN
 WEIGHTS = SMALL.by_name["w0"].numpy().tobytes()[:32]
 
 
-class Relay:
-    """Passes connections on to `target`, as a client on `host`, and records what goes either way.
-
-    `alter` is given every piece with the role of whoever sent it.
-    """
+class Relay(Proxy):
+    """A proxy that records what goes either way. `alter` is given every piece with its direction."""
 
     def __init__(
-        self, target: Endpoint, host: str = "127.0.0.1", alter: Callable[[Role, bytes], bytes] = lambda _, piece: piece
+        self,
+        target: Endpoint,
+        host: str = "127.0.0.1",
+        alter: Callable[[Stream, bytes], bytes] = lambda _, piece: piece,
     ) -> None:
-        self._target, self._host, self._alter = target, host, alter
-        self._threads: list[threading.Thread] = []
-        self._sockets: list[socket.socket] = []
-        self.said: dict[Role, list[bytearray]] = {role: [] for role in Role}
-        """By role, and for each connection."""
-
-    def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("127.0.0.1", self._listener.getsockname()[1])
-        self._start(self._accept)
-        return self
+        super().__init__(target, source_host=host)
+        self._alter = alter
+        self._records: defaultdict[tuple[Stream, int], bytearray] = defaultdict(bytearray)
 
     def __exit__(self, *_: object) -> None:
-        """All that has been said is recorded then."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:  # of which the first may start others until it has ended
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
-        for sock in (self._listener, *self._sockets):
-            sock.close()
+        """When this returns, everything that was said is recorded."""
+        self.wait_for_ends()
+        self.close()
+
+    def passing(self, connection: int, stream: Stream, piece: bytes) -> bytes:
+        self._records[stream, connection] += piece
+        return self._alter(stream, piece)
+
+    def said(self, stream: Stream) -> list[bytearray]:
+        """What each connection has carried in that direction."""
+        return [self._records[stream, connection] for connection in range(self.connections)]
 
     @property
     def overheard(self) -> bytes:
-        return b"".join(b"".join(connections) for connections in self.said.values())
-
-    def _start(self, target: Callable[..., None], *arguments: object) -> None:
-        thread = threading.Thread(target=target, args=arguments)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(self._target, PATIENCE, source_address=(self._host, 0))
-            for sock in (client, server):
-                sock.settimeout(PATIENCE)
-                self._sockets.append(sock)
-            self._start(self._pass_on, Role.CLIENT, client, server)
-            self._start(self._pass_on, Role.SERVER, server, client)
-
-    def _pass_on(self, role: Role, source: socket.socket, target: socket.socket) -> None:
-        record = bytearray()
-        self.said[role].append(record)
-        with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
-                record += piece
-                target.sendall(self._alter(role, piece))
-        with contextlib.suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
+        return b"".join(self._records.values())
 
 
 @pytest.fixture(scope="session")
@@ -227,8 +196,8 @@ def test_every_connection_has_challenges_and_a_key_of_its_own() -> None:
     with serving(SMALL, MEMORY, access=KNOWS) as (_, source), Relay(source) as relay:
         for _ in range(2):
             inquire(relay.endpoint, SHORT.connect, KNOWS)
-    for role in Role:
-        first, second = relay.said[role]
+    for stream in (Stream.TO_SERVER, Stream.TO_CLIENT):
+        first, second = relay.said(stream)
         assert len(first) == len(second)
         assert first != second
         assert first[-16:] != second[-16:]  # the tag of the same last message
@@ -376,7 +345,7 @@ def test_a_proof_that_somebody_overheard_is_worth_nothing(caplog: pytest.LogCapt
     with serving(SMALL, MEMORY, access=KNOWS) as (server, source):
         with Relay(source) as relay:
             inquire(relay.endpoint, SHORT.connect, KNOWS)
-        (said,) = relay.said[Role.CLIENT]
+        (said,) = relay.said(Stream.TO_SERVER)
         with socket.create_connection(source, PATIENCE) as replay:
             replay.sendall(said)
             answers = bytearray()
@@ -393,28 +362,31 @@ def test_a_proof_that_somebody_overheard_is_worth_nothing(caplog: pytest.LogCapt
 def test_what_a_server_said_earlier_is_worth_nothing_to_an_impostor() -> None:
     with serving(SMALL, MEMORY, access=KNOWS) as (_, source), Relay(source) as relay:
         inquire(relay.endpoint, SHORT.connect, KNOWS)
-    (said,) = relay.said[Role.SERVER]
+    (said,) = relay.said(Stream.TO_CLIENT)
     with impostor(lambda channel: channel.socket.sendall(said)) as (source, heard):
         assert refusal(source, KNOWS) == "it does not know the token: compare TOKEN_FILE on both sides"
     assert [type(message) for message in heard] == [Hello]
 
 
-def renaming(role: Role) -> Callable[[Role, bytes], bytes]:
-    """Changes the model that `role` speaks of, and nothing else."""
+def renaming(altered: Stream) -> Callable[[Stream, bytes], bytes]:
+    """Changes the name of the model in one direction, and nothing else."""
     other = MODEL[0][:-1] + b"?"
-    return lambda sender, piece: piece.replace(MODEL[0], other) if sender is role else piece
+    return lambda stream, piece: piece.replace(MODEL[0], other) if stream is altered else piece
 
 
 @pytest.mark.parametrize("access", [KNOWS, OPEN], ids=["token", "no token"])
 def test_a_status_that_is_altered_on_the_way_is_noticed(access: Access) -> None:
-    with serving(SMALL, MEMORY, access=access) as (_, source), Relay(source, alter=renaming(Role.SERVER)) as relay:
+    with serving(SMALL, MEMORY, access=access) as (_, source), Relay(source, alter=renaming(Stream.TO_CLIENT)) as relay:
         with pytest.raises(SourceFailed, match="a frame of the server was altered on the way or is not its own"):
             inquire(relay.endpoint, SHORT.connect, access)
 
 
 @pytest.mark.parametrize("access", [KNOWS, OPEN], ids=["token", "no token"])
 def test_a_join_that_is_altered_on_the_way_is_noticed(caplog: pytest.LogCaptureFixture, access: Access) -> None:
-    with serving(SMALL, MEMORY, access=access) as (server, source), Relay(source, alter=renaming(Role.CLIENT)) as relay:
+    with (
+        serving(SMALL, MEMORY, access=access) as (server, source),
+        Relay(source, alter=renaming(Stream.TO_SERVER)) as relay,
+    ):
         with pytest.raises(SourcesExhausted):
             fetch(SMALL, MEMORY, relay.endpoint, access=access)
         settled(server)
@@ -578,8 +550,8 @@ def test_under_tls_what_is_altered_on_the_way_is_noticed(certified: Certified) -
         def __init__(self) -> None:
             self.armed = False
 
-        def __call__(self, role: Role, piece: bytes) -> bytes:
-            if not self.armed or role is Role.CLIENT:
+        def __call__(self, stream: Stream, piece: bytes) -> bytes:
+            if not self.armed or stream is Stream.TO_SERVER:
                 return piece
             return piece[:-1] + bytes([piece[-1] ^ 1])
 
@@ -646,7 +618,7 @@ def test_whoever_is_not_listened_to_is_told_nothing() -> None:
         with Relay(source) as relay:
             with pytest.raises(SourceUnreachable):
                 inquire(relay.endpoint, SHORT.connect, KNOWS)
-    assert [bytes(said) for said in relay.said[Role.SERVER]] == [b""]
+    assert [bytes(said) for said in relay.said(Stream.TO_CLIENT)] == [b""]
 
 
 @failures
