@@ -57,7 +57,8 @@ from benchmarks.many_clients import (
 )
 from benchmarks.weight_phase import GIGABYTE, condition_memory
 from tools.soak import make_certificate
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, PIECE_BYTES, start
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.arena import Arena

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,27 @@ from support.sources import IDENTITY, Tensors
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
-from vllm_ascend.model_loader.netloader.transport.base import Transport
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.transport.sender import Sender
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+
+
+class StuckTransport(InProcessTransport):
+    """Whose sessions do not end before `go` is set, by a fault of the server's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
+        sender = super().sender(store, timeouts, pacer)
+        sender.run = self.go.wait  # type: ignore[method-assign, assignment]
+        return sender
+
 
 TRANSPORTS: tuple[Transport, ...] = (InProcessTransport(),)
 

@@ -17,8 +17,9 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.views import DTYPES, manifest_of
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore

@@ -569,5 +569,4 @@ def netloader_threads() -> list[str]:
 
 def is_idle(server: WeightServer) -> bool:
     """Whether nothing is left of any peer."""
-    left = server.acceptor.connections or server._sessions or server._turns._taken or server._turns.waiting
-    return not left and netloader_threads() == ["netloader-accept"]
+    return server.state().is_idle and netloader_threads() == ["netloader-accept"]

@@ -66,8 +66,9 @@ from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourcesExhausted
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore

@@ -55,7 +55,8 @@ from vllm_ascend.model_loader.netloader.model import attributes
 from vllm_ascend.model_loader.netloader.model.live import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import ModelWeights, weights_of
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases, write_whole
-from vllm_ascend.model_loader.netloader.server.server import Peer, WeightServer
+from vllm_ascend.model_loader.netloader.server.answers import Peer
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.transport.registry import transports

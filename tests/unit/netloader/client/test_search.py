@@ -20,8 +20,8 @@ from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, 
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
-from vllm_ascend.model_loader.netloader.server.server import Peer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.answers import Peer
+from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.transport import delivery, digests, rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from support.engines import TRANSPORTS, Engine, close_listeners, identity
+from support.engines import TRANSPORTS, Engine, StuckTransport, close_listeners, identity
 from support.sources import SMALL, fetch
+from support.strangers import Intruder
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.engine.weight_changes import watch
@@ -119,28 +121,18 @@ def test_weights_that_become_others_are_not_served_any_more(
 def test_weights_that_are_still_being_read_are_not_touched(
     change: Callable[[Worker], object], worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (server_of_worker,) = serving.servers_of(worker.vllm_config.compilation_config)
-    settings = server_of_worker._settings
-    server_of_worker.configure(replace(settings, timeouts=replace(settings.timeouts, stall=0.0)))
+    stuck = StuckTransport()
     monkeypatch.setattr(server, "END_SECONDS", 0.05)
-    monkeypatch.setitem(server_of_worker._sessions, b"of a fault of this process", StuckSession())
-    with pytest.raises(TimeoutError, match="still being read"):
-        change(worker)
-    monkeypatch.undo()
+    (served_by,) = serving.servers_of(worker.vllm_config.compilation_config)
+    timeouts = replace(served_by.settings.timeouts, stall=0.2)
+    served_by.configure(replace(served_by.settings, transports=(stuck,), timeouts=timeouts))
+    with Intruder(worker._source).greet().join("in_process"):
+        wait_until(lambda: len(served_by.state().sessions) == 1)
+        with pytest.raises(TimeoutError, match="still being read"):
+            change(worker)
+        stuck.go.set()
     assert worker.heard == UNTOUCHED
     assert heard(worker._source) == ""
-
-
-class StuckSession:
-    """One that does not end."""
-
-    id = b"of a fault of this process"
-    peer = Endpoint("10.0.0.2", 4711)
-    publication = None
-    channel = SimpleNamespace(shut_down=lambda: None)
-
-    def end(self, reason: str) -> None:
-        return
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from support.strangers import Intruder, is_idle, many_hosts
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.server import acceptor, descriptors
+from vllm_ascend.model_loader.netloader.server import descriptors, listener
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.messages import Attach
@@ -101,10 +101,10 @@ def test_strangers_never_bring_the_process_to_its_limit() -> None:
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as strangers:
                 assert strangers.stdout is not None
                 assert strangers.stdout.readline() == b"here\n"
-                wait_until(lambda: len(server.acceptor.connections) >= descriptors.of_peers.limit)
+                wait_until(lambda: server.state().connections >= descriptors.of_peers.limit)
                 time.sleep(0.2)  # for those that were still to be accepted
                 engine = [os.open(os.devnull, os.O_RDONLY) for _ in range(30)]
-                assert len(server.acceptor.connections) <= descriptors.of_peers.limit
+                assert server.state().connections <= descriptors.of_peers.limit
                 strangers.communicate()
             for number in engine:
                 os.close(number)
@@ -121,7 +121,7 @@ def test_where_the_engine_has_taken_most_nobody_else_gets_the_rest(opened: conte
             lines = knock(source, opened, 20)
             refused = lines[-1].hear()["reason"]
             assert refused == "no room: this process may have no more open files (RLIMIT_NOFILE)"
-            assert 0 < len(server.acceptor.connections) < 12
+            assert 0 < server.state().connections < 12
             opened.close()
             wait_until(lambda: is_idle(server))
         _, fetched = fetch(SMALL, TCP, source)
@@ -155,7 +155,7 @@ def test_a_session_takes_no_more_than_its_transport_says(name: str, opened: cont
 def test_an_error_does_not_end_the_accepting_thread(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    channel, failures = acceptor.Channel, iter([MemoryError("none left"), RuntimeError("unforeseen")])
+    channel, failures = listener.Channel, iter([MemoryError("none left"), RuntimeError("unforeseen")])
 
     def failing(*arguments: object) -> object:
         for failure in failures:
@@ -163,7 +163,7 @@ def test_an_error_does_not_end_the_accepting_thread(
         return channel(*arguments)  # type: ignore[arg-type]
 
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
-        monkeypatch.setattr(acceptor, "Channel", failing)
+        monkeypatch.setattr(listener, "Channel", failing)
         for _ in range(2):
             with Intruder(source) as line:
                 line.hear_out()

@@ -164,7 +164,7 @@ def test_no_client_keeps_its_session_alive(
     with serving(tensors, ALL, timeouts=TIMEOUTS, access=access) as (server, source):
         set_buffers_of(server, 4096 if cling is asks_for_digests_and_reads_none else 1 << 20)
         cling(Clinging(source, access, opened))
-        wait_until(lambda: len(server._sessions) == 1)
+        wait_until(lambda: len(server.state().sessions) == 1)
         set_buffers_of(server, 1 << 20)
         server.suspend("it sleeps")
         assert inquire(source, 60, access).sessions == 0
@@ -176,8 +176,8 @@ def test_no_client_keeps_its_session_alive(
 
 def set_buffers_of(server: WeightServer, nbytes: int) -> None:
     """Of connections from now on, which inherit them."""
-    assert server.acceptor.listener is not None
-    set_buffers(server.acceptor.listener.socket, nbytes)
+    assert server.listener.bound is not None
+    set_buffers(server.listener.bound.socket, nbytes)
 
 
 def assert_serves(source: Endpoint, access: Access) -> None:

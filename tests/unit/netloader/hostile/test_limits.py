@@ -328,7 +328,7 @@ def test_a_client_that_is_killed_leaves_nothing_and_its_server_goes_on(
             wait_until(lambda: is_idle(server))
             wait_until(lambda: not arenas & {inode for _, inode in open_arenas()})
         assert any("went away" in record.getMessage() for record in caplog.records)
-        server.configure(replace(server._settings, max_bandwidth=None))
+        server.configure(replace(server.settings, max_bandwidth=None))
         fetched = fetch(tensors, tcp, source, timeouts=PATIENT)[1]
         tensors.assert_in(fetched.memory)
         fetched.memory.close()

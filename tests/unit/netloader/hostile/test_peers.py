@@ -31,11 +31,11 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.server import acceptor, peer_log
+from vllm_ascend.model_loader.netloader.server import listener, peer_log
 from vllm_ascend.model_loader.netloader.server import session as server_session
 from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
-from vllm_ascend.model_loader.netloader.server.server import MAX_INQUIRIES
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
@@ -110,9 +110,9 @@ def in_session(source: Endpoint, host: str) -> Intruder:
 
 CONNECTIONS = 64
 FLOODS = {
-    "that say nothing": (Intruder, CONNECTIONS // acceptor.STRANGERS_SHARE),
-    "that greet": (greeted, CONNECTIONS // acceptor.STRANGERS_SHARE),
-    "that take weights": (in_session, CONNECTIONS // acceptor.HOST_SHARE),
+    "that say nothing": (Intruder, CONNECTIONS // listener.STRANGERS_SHARE),
+    "that greet": (greeted, CONNECTIONS // listener.STRANGERS_SHARE),
+    "that take weights": (in_session, CONNECTIONS // listener.HOST_SHARE),
 }
 
 
@@ -123,17 +123,17 @@ def test_a_flood_of_connections_from_one_address(
     opened: contextlib.ExitStack,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert limit < CONNECTIONS < acceptor.MAX_CONNECTIONS
-    monkeypatch.setattr(acceptor, "MAX_CONNECTIONS", CONNECTIONS)
+    assert limit < CONNECTIONS < listener.MAX_CONNECTIONS
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", CONNECTIONS)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=limit + 1) as (server, source):
         for _ in range(limit):
             opened.enter_context(open_one(source, "127.0.0.3"))
-        wait_until(lambda: len(server.acceptor.connections) == limit)
+        wait_until(lambda: server.state().connections == limit)
         for _ in range(50):
             with Intruder(source) as beyond:
                 assert "no room" in beyond.hear()["reason"]
                 beyond.hear_out()
-        assert len(server.acceptor.connections) == limit
+        assert server.state().connections == limit
         assert_serves(source)
         opened.close()
         wait_until(lambda: is_idle(server))
@@ -149,7 +149,7 @@ def test_a_flood_of_connections_from_many_addresses_leaves_the_server_and_those_
     opened: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts, limit = many_hosts(), 100
-    monkeypatch.setattr(acceptor, "MAX_CONNECTIONS", limit)
+    monkeypatch.setattr(listener, "MAX_CONNECTIONS", limit)
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
         inside = opened.enter_context(Intruder(source, "127.0.0.2").greet())
         session = inside.accepted()
@@ -157,7 +157,7 @@ def test_a_flood_of_connections_from_many_addresses_leaves_the_server_and_those_
         flood = opened.enter_context(contextlib.ExitStack())
         for _ in range(limit - 2):
             flood.enter_context(Intruder(source, next(hosts)))
-        wait_until(lambda: len(server.acceptor.connections) == limit)
+        wait_until(lambda: server.state().connections == limit)
         with pytest.raises(SourcesExhausted):
             fetch(SMALL, TCP, source)
         assert len(data.say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)) == SMALL.manifest.nbytes
@@ -263,7 +263,7 @@ def test_those_who_fall_silent_delay_nobody_and_are_sent_away(
 ) -> None:
     with serving(LARGE, ALL, timeouts=Timeouts(3.0, 3.0), max_clients=32) as (server, source):
         silent = [fall_silent(source, opened) for fall_silent in SILENCES]
-        assert len(server.acceptor.connections) > len(silent)  # they are all still there
+        assert server.state().connections > len(silent)  # they are all still there
         assert_serves(source, LARGE)
         wait_until(lambda: is_idle(server))
         assert_serves(source, LARGE)
@@ -286,10 +286,10 @@ def test_one_who_waits_for_its_turn_and_is_gone_does_not_get_it(
         first = opened.enter_context(Intruder(source).greet())
         first.accepted()
         waiting = [Intruder(source).greet().join() for _ in range(20)]
-        wait_until(lambda: server._turns.waiting == 20)
+        wait_until(lambda: server.state().waiting == 20)
         for line in waiting:
             line.reset()
-        wait_until(lambda: server._turns.waiting == 0)
+        wait_until(lambda: server.state().waiting == 0)
         first.reset()
         assert_serves(source)
         wait_until(lambda: is_idle(server))
@@ -308,8 +308,8 @@ def test_a_message_that_comes_byte_by_byte_must_be_whole_in_time(
             if greet_first:
                 line.greet()
             line.send(b"\x00\x00\xff\xff")
-        wait_until(lambda: len(server.acceptor.connections) == len(lines))
-        while server.acceptor.connections:  # ends, though each byte comes well before any deadline
+        wait_until(lambda: server.state().connections == len(lines))
+        while server.state().connections:  # ends, though each byte comes well before any deadline
             for line in lines:
                 with contextlib.suppress(OSError):
                     line.send(b"\x00")
@@ -382,7 +382,7 @@ def test_a_client_that_is_slow_but_steady_is_not_taken_for_a_silent_one(opened: 
         for _ in range(128):  # which takes longer than the timeout, with progress all the time
             line.read(piece)
             time.sleep(0.02)
-        assert len(server._sessions) == 1
+        assert len(server.state().sessions) == 1
 
 
 def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
@@ -523,11 +523,12 @@ def test_a_session_has_a_limited_number_of_data_connections(opened: contextlib.E
         session = control.accepted()
         for _ in range(MAX_DATA_CONNECTIONS):
             opened.enter_context(Intruder(source).greet().attach(session))
-        wait_until(lambda: len(server._sessions[session].sender._channels) == MAX_DATA_CONNECTIONS)  # type: ignore
+        sender = server.sessions.all()[0].sender
+        wait_until(lambda: len(sender._channels) == MAX_DATA_CONNECTIONS)  # type: ignore
         for _ in range(20):
             with Intruder(source).greet() as beyond:
                 beyond.say(Attach(session), Fetch(0, 1)).hear_out()
-        wait_until(lambda: len(server.acceptor.connections) == 1 + MAX_DATA_CONNECTIONS)
+        wait_until(lambda: server.state().connections == 1 + MAX_DATA_CONNECTIONS)
         assert_serves(source)
 
 
@@ -597,7 +598,7 @@ def test_slow_ones_from_many_hosts_do_not_keep_the_next_host_waiting(
             line.accepted(tensors=LARGE)
         assert_serves(source, LARGE)
         assert held[0].hear() == {"type": "End", "reason": "it took next to nothing, and others wait for their turn"}
-        assert len(server._sessions) >= 7 - 1
+        assert len(server.state().sessions) >= 7 - 1
         opened.close()
         wait_until(lambda: is_idle(server))
 
@@ -612,8 +613,8 @@ def test_questions_for_digests_without_end_whose_answers_nobody_reads_end(
     opened: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(SMALL, TCP, timeouts=IMPATIENT) as (server, source):
-        assert server.acceptor.listener is not None
-        make_small(server.acceptor.listener.socket)  # which its connections inherit
+        assert server.listener.bound is not None
+        make_small(server.listener.bound.socket)  # which its connections inherit
         line = opened.enter_context(Intruder(source).greet())
         line.accepted()
         make_small(line.socket)
@@ -647,7 +648,7 @@ def test_who_asks_for_everything_and_reads_next_to_nothing_has_taken_nothing(ope
         assert [line.hear()["type"] for _ in range(2)] == ["Digests", "Confirm"]
         announce(source, "127.0.0.3", session)
         wait_until(lambda: is_idle(server))
-        assert server._replicas.referrals("target", 1) == ()
+        assert server.state().replicas["target"] == ()
 
 
 def announce(source: Endpoint, host: str, session: bytes, port: int = 19001) -> None:
@@ -667,11 +668,11 @@ def test_only_who_took_weights_can_announce_them_and_once(caplog: pytest.LogCapt
             session = line.accepted()
             line.say(Done()).hear()
         announce(source, "127.0.0.3", session)  # it was confirmed, and had taken nothing
-        assert server._replicas.referrals("target", 1) == ()
+        assert server.state().replicas["target"] == ()
         session = took(source, "127.0.0.3")
         announce(source, "127.0.0.3", session, 1)
         announce(source, "127.0.0.3", session, 2)
-        assert server._replicas.referrals("target", 1) == (":1",)
+        assert server.state().replicas["target"] == (":1",)
     assert_no_error_of_the_server(caplog)
 
 
@@ -813,5 +814,5 @@ def test_a_server_can_be_closed_while_a_client_is_silent(
     timeouts = Timeouts(connect=1.0, stall=1000.0)  # `close` would wait that long, and this test may not
     with serving(LARGE, ALL, timeouts=timeouts) as (server, source):
         arrive(source, opened)
-    assert not server.acceptor.connections
+    assert not server.state().connections
     assert_no_error_of_the_server(caplog)

@@ -20,9 +20,9 @@ from support.strangers import Intruder, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.server import waiting
+from vllm_ascend.model_loader.netloader.server import admission, waiting
+from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -61,17 +61,17 @@ def test_hundreds_that_wait_have_one_thread_and_the_order_is_made_once_for_a_cha
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=2) as (server, source):
         hold_turns(source, opened, 2)
         lines = queue(source, opened, 200)
-        wait_until(lambda: server._turns.waiting == 200)
+        wait_until(lambda: server.state().waiting == 200)
         wait_until(lambda: len(netloader_threads()) == 4)  # one accepts, two serve
-        wait_until(lambda: server._turns._order is not None)
-        made, arrange = list[int](), server._turns._arrange
-        monkeypatch.setattr(server._turns, "_arrange", lambda: (made.append(1), arrange())[1])
+        server.turns.in_order()  # is made now, if it was not
+        made, arrange = list[int](), admission.arrange
+        monkeypatch.setattr(admission, "arrange", lambda *turns: (made.append(1), arrange(*turns))[1])
         for _ in range(3):
             places = sorted(line.hear_kind(waiting.Wait)["ahead"] for line in lines)
         assert places == list(range(200))
         assert not made  # nothing has changed
         lines[0].reset()
-        wait_until(lambda: server._turns.waiting == 199)
+        wait_until(lambda: server.state().waiting == 199)
         for line in lines[1:]:
             while line.hear_kind(waiting.Wait)["ahead"] > 198:
                 pass
@@ -110,7 +110,7 @@ def test_turns_come_one_after_another(kind: str, opened: contextlib.ExitStack, c
         threads = [threading.Thread(target=take, daemon=True) for _ in range(8)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: server._turns.waiting == 8)
+        wait_until(lambda: server.state().waiting == 8)
         holder.close()
         for thread in threads:
             thread.join()
@@ -157,8 +157,10 @@ def test_whoever_waits_is_told_of_what_is_served_now(
 ) -> None:
     monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
-        roots = [server._publications["target"].store.root()]
-        assert server._turns.take("127.9.0.1") is not None  # for ever
+        store = SMALL.store()
+        roots = [store.root()]
+        server.publish(Publication(IDENTITY, RankCoordinates(), store))
+        assert server.turns.take("127.9.0.1") is not None  # for ever
         line = any_fingerprint(source, opened)
         heard = line.hear_kind(waiting.Wait)
         assert (heard["root"], heard["fingerprint"]) == (roots[0], IDENTITY.fingerprint)
@@ -191,14 +193,14 @@ def test_whoever_waits_for_what_there_is_no_more_hears_so_before_its_turn(
 ) -> None:
     monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
-        assert server._turns.take("127.9.0.1") is not None  # for ever
+        assert server.turns.take("127.9.0.1") is not None  # for ever
         (line,) = queue(source, opened, 1)
         line.hear_kind(waiting.Wait)
         change(server)
         while (heard := line.hear())["type"] == "Wait":
             pass
         assert (heard["type"], heard["reason"]) == ("Refuse", reason)
-        wait_until(lambda: not server._turns.waiting)
+        wait_until(lambda: not server.state().waiting)
 
 
 def test_whoever_waits_keeps_no_weights_that_were_replaced(
@@ -206,7 +208,7 @@ def test_whoever_waits_keeps_no_weights_that_were_replaced(
 ) -> None:
     monkeypatch.setattr(waiting, "WAIT_NOTICE", 0.05)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
-        assert server._turns.take("127.9.0.1") is not None  # for ever
+        assert server.turns.take("127.9.0.1") is not None  # for ever
         served = list[weakref.ref[Memory]]()
         for _ in range(3):
             store = OTHER_WEIGHTS.store(server.next_generation("target"))
@@ -214,7 +216,7 @@ def test_whoever_waits_keeps_no_weights_that_were_replaced(
             server.publish(Publication(RELOADED, RankCoordinates(), store))
             any_fingerprint(source, opened).hear_kind(waiting.Wait)
         wait_until(lambda: gc.collect() >= 0 and not any(memory() for memory in served[:-1]))
-        assert server._turns.waiting == 3
+        assert server.state().waiting == 3
 
 
 def speaks(line: Intruder) -> None:
@@ -233,7 +235,7 @@ def test_whoever_waits_has_nothing_to_say(act: object, opened: contextlib.ExitSt
         line.hear_kind(waiting.Wait)
         act(line)  # type: ignore[operator]
         line.hear_out()
-        wait_until(lambda: server._turns.waiting == 1)
+        wait_until(lambda: server.state().waiting == 1)
         other.hear_kind(waiting.Wait)
 
 
@@ -247,7 +249,7 @@ def test_whoever_waits_and_drips_is_sent_away(
         line.hear_kind(waiting.Wait)
         with contextlib.suppress(OSError):
             line.send(b"\x00\x00\xff\xff")
-            while server._turns.waiting:
+            while server.state().waiting:
                 line.send(b"\x00")
                 threading.Event().wait(0.03)
         wait_until(lambda: "ended the connection with" in caplog.text)
@@ -260,7 +262,7 @@ def test_whoever_waits_and_does_not_read_is_sent_away(
     monkeypatch.setattr(waiting, "_ROUND_SECONDS", 0.0)
     monkeypatch.setattr(rate, "RATE_SECONDS", 1000.0)  # whoever has the turn does not become slow
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
-        listener = server.acceptor.listener
+        listener = server.listener.bound
         assert listener is not None
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # which connections inherit
         hold_turns(source, opened, 1)
@@ -268,15 +270,15 @@ def test_whoever_waits_and_does_not_read_is_sent_away(
         line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         line.greet().join()
         wait_until(lambda: "it does not read that it has to wait" in caplog.text)
-        assert (server._turns.waiting, inquire(source, 60).sessions) == (0, 1)
+        assert (server.state().waiting, inquire(source, 60).sessions) == (0, 1)
 
 
 def test_a_server_is_closed_while_clients_wait(opened: contextlib.ExitStack) -> None:
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         lines = queue(source, opened, 20)
-        wait_until(lambda: server._turns.waiting == 20)
-    assert not server.acceptor.connections
+        wait_until(lambda: server.state().waiting == 20)
+    assert not server.state().connections
     for line in lines:
         line.hear_out()
     wait_until(lambda: not netloader_threads())
@@ -313,9 +315,9 @@ def test_an_error_among_those_who_wait_sends_them_away_and_not_the_next(
         (line,) = queue(source, opened, 1)
         line.hear_kind(waiting.Wait)
         with monkeypatch.context() as patch:
-            patch.setattr(server._turns, "in_order", lambda: None)
+            patch.setattr(server.turns, "in_order", lambda: None)
             line.hear_out()
-            wait_until(lambda: not server._turns.waiting)
+            wait_until(lambda: not server.state().waiting)
         (line,) = queue(source, opened, 1)
         line.hear_kind(waiting.Wait)
         opened.close()
@@ -327,7 +329,7 @@ def test_turns_of_a_server_that_is_configured_anew(opened: contextlib.ExitStack)
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
         line.hear_kind(waiting.Wait)
-        server.configure(replace(server._settings, max_clients=2))
+        server.configure(replace(server.settings, max_clients=2))
         while (heard := line.hear())["type"] == "Wait":
             pass
         assert heard["type"] == "Accept"

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.clock import Clock
+from vllm_ascend.model_loader.netloader.server import admission
 from vllm_ascend.model_loader.netloader.server.admission import (
     LEAST_CAPACITY,
     OVERCOMMITMENT,
@@ -295,8 +296,8 @@ def test_places_are_such_that_each_hosts_next_comes_before_anybodys_one_after_th
 
 def test_the_order_is_made_once_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
     turns, made = Turns(8), itertools.count()
-    arrange = turns._arrange
-    monkeypatch.setattr(turns, "_arrange", lambda: (next(made), arrange())[1])
+    arrange = admission.arrange
+    monkeypatch.setattr(admission, "arrange", lambda *turns: (next(made), arrange(*turns))[1])
     queue = [turns.queue(f"10.0.{n % 50}.1") for n in range(1000)]
     for _ in range(100):
         turns.grant()

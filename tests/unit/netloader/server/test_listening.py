@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vllm_ascend.model_loader.netloader.errors import ConfigError
-from vllm_ascend.model_loader.netloader.server.listening import Listener
+from vllm_ascend.model_loader.netloader.server.listening import ListeningSocket
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -34,7 +34,7 @@ def held(host: str, reuse_address: int, reuse_port: int, port: int) -> Iterator[
 
 def port_with_remains(host: str | None) -> int:
     """Of a listener that has ended a connection a moment ago, as a process before a restart has."""
-    listener = Listener(host, 0, 5)
+    listener = ListeningSocket(host, 0, 5)
     with socket.create_connection((host or "127.0.0.1", listener.port)) as client:
         connection, _ = listener.accept()
         connection.close()  # who closes first keeps the remains
@@ -63,14 +63,14 @@ def held_with_remains(wanted: str | None, host: str, reuse_address: int, reuse_p
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
 def test_a_port_is_had_at_once_and_clients_are_accepted(wanted: str | None) -> None:
-    listener = Listener(wanted, 0, 5)
+    listener = ListeningSocket(wanted, 0, 5)
     with contextlib.closing(listener), socket.create_connection((wanted or "127.0.0.1", listener.port)):
         connection, _ = listener.accept()
         connection.close()
 
 
 def test_all_addresses_are_those_of_ipv4_and_ipv6() -> None:
-    with contextlib.closing(Listener(None, 0, 5)) as listener:
+    with contextlib.closing(ListeningSocket(None, 0, 5)) as listener:
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, listener.port)).close()
 
@@ -87,7 +87,7 @@ def test_a_port_that_is_bound_and_not_listened_on_is_not_taken(
     wanted: str | None, holder: tuple[str, int, int]
 ) -> None:
     with held(*holder, port=0) as port, pytest.raises(OSError, match=f"{port} is bound by another socket"):
-        Listener(wanted, port, 5)
+        ListeningSocket(wanted, port, 5)
 
 
 @pytest.mark.parametrize(("wanted", "holder"), OVERLAPPING)
@@ -96,37 +96,37 @@ def test_it_is_not_taken_either_where_connections_to_it_have_just_ended(
 ) -> None:
     with held_with_remains(wanted, *holder) as port:
         with pytest.raises(OSError, match=f"{port} is bound by another socket"):
-            Listener(wanted, port, 5)
+            ListeningSocket(wanted, port, 5)
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
 def test_what_remains_of_connections_does_not_hinder_a_restart(wanted: str | None) -> None:
     port = port_with_remains(wanted)
     for _ in range(2):
-        listener = Listener(wanted, port, 5)
+        listener = ListeningSocket(wanted, port, 5)
         assert listener.port == port
         listener.close()
 
 
 def test_a_port_of_ipv4_is_free_for_ipv6() -> None:
     with held("0.0.0.0", 1, 0, port=0) as port:
-        Listener("::1", port, 5).close()
+        ListeningSocket("::1", port, 5).close()
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED.keys())
 def test_a_port_on_which_somebody_listens_is_not_taken(wanted: str | None) -> None:
-    with contextlib.closing(Listener(wanted, 0, 5)) as first:
+    with contextlib.closing(ListeningSocket(wanted, 0, 5)) as first:
         with pytest.raises(OSError, match="bound by another socket"):
-            Listener(wanted, first.port, 5)
+            ListeningSocket(wanted, first.port, 5)
         with socket.create_connection((wanted or "127.0.0.1", first.port)):
             connection, _ = first.accept()
         connection.close()
         with pytest.raises(OSError, match="bound by another socket"):
-            Listener(wanted, first.port, 5)
+            ListeningSocket(wanted, first.port, 5)
 
 
 def test_nobody_else_takes_the_port_of_a_listener() -> None:
-    with contextlib.closing(Listener("127.0.0.1", 0, 5)) as listener:
+    with contextlib.closing(ListeningSocket("127.0.0.1", 0, 5)) as listener:
         for options in itertools.product((0, 1), repeat=2):
             with pytest.raises(OSError, match="Address already in use"), held("127.0.0.1", *options, listener.port):
                 pass
@@ -143,7 +143,7 @@ WRONG_HOSTS = {
 @pytest.mark.parametrize(("host", "reason"), WRONG_HOSTS.items(), ids=WRONG_HOSTS.keys())
 def test_a_host_that_is_not_this_one_is_a_wrong_configuration(host: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        Listener(host, 0, 5)
+        ListeningSocket(host, 0, 5)
 
 
 @pytest.mark.parametrize("answer", [socket.EAI_AGAIN, None], ids=["not now", "never"])
@@ -161,7 +161,7 @@ def test_name_servers_that_do_not_answer_leave_an_instance_unserved(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(OSError, match="name server"):
-        Listener("node-3.example", 0, 5)
+        ListeningSocket("node-3.example", 0, 5)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up what lets it have every port")
@@ -171,6 +171,6 @@ def test_a_port_that_this_user_may_not_have_is_a_wrong_configuration() -> None:
     os.seteuid(65534)
     try:
         with pytest.raises(ConfigError, match=r"LISTEN_PORT: this user may not listen on 127\.0\.0\.1:1 "):
-            Listener("127.0.0.1", 1, 5)
+            ListeningSocket("127.0.0.1", 1, 5)
     finally:
         os.seteuid(0)

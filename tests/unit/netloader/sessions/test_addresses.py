@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from support.proxy import Proxy
-from support.sources import SMALL, fetch, serving
+from support.sources import IDENTITY, SMALL, fetch, serving
 from support.strangers import Impostor, answering
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import Refuse
 
@@ -50,8 +52,7 @@ def fleet() -> Iterator[list[WeightServer]]:
     """Two servers of the same weights on the same port of different addresses."""
     with serving(SMALL, TCP, host=HOSTS[0]) as (first, endpoint):
         with WeightServer(HOSTS[1], endpoint.port, Settings(TCP)) as second:
-            publication = first._publications["target"]
-            second.publish(Publication(publication.identity, publication.coordinates, SMALL.store()))
+            second.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store()))
             yield [first, second]
 
 
@@ -73,7 +74,7 @@ def test_an_announcement_goes_to_the_server_from_which_the_weights_came() -> Non
             _, fetched = fetch(SMALL, TCP, Endpoint(NAME, servers[0].port))
             announce(fetched.address, fetched.session, 19001, 5, Access())
             source = servers[HOSTS.index(fetched.address.host)]
-            wait_until(lambda source=source: bool(source._replicas.referrals("target", 1)))
+            wait_until(lambda source=source: bool(source.state().replicas["target"]))
 
 
 @pytest.mark.usefixtures("round_robin")
@@ -101,4 +102,4 @@ def test_behind_one_address_of_several_servers_the_cause_is_named() -> None:
         SMALL.assert_in(fetched.memory)
         assert client.attempts[0].source == str(virtual.endpoint)
         for server in servers:
-            wait_until(lambda server=server: not server._sessions)
+            wait_until(lambda server=server: not server.state().sessions)

@@ -23,8 +23,9 @@ from vllm_ascend.model_loader.netloader.client.route import TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport import delivery, digests
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
@@ -59,7 +60,7 @@ def take_everything(source: Endpoint) -> bytes:
 
 
 def referrals_of(server: WeightServer) -> tuple[str, ...]:
-    return server._replicas.referrals("target", 1)
+    return server.state().replicas["target"]
 
 
 @contextlib.contextmanager
@@ -188,7 +189,7 @@ def test_who_does_not_verify_follows_nobody() -> None:
             held.reset()
             fetched = result()
         assert (fetched.source, client.attempts) == (source, [])
-        assert not lying._replicas._taken
+        assert not lying.state().copies
 
 
 def test_a_root_that_is_not_known_yet_is_waited_for_before_anybody_is_named() -> None:
@@ -420,7 +421,7 @@ def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
         with fetching(client, first, second) as result:
             begun.wait()
             held.reset()
-            wait_until(lambda: is_idle(busy) or (not busy._sessions and not busy._turns.waiting))
+            wait_until(lambda: is_idle(busy) or (not busy.state().sessions and not busy.state().waiting))
             turn_came.set()
             fetched = result()
     assert (fetched.source, client.attempts) == (second, [])

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import torch
 
+from support.engines import StuckTransport
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, client_for, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader import cli
@@ -25,9 +26,11 @@ from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine import serving as process_serving
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourceRefused, SourcesExhausted, TransportError
-from vllm_ascend.model_loader.netloader.server.acceptor import MAX_CONNECTIONS, STRANGERS_SHARE
-from vllm_ascend.model_loader.netloader.server.server import Peer, Settings, WeightServer
-from vllm_ascend.model_loader.netloader.server.session import Publication
+from vllm_ascend.model_loader.netloader.server.answers import Peer
+from vllm_ascend.model_loader.netloader.server.listener import MAX_CONNECTIONS, STRANGERS_SHARE
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
@@ -245,7 +248,7 @@ def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() ->
         assert (transport.receptions, sum(moved)) == (1, SMALL.manifest.nbytes)
         SMALL.assert_in(fetched.memory)
 
-        wait_until(lambda: not server._sessions)
+        wait_until(lambda: not server.state().sessions)
         _, again = fetch(SMALL, MEMORY, unfit)
         assert again.attributes == ATTRIBUTES
     assert checked == [ATTRIBUTES, ATTRIBUTES, {}]
@@ -391,25 +394,12 @@ def _fetch_in_vain(tensors: Tensors, kind: str, source: Endpoint, progress: Call
         fetch(tensors, transports([kind]), source, progress=progress)
 
 
-class Stuck(InProcessTransport):
-    """Whose sessions do not end before `go`, by a fault of the server's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go = threading.Event()
-
-    def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        sender = super().sender(store, timeouts, pacer)
-        sender.run = self.go.wait  # type: ignore[method-assign, assignment]
-        return sender
-
-
 def test_what_cannot_be_suspended_is_served_as_before() -> None:
-    stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
+    stuck, timeouts = StuckTransport(), Timeouts(connect=5.0, stall=0.2)
     with serving(SMALL, (stuck,), timeouts=timeouts) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(source, Hello(), join):
-            wait_until(lambda: len(server._sessions) == 1)
+            wait_until(lambda: len(server.state().sessions) == 1)
             for change in (server.suspend, server.give_up):
                 with pytest.raises(TimeoutError, match=r"what is served to 127\.0\.0\.1:\d+ is still being read"):
                     change("it sleeps")
@@ -442,20 +432,20 @@ def test_a_session_that_comes_too_late_is_told_the_reason_for_that() -> None:
 
 
 def test_where_one_listener_cannot_be_suspended_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    stuck, timeouts = Stuck(), Timeouts(connect=5.0, stall=0.2)
+    stuck, timeouts = StuckTransport(), Timeouts(connect=5.0, stall=0.2)
     with serving(SMALL, MEMORY) as (first, source), serving(SMALL, (stuck,), timeouts=timeouts) as (second, other):
         engine = threading.Event()  # stands for one
         listeners = [process_serving._Service(weakref.ref(engine), (None, each.port), each) for each in (first, second)]
         monkeypatch.setattr(process_serving, "_services", listeners)
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         with _connected(other, Hello(), join):
-            wait_until(lambda: len(second._sessions) == 1)
+            wait_until(lambda: len(second.state().sessions) == 1)
             for change in (process_serving.suspend, process_serving.give_up):
                 with pytest.raises(TimeoutError):
                     change(engine, "it sleeps")
             SMALL.assert_in(fetch(SMALL, MEMORY, source)[1].memory)
             stuck.go.set()
-        wait_until(lambda: not first._sessions and not second._sessions)
+        wait_until(lambda: not first.state().sessions and not second.state().sessions)
         resume = process_serving.suspend(engine, "it sleeps")
         with pytest.raises(SourcesExhausted, match="it sleeps"):
             fetch(SMALL, MEMORY, source)
@@ -494,7 +484,7 @@ def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.L
         server.decline("target", CONTROL)
         with pytest.raises(SourcesExhausted) as error:
             fetch(SMALL, MEMORY, Endpoint("127.0.0.1", server.port))
-        wait_until(lambda: not server.acceptor.connections)
+        wait_until(lambda: not server.state().connections)
     expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
     assert logged(caplog, "refused ").endswith(expected)
     assert logged(caplog, "could not load from ").endswith(expected)
@@ -702,14 +692,14 @@ def test_a_bad_peer_ends_only_its_own_session(wrong: Callable[[Endpoint], Iterat
         SMALL.assert_in(fetched.memory)
         for connection in connections:
             connection.close()
-        wait_until(lambda: not server.acceptor.connections)
+        wait_until(lambda: not server.state().connections)
 
 
 def test_silent_peers_are_dropped_after_the_deadline() -> None:
     with serving(SMALL, MEMORY, timeouts=IMPATIENT) as (server, source):
         join = Join(IDENTITY, RankCoordinates(), SMALL.manifest.digest, (Offer("in_process"),))
         connections = [_connected(source), _connected(source, Hello()), _connected(source, Hello(), join)]
-        wait_until(lambda: not server.acceptor.connections and not server._sessions)
+        wait_until(lambda: not server.state().connections and not server.state().sessions)
         for connection in connections:
             connection.close()
 

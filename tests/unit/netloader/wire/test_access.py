@@ -16,7 +16,7 @@ from support.sources import SMALL
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
-from vllm_ascend.model_loader.netloader.server.server import Settings
+from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs, challenge, derive_key
 

@@ -155,7 +155,7 @@ def refusal(source: Endpoint, access: Access) -> str:
 
 def settled(server: WeightServer) -> None:
     """Returns when the server has done with every connection."""
-    wait_until(lambda: not server.acceptor.connections)
+    wait_until(lambda: not server.state().connections)
 
 
 def assert_no_secret(overheard: bytes, *secret: bytes) -> None:
@@ -569,7 +569,7 @@ def guarded(access: Access) -> Iterator[tuple[WeightServer, Endpoint, Clock]]:
     """A server that keeps the time of `Guard` by a clock of the test."""
     clock = Clock()
     with serving(SMALL, MEMORY, access=access) as (server, source):
-        server.acceptor.guard = Guard(clock)
+        server.listener.guard = Guard(clock)
         yield server, source, clock
 
 
@@ -687,7 +687,7 @@ def test_a_server_that_closes_does_not_wait_for_a_handshake(certified: Certified
         with socket.create_connection(source, PATIENCE) as silent:
             silent.sendall(b"\x16\x03\x01")
             wait_until(
-                lambda: any(isinstance(channel.socket, ssl.SSLSocket) for channel in list(server.acceptor.connections))
+                lambda: any(isinstance(channel.socket, ssl.SSLSocket) for channel in list(server.listener.connections))
             )
             closing = threading.Thread(target=server.close)
             closing.start()

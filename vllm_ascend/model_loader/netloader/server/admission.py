@@ -239,17 +239,8 @@ class Turns:
 
     def _in_order(self) -> list[Turn]:
         if self._order is None:
-            self._order = self._arrange()
+            self._order = arrange(self._waiting, self._taken)
         return self._order
-
-    def _arrange(self) -> list[Turn]:
-        """Each host's next one comes before any host's one after that; turns that are taken count like those before."""
-        before = Counter(turn.host for turn in self._taken)
-        places: list[tuple[int, int, Turn]] = []
-        for arrival, turn in enumerate(self._waiting):
-            places.append((before[turn.host], arrival, turn))
-            before[turn.host] += 1
-        return [turn for _, _, turn in sorted(places, key=lambda place: place[:2])]
 
     def _capacity(self) -> float:
         """Bytes per second that the server can send, as it is configured, and has been seen to send of late."""
@@ -261,6 +252,19 @@ class Turns:
         now = self._clock()
         remembered = self._seen * 0.5 ** ((now - self._seen_at) / _CAPACITY_HALVES)
         self._seen, self._seen_at = max(rate, remembered), now
+
+
+def arrange(waiting: Iterable[Turn], taken: Iterable[Turn]) -> list[Turn]:
+    """`waiting`, which is in the order of arrival, in the order in which their turns come.
+
+    The next of each host comes before any host's one after that. Turns that are `taken` count as earlier ones.
+    """
+    before = Counter(turn.host for turn in taken)
+    places: list[tuple[int, int, Turn]] = []
+    for arrival, turn in enumerate(waiting):
+        places.append((before[turn.host], arrival, turn))
+        before[turn.host] += 1
+    return [turn for _, _, turn in sorted(places, key=lambda place: place[:2])]
 
 
 @dataclass

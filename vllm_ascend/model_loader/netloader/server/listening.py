@@ -33,7 +33,7 @@ _REMAINS: Final = {"04", "05", "06", "09", "0B"}
 _OF_THE_CONFIGURATION: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES, errno.EINVAL, errno.ENODEV}
 
 
-class Listener:
+class ListeningSocket:
     """Listens from the beginning until `close`."""
 
     def __init__(self, host: str | None, port: int, timeout: float) -> None:

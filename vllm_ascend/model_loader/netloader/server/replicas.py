@@ -42,6 +42,11 @@ class Replicas:
         self._taken: OrderedDict[bytes, Copy] = OrderedDict()
         self._serving: OrderedDict[Endpoint, Copy] = OrderedDict()
 
+    @property
+    def copies(self) -> int:
+        """How many clients took everything and have not announced yet that they serve it."""
+        return len(self._taken)
+
     def note_taken(self, session: bytes, copy: Copy) -> None:
         """The client of `session` has everything."""
         with self._lock:

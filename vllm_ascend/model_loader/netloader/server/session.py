@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from dataclasses import dataclass
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Stalled, TransportError, one_line
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
+from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
-from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.conversation import State
 from vllm_ascend.model_loader.netloader.wire.messages import (
@@ -41,19 +39,6 @@ END_SECONDS: Final = 1.0
 """In which a client can hear why its session was ended: one message, and somebody waits for the end."""
 SETTLE_SECONDS: Final = 1.0
 """In which the threads that have sent the last bytes can say so, when the client has them already."""
-
-
-@dataclass(frozen=True)
-class Publication:
-    """One model that is served."""
-
-    identity: ModelIdentity
-    coordinates: RankCoordinates
-    store: WeightStore
-
-    @property
-    def role(self) -> str:
-        return self.identity.role
 
 
 class _Ended(Exception):

@@ -1,8 +1,10 @@
 """Accepts the connections of a server, and keeps the table of them.
 
-One thread accepts and does nothing else; every connection then gets a thread of its own for as long as something is
-done with it. Whatever goes wrong in one ends only this one, and is logged here. Nobody may have so many connections
-that others get none, and all together never so many descriptors that the engine runs out of them.
+One thread accepts and does nothing else. Every connection gets a thread of its own for as long as there is something to
+do with it. Whatever goes wrong with a connection ends only that one, and is logged here.
+
+Nobody may have so many connections that others get none, and all of them together may never take so many descriptors
+that the engine runs out of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, Unauthorized
 from vllm_ascend.model_loader.netloader.server import descriptors
 from vllm_ascend.model_loader.netloader.server.admission import Guard, network_of
-from vllm_ascend.model_loader.netloader.server.listening import Listener
+from vllm_ascend.model_loader.netloader.server.listening import ListeningSocket
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.conversation import Role, State
@@ -28,91 +30,103 @@ from vllm_ascend.model_loader.netloader.wire.messages import Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import give_way
 
 MAX_CONNECTIONS: Final = 1024
-"""Open connections of all kinds, where there are descriptors for so many; more are closed at once. Bounds threads."""
+"""Open connections of all kinds, if there are descriptors for so many; more are closed at once. Bounds the threads."""
 HOST_SHARE: Final = 2
-"""One host may have one in so many of them."""
+"""One host may have one in so many of the connections."""
 STRANGERS_SHARE: Final = 4
-"""As HOST_SHARE, of those that have not said yet what they want."""
+"""One host may have one in so many of the connections without having said yet what it wants."""
 _REFUSAL_TIMEOUT: Final = 0.1
 """Seconds that the accepting thread may spend on telling a peer that there is no room for it."""
 _ACCEPT_PAUSE: Final = 0.05
-"""Seconds before the next try after a failed accept, so that a lasting shortage does not busy the process."""
+"""Seconds before the next try after a failed accept, so that a lasting shortage does not keep the process busy."""
 
 
 @dataclass(eq=False)
 class Connection:
-    """One that was accepted. `is_stranger` until its peer has said what it wants."""
+    """A connection that was accepted. It is a stranger's until its peer has said what it wants."""
 
     channel: Channel
     peer: Endpoint
     is_stranger: bool = True
     thread: threading.Thread | None = None
     host: str = field(init=False)
+    """What counts as one host where connections are counted, see `network_of`."""
 
     def __post_init__(self) -> None:
         self.host = network_of(self.peer.host)
 
 
 Work = Callable[[Connection], bool]
-"""Something to do with a connection: whether somebody else goes on with it, so that it is not to be closed."""
+"""Something to do with a connection. It returns whether the connection is kept, because somebody else goes on with it;
+otherwise the connection is closed. It may raise anything."""
 
 
-class Acceptor:
-    """Accepts from `start` to `close`, and does `work` with each connection in a thread of its own.
+class Listener:
+    """Accepts from `start` to `close`. `host` None means all addresses, `port` 0 any free one.
 
-    `host` None means all addresses, `port` 0 an ephemeral one. `greets_in_clear` says whether who is turned away at
-    once can be told why.
+    `guard` keeps out hosts that keep failing to authenticate. `greets_in_clear` says whether a peer that is turned away
+    at once can be told why.
     """
 
-    def __init__(self, host: str | None, port: int, work: Work, log: PeerLog) -> None:
+    def __init__(self, host: str | None, port: int, log: PeerLog) -> None:
         self._address = (host, port)
-        self._work = work
         self._log = log
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._one_is_over = threading.Condition(self._lock)
         self.connections: dict[Channel, Connection] = {}
         self.guard = Guard()
         self.greets_in_clear = True
-        self.listener: Listener | None = None
-        self._acceptor: threading.Thread | None = None
+        self.bound: ListeningSocket | None = None
+        self._accepting: threading.Thread | None = None
 
-    def start(self, timeout: float) -> None:
-        """Has the port and begins to accept. `timeout` and what is raised as for `Listener`."""
+    def start(self, work: Work, timeout: float) -> None:
+        """Takes the port, and does `work` with each connection from now on, in a thread of its own.
+
+        `timeout` is in seconds, for looking up a host name. Raises ConfigError if the address is none of this machine
+        or not for this user, OSError if it is in use.
+        """
         descriptors.raise_limit()
-        self.listener = Listener(*self._address, timeout)
-        self._acceptor = threading.Thread(target=self._accept_forever, name="netloader-accept", daemon=True)
-        self._acceptor.start()
+        self.bound = ListeningSocket(*self._address, timeout)
+        self._accepting = threading.Thread(
+            target=self._accept_forever, args=(self.bound, work), name="netloader-accept", daemon=True
+        )
+        self._accepting.start()
 
     @property
     def port(self) -> int:
-        assert self.listener is not None, "the server is not started"
-        return self.listener.port
+        """The port on which it listens, once it is started."""
+        assert self.bound is not None, "the server is not started"
+        return self.bound.port
 
     def stop_accepting(self) -> None:
-        """Idempotent."""
-        listener, self.listener = self.listener, None
-        if listener is not None:
-            listener.close()
-        if self._acceptor is not None:
-            self._acceptor.join()
+        """Gives the port back. Connections that exist go on. Idempotent."""
+        bound, self.bound = self.bound, None
+        if bound is not None:
+            bound.close()
+        if self._accepting is not None:
+            self._accepting.join()
 
     def close(self, timeout: float, unless: Container[Channel] = ()) -> None:
-        """Ends the connections, waits up to `timeout` seconds for them; those of `unless` end by themselves."""
+        """Gives the port back, ends all connections, and waits up to `timeout` seconds for their threads.
+
+        Those with a channel in `unless` are waited for, but have to end by themselves.
+        """
         self.stop_accepting()
-        with self._changed:
+        with self._one_is_over:
             connections = list(self.connections.values())
             for connection in connections:
                 if connection.channel not in unless:
                     connection.channel.shut_down()
-            self._changed.wait_for(lambda: not self.connections, timeout)
+            self._one_is_over.wait_for(lambda: not self.connections, timeout)
+
         for connection in connections:
             if connection.thread is not None:
                 connection.thread.join(timeout)
 
     def go_on(self, connection: Connection, work: Work) -> None:
-        """Does `work` with a connection that is in the table, in a new thread.
+        """Does `work` with a connection that was kept, in a new thread.
 
-        Raises RuntimeError where there is none; then the connection is closed.
+        Raises RuntimeError if the system has no thread left; the connection is closed then.
         """
         thread = threading.Thread(
             target=self._do, args=(connection, work), name=f"netloader {connection.peer}", daemon=True
@@ -120,65 +134,69 @@ class Acceptor:
         connection.thread = thread
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no thread left
+        except RuntimeError as error:
             connection.thread = None
             self._remove(connection)
             self._turn_away(connection, str(error))
             raise
 
     def end(self, connection: Connection, reason: BaseException | None = None) -> None:
-        """Closes it, and logs a `reason` that is worth it. For whoever has it now."""
+        """Closes a connection, and logs `reason` if it is worth it. For whoever has the connection now."""
         connection.channel.close()
         if reason is not None:
             self._explain(connection, reason)
         self._remove(connection)
 
-    def _accept_forever(self) -> None:
-        listener = self.listener
-        while listener is not None and self.listener is listener:
+    def _accept_forever(self, bound: ListeningSocket, work: Work) -> None:
+        while self.bound is bound:
             try:
-                self._admit(*listener.accept())
+                self._admit(*bound.accept(), work)
             except OSError:  # out of descriptors, a connection already aborted, or the listener closed
-                if self.listener is listener:
+                if self.bound is bound:
                     time.sleep(_ACCEPT_PAUSE)
             except Exception:  # nothing may end this thread
                 self._log.say(logging.ERROR, "", "could not take a connection: an error of this server", error=True)
                 time.sleep(_ACCEPT_PAUSE)
 
-    def _admit(self, sock: socket.socket, address: tuple[str, int]) -> None:
+    def _admit(self, sock: socket.socket, address: tuple[str, int], work: Work) -> None:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(sock.close)
             self._log.tell_left_out()
             peer = Endpoint(unmapped(address[0]), address[1])
             if not self.guard.admits(peer.host):
                 return
+
             connection = Connection(Channel(sock, Role.SERVER), peer)
             with self._lock:
                 crowd = self._crowd(connection)
                 if crowd is None:
                     self.connections[connection.channel] = connection
             on_failure.pop_all()
+
         if crowd is not None:
             self._turn_away(connection, crowd)
             return
-        with contextlib.suppress(RuntimeError):
-            self.go_on(connection, self._work)
+        with contextlib.suppress(RuntimeError):  # there is no thread, and the connection is closed
+            self.go_on(connection, work)
 
     def _crowd(self, connection: Connection) -> str | None:
-        """What stands in the way of one more connection; where nothing does, its descriptor is taken."""
+        """What stands in the way of one more connection. If nothing does, its descriptor is taken."""
         most = min(MAX_CONNECTIONS, descriptors.of_peers.limit)
         if len(self.connections) >= most:
             return f"there are {most} connections"
+
         same_host = [each for each in self.connections.values() if each.host == connection.host]
         if len(same_host) >= most // HOST_SHARE:
             return f"there are {most // HOST_SHARE} connections from there"
         if sum(each.is_stranger for each in same_host) >= most // STRANGERS_SHARE:
             return f"{most // STRANGERS_SHARE} connections from there have not said yet what they want"
+
         if descriptors.is_among_the_last(connection.channel.socket.fileno()) or not descriptors.of_peers.take(1):
             return "this process may have no more open files (RLIMIT_NOFILE)"
         return None
 
     def _turn_away(self, connection: Connection, reason: str) -> None:
+        """Closes a connection that is not in the table, and tells its peer why if that takes no time."""
         self._log.say(
             logging.WARNING, connection.peer.host, "no room for a connection from %s: %s", connection.peer, reason
         )
@@ -199,11 +217,12 @@ class Acceptor:
 
     def _remove(self, connection: Connection) -> None:
         descriptors.of_peers.give(1)
-        with self._changed:
+        with self._one_is_over:
             del self.connections[connection.channel]
-            self._changed.notify_all()
+            self._one_is_over.notify_all()
 
     def _explain(self, connection: Connection, reason: BaseException) -> None:
+        """Logs why a connection ended, and tells the guard of those who failed to authenticate."""
         peer = connection.peer
         match reason:
             case Unauthorized():

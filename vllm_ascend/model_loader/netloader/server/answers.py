@@ -1,0 +1,115 @@
+"""How a server answers: decisions that need neither sockets nor threads.
+
+A client that joins says what it needs and which transports it can use. Either the server holds exactly that and the two
+have a transport in common, or the client is refused with everything that it can do something about: the differences,
+the server's manifest, or the addresses of other ranks that hold its part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import one_line
+from vllm_ascend.model_loader.netloader.server.publications import Publication, Publications
+from vllm_ascend.model_loader.netloader.transport.base import Transport
+from vllm_ascend.model_loader.netloader.weights.identity import Difference, RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.messages import REFERRALS_LIMIT, Holding, Join, Offer, Refuse, Status
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Another rank of the same instance, and where it serves its part. An empty host is that of this server."""
+
+    coordinates: RankCoordinates
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What a client gets, and by which transport."""
+
+    publication: Publication
+    transport: Transport
+
+    @property
+    def needs_turn(self) -> bool:
+        """Whether bytes will move, so that the client may have to wait until others have theirs."""
+        return self.transport.traits.copies
+
+
+def answer(
+    join: Join, publications: Publications, transports: Sequence[Transport], peers: Iterable[Peer]
+) -> Acceptance | Refuse:
+    """The answer to `join` of a server that holds `publications` and can use `transports`; `peers` are its siblings."""
+    publication = publications.served(join.identity.role)
+    if publication is None:
+        return _not_held(join.identity.role, publications)
+
+    differences = publication.identity.mismatch(join.identity)
+    displaced = publication.coordinates.mismatch(join.coordinates)
+    if displaced and not differences and (referrals := _holding(join.coordinates, peers)):
+        return Refuse("another rank of this instance holds that part", displaced, referrals=referrals)
+    if differences or displaced:
+        return Refuse("the model or its partitioning differs", differences + displaced)
+
+    manifest = publication.store.manifest
+    if join.manifest_digest != manifest.digest:
+        difference = Difference("manifest", manifest.digest, join.manifest_digest)
+        return Refuse("the tensors differ", (difference,), manifest.encoded)
+
+    transport = _common_transport(join.offers, transports)
+    if transport is None:
+        return Refuse(f"no common transport: this server has {', '.join(_names(transports))}")
+    return Acceptance(publication, transport)
+
+
+def status(publications: Publications, transports: Sequence[Transport], sessions: int, waiting: int) -> Status:
+    """The answer to Inquire. `sessions` and `waiting` are how many clients take weights, and wait for a turn."""
+    holdings = tuple(
+        Holding(
+            role=publication.role,
+            identity=publication.identity,
+            coordinates=publication.coordinates,
+            tensors=len(publication.store.manifest.tensors),
+            nbytes=publication.store.manifest.nbytes,
+            generation=publication.store.generation,
+            root=publication.store.root_if_known(),
+        )
+        for publication in publications.all_served()
+    )
+    return Status(holdings, sessions, _names(transports), publications.reasons(), waiting)
+
+
+def _not_held(role: str, publications: Publications) -> Refuse:
+    reason = publications.reasons().get(role)
+    if reason is not None:
+        return Refuse(f"this instance cannot serve its {role} weights: {one_line(reason)}")
+    roles = sorted(publication.role for publication in publications.all_served())
+    held = f"it holds {', '.join(roles)}" if roles else "it holds no weights yet"
+    return Refuse(f"this server does not hold {one_line(role)} weights: {held}")
+
+
+def _holding(coordinates: RankCoordinates, peers: Iterable[Peer]) -> tuple[str, ...]:
+    """The addresses of those peers that hold the part of `coordinates`."""
+    holding = (peer for peer in peers if peer.coordinates == coordinates)
+    return tuple(str(Endpoint(peer.host, peer.port)) for peer in itertools.islice(holding, REFERRALS_LIMIT))
+
+
+def _common_transport(offers: Iterable[Offer], transports: Sequence[Transport]) -> Transport | None:
+    """The first offer of the client that the server can use: the client's order decides."""
+    by_name = {transport.name: transport for transport in transports}
+    usable = (
+        by_name[offer.transport]
+        for offer in offers
+        if offer.transport in by_name and by_name[offer.transport].accepts(offer)
+    )
+    return next(usable, None)
+
+
+def _names(transports: Sequence[Transport]) -> tuple[str, ...]:
+    return tuple(transport.name for transport in transports)

@@ -1,0 +1,163 @@
+"""What a server holds in each role: weights that it serves, weights that it must not serve now, or a reason for none.
+
+A role ("target", "draft") is in at most one of three states, and every change of state is a method here. There are no
+sockets and no sessions in here: whoever changes something is told which weights are no longer served, and has to end
+their sessions and close them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass, replace
+
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The weights of one model, or of one rank's part of it, as they are offered to clients."""
+
+    identity: ModelIdentity
+    coordinates: RankCoordinates
+    store: WeightStore
+
+    @property
+    def role(self) -> str:
+        return self.identity.role
+
+
+@dataclass(frozen=True)
+class Served:
+    """Clients may take these weights."""
+
+    publication: Publication
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """These weights are kept, but clients that ask for them are refused with `reason` for now."""
+
+    publication: Publication
+    reason: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """There is nothing to serve, and clients are told `reason`."""
+
+    reason: str
+
+
+State = Served | Suspended | Declined
+
+
+class Publications:
+    """The state of each role, and its latest generation. Thread-safe.
+
+    `lock` guards all of it. It is reentrant, because a finalizer may withdraw weights at any point, also in a thread
+    that holds it. For the same reason, whatever else a withdrawal touches must be guarded by this very lock.
+    """
+
+    def __init__(self, lock: threading.RLock | None = None) -> None:
+        self._lock = lock or threading.RLock()
+        self._states: dict[str, State] = {}
+        self._generations = Counter[str]()
+
+    def next_generation(self, role: str) -> int:
+        """A generation above all earlier ones of `role`, for the weights that are to be published next."""
+        with self._lock:
+            self._generations[role] += 1
+            return self._generations[role]
+
+    def publish(self, publication: Publication) -> Publication | None:
+        """Serves `publication`. Returns what was served or suspended in its role before."""
+        with self._lock:
+            replaced = self._held(publication.role)
+            self._states[publication.role] = Served(publication)
+            self._generations[publication.role] = publication.store.generation
+            return replaced
+
+    def decline(self, role: str, reason: str) -> Publication | None:
+        """Serves nothing in `role`, for `reason`. Returns what was served or suspended in it before."""
+        with self._lock:
+            dropped = self._held(role)
+            self._states[role] = Declined(reason)
+            return dropped
+
+    def suspend(self, reason: str) -> tuple[Publication, ...]:
+        """Suspends all that is served, for `reason`, and returns it. Earlier suspensions keep their reasons."""
+        with self._lock:
+            served = self.all_served()
+            for publication in served:
+                self._states[publication.role] = Suspended(publication, reason)
+            return served
+
+    def resume(self, roles: Container[str] | None = None) -> tuple[Publication, ...]:
+        """Serves again what is suspended, in all roles or in those of `roles`, and returns it.
+
+        It gets a new generation, so that nobody mixes bytes from before with bytes from after.
+        """
+        with self._lock:
+            resumed = []
+            for role, state in list(self._states.items()):
+                if isinstance(state, Suspended) and (roles is None or role in roles):
+                    store = replace(state.publication.store, generation=self.next_generation(role))
+                    publication = replace(state.publication, store=store)
+                    self._states[role] = Served(publication)
+                    resumed.append(publication)
+            return tuple(resumed)
+
+    def give_up(self, reason: str) -> tuple[Publication, ...]:
+        """Declines every role that is suspended, for `reason`. Returns what was suspended."""
+        with self._lock:
+            dropped = []
+            for role, state in list(self._states.items()):
+                if isinstance(state, Suspended):
+                    self._states[role] = Declined(reason)
+                    dropped.append(state.publication)
+            return tuple(dropped)
+
+    def withdraw(self, role: str, memory: weakref.ref[Memory] | None = None) -> Publication | None:
+        """Forgets what is served or suspended in `role`, and returns it. With `memory`, only if it lies in there.
+
+        Weights that were suspended leave the reason for that behind, as a reason to decline.
+        """
+        with self._lock:
+            withdrawn = self._held(role)
+            if withdrawn is None or (memory is not None and memory() is not withdrawn.store.memory):
+                return None
+
+            state = self._states.pop(role)
+            if isinstance(state, Suspended):
+                self._states[role] = Declined(state.reason)
+            return withdrawn
+
+    def clear(self) -> tuple[Publication, ...]:
+        """Withdraws every role. Returns what was served or suspended."""
+        with self._lock:
+            withdrawn = (self.withdraw(role) for role in list(self._states))
+            return tuple(publication for publication in withdrawn if publication is not None)
+
+    def served(self, role: str) -> Publication | None:
+        """What is served in `role` now."""
+        state = self._states.get(role)
+        return state.publication if isinstance(state, Served) else None
+
+    def all_served(self) -> tuple[Publication, ...]:
+        """What is served now, at most one publication for each role."""
+        with self._lock:
+            return tuple(state.publication for state in self._states.values() if isinstance(state, Served))
+
+    def reasons(self) -> dict[str, str]:
+        """Why nothing is served, for each role that is suspended or declined."""
+        with self._lock:
+            return {role: state.reason for role, state in self._states.items() if not isinstance(state, Served)}
+
+    def _held(self, role: str) -> Publication | None:
+        state = self._states.get(role)
+        return None if state is None or isinstance(state, Declined) else state.publication
