@@ -21,30 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.certificates import Authority
+from support.corpus import GARBAGE, LIMITS, SAID_BY, Corpus
+from support.impostor import Act, Impostor, Misbehaved, answering, hanging_up, resetting, saying, sending, silent
+from support.messages import SESSION, payload, tag
 from support.sources import SMALL, Tensors, client_for, fetch, serving
-from support.strangers import (
-    GARBAGE,
-    LIMITS,
-    SAID_BY,
-    SESSION,
-    Act,
-    Corpus,
-    Impostor,
-    Intruder,
-    Line,
-    Misbehaved,
-    answering,
-    hanging_up,
-    is_idle,
-    many_hosts,
-    netloader_threads,
-    payload,
-    resetting,
-    saying,
-    sending,
-    silent,
-    tag,
-)
+from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire

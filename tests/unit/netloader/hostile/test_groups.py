@@ -21,23 +21,11 @@ from typing import Any
 import pytest
 from netloader.hostile.test_fuzz import accepting, assert_orderly, outlives
 
+from support.corpus import Corpus
+from support.impostor import Act, Impostor, answering, hanging_up, saying, sending, silent
+from support.messages import payload
 from support.sources import SMALL, fetch, serving
-from support.strangers import (
-    Act,
-    Corpus,
-    Impostor,
-    Intruder,
-    Line,
-    answering,
-    hanging_up,
-    is_idle,
-    many_hosts,
-    netloader_threads,
-    payload,
-    saying,
-    sending,
-    silent,
-)
+from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader.client import session as client_session

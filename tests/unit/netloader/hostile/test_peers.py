@@ -17,16 +17,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from support.corpus import GARBAGE, LIMITS
+from support.messages import SESSION
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
-from support.strangers import (
-    GARBAGE,
-    LIMITS,
-    SESSION,
-    Intruder,
-    Line,
-    is_idle,
-    many_hosts,
-)
+from support.strangers import Intruder, Line, is_idle, many_hosts
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

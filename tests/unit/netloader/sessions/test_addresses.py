@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from support.impostor import Impostor, answering
 from support.proxy import Proxy
 from support.sources import IDENTITY, SMALL, fetch, serving
-from support.strangers import Impostor, answering
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

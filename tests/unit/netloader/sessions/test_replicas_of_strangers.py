@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from support.impostor import Impostor, answering, hanging_up, silent
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
-from support.strangers import Impostor, Intruder, answering, hanging_up, is_idle, silent
+from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.fetch import Client

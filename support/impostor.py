@@ -1,0 +1,158 @@
+"""A server that behaves except where it is told not to, and what it may be told to do."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from support.messages import SESSION, payload
+from support.sources import SMALL, Tensors
+from support.strangers import Line
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, digest_of, root_of
+from vllm_ascend.model_loader.netloader.weights.manifest import chunks
+from vllm_ascend.model_loader.netloader.wire.conversation import Role
+from vllm_ascend.model_loader.netloader.wire.messages import (
+    Accept,
+    Attached,
+    Confirm,
+    Digests,
+    Message,
+    Welcome,
+)
+
+Act = Callable[[Line, dict[str, Any]], object]
+"""What an impostor does on a message that it has heard."""
+
+
+class Misbehaved(Exception):
+    """The impostor has done what it was told to do, and ends all connections."""
+
+
+class Impostor:
+    """A server of `tensors` by tcp, and of anything by `acts`, which say what is done on a message by its name."""
+
+    def __init__(self, acts: Mapping[str, Act], tensors: Tensors = SMALL, host: str = "127.0.0.1") -> None:
+        self.acts: dict[str, Act] = dict.fromkeys(
+            ("Hello", "Join", "Attach", "AskDigests", "Fetch", "Done"), self._answer
+        )
+        self.acts.update(acts)
+        self._listener = socket.create_server((host, 0), backlog=128)
+        self.endpoint = Endpoint(host, self._listener.getsockname()[1])
+        self._lines: set[Line] = set()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self.heard: list[str] = []
+        store = tensors.store()
+        self._bytes = bytes(store.bytes[:])
+        store.close()
+        pieces = chunks(len(self._bytes), digests.CHUNK_BYTES)
+        self.digests = tuple(digest_of(memoryview(self._bytes)[offset : offset + length]) for offset, length in pieces)
+        self.root = root_of(tensors.manifest.digest, {}, self.digests)
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name="impostor", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the listener is shut down
+            while True:
+                line = Line(self._listener.accept()[0], Role.SERVER)
+                with self._lock:
+                    self._lines.add(line)
+                self._start(self._converse, line)
+
+    def _converse(self, line: Line) -> None:
+        try:
+            while True:
+                heard = line.hear()
+                self.heard.append(heard["type"])
+                if (act := self.acts.get(heard["type"])) is not None:
+                    act(line, heard)
+        except Misbehaved:
+            self._hang_up()
+        except (EOFError, OSError):
+            pass
+        finally:
+            with self._lock:
+                self._lines.discard(line)
+                line.socket.close()
+
+    def _hang_up(self) -> None:
+        with self._lock:
+            for line in self._lines:
+                with contextlib.suppress(OSError):
+                    line.socket.shutdown(socket.SHUT_RDWR)
+
+    def _answer(self, line: Line, heard: dict[str, Any]) -> None:
+        answer = self.right_answer(heard["type"])
+        if answer is not None:
+            line.say(answer)
+        else:
+            line.send(self._bytes[heard["offset"] : heard["offset"] + heard["length"]])
+
+    def right_answer(self, kind: str) -> Message | None:
+        """To a message of a client, by its name; None for Fetch, which bytes answer."""
+        return {
+            "Hello": Welcome(),
+            "Join": Accept(SESSION, 1, "tcp", {}, digest=BLAKE3),
+            "Attach": Attached(),
+            "AskDigests": Digests(self.digests),
+            "Done": Confirm(1, self.root),
+        }.get(kind)
+
+
+def saying(*contents: bytes | Message) -> Act:
+    """Says so, and no more."""
+
+    def act(line: Line, _: dict[str, Any]) -> None:
+        for content in contents:
+            line.say_content(content if isinstance(content, bytes) else payload(content))
+        raise Misbehaved
+
+    return act
+
+
+def sending(*pieces: bytes) -> Act:
+    """Sends unframed bytes, and no more."""
+
+    def act(line: Line, _: dict[str, Any]) -> None:
+        for piece in pieces:
+            line.send(piece)
+        raise Misbehaved
+
+    return act
+
+
+def answering(message: Message) -> Act:
+    """Says `message` and goes on behaving."""
+    return lambda line, _: line.say(message)
+
+
+def silent(_: Line, __: dict[str, Any]) -> None:
+    """Neither answers nor hangs up."""
+
+
+def hanging_up(_: Line, __: dict[str, Any]) -> None:
+    raise Misbehaved
+
+
+def resetting(line: Line, _: dict[str, Any]) -> None:
+    line.reset()
+    raise Misbehaved
