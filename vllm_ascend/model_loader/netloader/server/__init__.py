@@ -1,1 +1,1 @@
-"""A process that has weights: who may take them and when, and its session with each client."""
+"""A process that has weights: what it serves, who may take it and when, and its session with each client."""

@@ -1,11 +1,11 @@
-"""Who is let in, and when: `Turns` for those who take weights, `Guard` for those who fail to show that they may.
+"""Who is let in, and when: `Turns` for clients that take weights, `Guard` for those that fail to authenticate.
 
-Both count by host, and what counts as a host is `network_of` an address, because whoever has an IPv6 address has 2^64.
+Both count by host. What counts as one host is `network_of` an address, because whoever has an IPv6 address has 2^64.
 
-A server sends to a few clients at a time, so that the first are done, and become sources, sooner. That must not let the
-few keep all others out. So what a host has beyond its share does not count while others wait, and neither does a client
-that takes far less than its share of what the server can send, as far as has been seen. Where there are so many of
-these that no other could be let in, the slowest is ended for a host that has no turn.
+A server sends to a few clients at a time, so that the first ones finish, and become sources, sooner. That must not
+allow those few to keep all others out. So the turns that a host has beyond its share do not count while others wait,
+and neither does the turn of a client that takes far less than its share of what the server has been seen to send. If
+there are so many slow clients that nobody else could be let in, the slowest one is ended for a host that has no turn.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 SLOW_SHARE: Final = 4
-"""A client is slow when it takes less than this part of its share of what the server can send."""
+"""A client is slow if it takes less than this fraction (one in so many) of its share of what the server can send."""
 LEAST_CAPACITY: Final = 32 << 20
-"""Bytes per second that every server is taken to be able to send before it has been seen to send more."""
+"""Bytes per second that every server is assumed to be able to send until it has been seen to send more."""
 OVERCOMMITMENT: Final = 4
-"""Times the limit: more do not have a turn together, however slow they are. They share one line, after all. Beyond it,
+"""At most so many times the limit have a turn at once, however slow they are, because they share one line. Beyond that,
 the slowest one makes room for a host that has none."""
 _CAPACITY_HALVES: Final = 20.0
-"""Seconds without seeing it, after which only half of what the server has been seen to send is taken for granted."""
+"""Seconds after which only half of the rate that the server has been seen to send is still taken for granted."""
 _FREE_FAILURES: Final = 3
-"""Failures of a host before it has to wait: a wrong file is corrected by trying again."""
+"""Failures of a host before it has to wait: whoever corrects a wrong file tries again."""
 _LONGEST_BLOCK: Final = 60.0
+"""Seconds for which a host is not listened to, at most."""
 _MOST_DOUBLINGS: Final = 6
 """Of one second: enough for the longest block, and no overflow however often a host fails."""
 _REMEMBERED: Final = 1024
@@ -41,7 +42,7 @@ _IPV6_NETWORK_BITS: Final = 64
 
 @functools.lru_cache(maxsize=4096)
 def network_of(address: str) -> str:
-    """What counts as one host: an IPv4 address, also in the clothes of IPv6, or the /64 of an IPv6 address."""
+    """What counts as one host: an IPv4 address, even if it is written as IPv6, or the /64 of an IPv6 address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -58,17 +59,18 @@ class Meter(Protocol):
     """How fast a client takes bytes, in bytes per second."""
 
     def lately(self) -> float:
-        """Infinite before it can be told."""
+        """The rate over the last few seconds; infinite as long as it cannot be told."""
 
     def overall(self) -> float:
-        """Since its beginning."""
+        """The rate since the client began."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """A place among the waiting, then among those who transfer.
+    """A client's place among those that wait, and then among those that move bytes.
 
-    `meter` and `end` are set once there is something to see, and to end: `end` may not block.
+    As a context manager it gives up its place at the end. `meter` and `end` are set once there is something to measure
+    and something to end. `end` may not block.
     """
 
     _turns: Turns
@@ -84,8 +86,8 @@ class Turn:
         self._turns.leave(self)
 
 
-class _Load:
-    """Turns by host. There is room for `limit`; what hosts have beyond `share` does not count for hosts below it."""
+class _Occupancy:
+    """Counts turns by host. There is room for `limit`; what a host has beyond `share` is in nobody else's way."""
 
     def __init__(self, turns: Iterable[Turn], share: int, limit: int) -> None:
         self._by_host = Counter(turn.host for turn in turns)
@@ -96,12 +98,12 @@ class _Load:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for anybody."""
+        """Whether there is no room for any host."""
         return self._all >= self._limit and self._within_shares >= self._limit
 
     def has_room_for(self, host: str) -> bool:
-        below = self._by_host[host] < self._share and self._within_shares < self._limit
-        return below or self._all < self._limit
+        below_share = self._by_host[host] < self._share and self._within_shares < self._limit
+        return below_share or self._all < self._limit
 
     def add(self, host: str) -> None:
         self._within_shares += self._by_host[host] < self._share
@@ -115,11 +117,11 @@ class _Load:
 
 
 class Turns:
-    """Lets about `limit` clients at a time transfer, hosts taking turns, each host's in the order in which they came.
+    """Lets about `limit` clients move bytes at a time. Hosts take turns; the clients of one host keep their order.
 
-    Nobody waits in here: `grant` says whose turn has come, and is to be asked again when `on_free` is called, and now
-    and then, since clients become slow without a notice. `max_bandwidth` in bytes per second, None without a limit.
-    Thread-safe.
+    `max_bandwidth` is in bytes per second, None for no limit. Nobody waits in here: `grant` says whose turn has come.
+    It is to be asked when `on_free` is called, and now and then besides, because nothing tells when a client becomes
+    slow. Thread-safe.
     """
 
     def __init__(
@@ -137,20 +139,23 @@ class Turns:
         self.on_free: Callable[[], None] = lambda: None
 
     def configure(self, limit: int, max_bandwidth: int | None) -> None:
+        """Replaces both limits. Those who have a turn keep it."""
         with self._lock:
             self._limit, self._max_bandwidth = limit, max_bandwidth
         self.on_free()
 
     @property
     def waiting(self) -> int:
+        """How many clients wait for a turn."""
         return len(self._waiting)
 
     @property
     def taken(self) -> int:
+        """How many clients have a turn."""
         return len(self._taken)
 
     def take(self, address: str) -> Turn | None:
-        """A turn, if nobody else waits for one and there is one left."""
+        """A turn at once for a client at `address`, if there is one left and nobody waits for it."""
         with self._lock:
             if self._waiting or len(self._taken) >= self._limit:
                 return None
@@ -159,7 +164,7 @@ class Turns:
             return turn
 
     def queue(self, address: str) -> Turn:
-        """A place among the waiting."""
+        """A place among those that wait, for a client at `address`."""
         with self._lock:
             turn = Turn(self, network_of(address))
             self._waiting[turn] = None
@@ -168,34 +173,11 @@ class Turns:
             return turn
 
     def grant(self) -> list[Turn]:
-        """Those whose turn has come now."""
+        """Those of the waiting who have a turn from now on. Slow clients may be ended to make room for them."""
         with self._lock:
             if not self._waiting:
                 return []
-            slow = self._capacity() / self._limit / SLOW_SHARE
-            fast = [turn for turn in self._taken if turn.meter is None or turn.meter.lately() >= slow]
-            share = max(1, self._limit // len({turn.host for turn in fast} | self._waiting_hosts.keys()))
-            counting = _Load(fast, share, self._limit)
-            every = _Load((turn for turn in self._taken if not turn.is_ended), share, OVERCOMMITMENT * self._limit)
-            served = {turn.host for turn in self._taken}
-            slowest = self._slowest(slow)
-            granted: list[Turn] = []
-            ended: list[Callable[[], None]] = []
-            for turn in self._in_order():
-                if counting.is_full or (every.is_full and not slowest):
-                    break
-                if not counting.has_room_for(turn.host):
-                    continue
-                if not every.has_room_for(turn.host) and turn.host not in served and slowest:
-                    victim, end = slowest.popleft()
-                    victim.is_ended = True
-                    ended.append(end)
-                    every.remove(victim.host)
-                if every.has_room_for(turn.host):
-                    granted.append(turn)
-                    counting.add(turn.host)
-                    every.add(turn.host)
-                    served.add(turn.host)
+            granted, ended = self._choose()
             for turn in granted:
                 self._forget_waiting(turn)
                 self._taken[turn] = None
@@ -203,8 +185,40 @@ class Turns:
             end()
         return granted
 
+    def _choose(self) -> tuple[list[Turn], list[Callable[[], None]]]:
+        """Whose turn has come, and how those are ended who have to make room."""
+        slow = self._capacity() / self._limit / SLOW_SHARE
+        fast = [turn for turn in self._taken if turn.meter is None or turn.meter.lately() >= slow]
+        share = max(1, self._limit // len({turn.host for turn in fast} | self._waiting_hosts.keys()))
+
+        counting = _Occupancy(fast, share, self._limit)
+        every = _Occupancy((turn for turn in self._taken if not turn.is_ended), share, OVERCOMMITMENT * self._limit)
+        served = {turn.host for turn in self._taken}
+        slowest = self._slowest(slow)
+
+        granted: list[Turn] = []
+        ended: list[Callable[[], None]] = []
+        for turn in self._in_order():
+            if counting.is_full or (every.is_full and not slowest):
+                break
+            if not counting.has_room_for(turn.host):
+                continue
+
+            if not every.has_room_for(turn.host) and turn.host not in served and slowest:
+                victim, end = slowest.popleft()
+                victim.is_ended = True
+                ended.append(end)
+                every.remove(victim.host)
+
+            if every.has_room_for(turn.host):
+                granted.append(turn)
+                counting.add(turn.host)
+                every.add(turn.host)
+                served.add(turn.host)
+        return granted, ended
+
     def _slowest(self, slow: float) -> deque[tuple[Turn, Callable[[], None]]]:
-        """Turns below that rate that can be ended, and how; the slowest and longest ones first."""
+        """The turns below the rate `slow` that can be ended, and how; the slowest first, then the oldest."""
         rates = [
             (turn.meter.lately(), turn, turn.end)
             for turn in self._taken
@@ -214,11 +228,12 @@ class Turns:
         return deque((turn, end) for _, turn, end in slowest)
 
     def in_order(self) -> list[Turn]:
-        """The waiting in the order in which their turns will come, made once for each change."""
+        """Those who wait, in the order in which their turns will come. It is made once for each change."""
         with self._lock:
             return self._in_order()
 
     def leave(self, turn: Turn) -> None:
+        """Gives up a turn, or a place among those who wait. Idempotent."""
         with self._lock:
             if turn in self._waiting:
                 self._forget_waiting(turn)
@@ -227,7 +242,7 @@ class Turns:
                     self._note_sent(turn.meter.overall())
                 del self._taken[turn]
                 self._order = None
-            turn.meter = turn.end = None  # what they belong to may have to go before the turn does
+            turn.meter = turn.end = None  # they keep the weights alive, and a turn may live longer
         self.on_free()
 
     def _forget_waiting(self, turn: Turn) -> None:
@@ -243,7 +258,7 @@ class Turns:
         return self._order
 
     def _capacity(self) -> float:
-        """Bytes per second that the server can send, as it is configured, and has been seen to send of late."""
+        """Bytes per second that the server can send, as far as it is allowed to and has been seen to of late."""
         rates = [turn.meter.lately() for turn in self._taken if turn.meter is not None]
         self._note_sent(sum(rate for rate in rates if rate < math.inf))
         return min(max(self._seen, LEAST_CAPACITY), self._max_bandwidth or math.inf)
@@ -274,7 +289,10 @@ class _Record:
 
 
 class Guard:
-    """Slows down hosts that fail to authenticate: each failure doubles the time that they are not listened to."""
+    """Slows down hosts that fail to authenticate: each failure doubles the time for which they are not listened to.
+
+    Hosts are given by an address. Thread-safe.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -282,22 +300,26 @@ class Guard:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def admits(self, address: str) -> bool:
+        """Whether the host is listened to now."""
         with self._lock:
             record = self._records.get(network_of(address))
             return record is None or self._clock() >= record.blocked_until
 
     def failed(self, address: str) -> None:
+        """Notes that the host failed to authenticate."""
+        host = network_of(address)
         with self._lock:
-            host = network_of(address)
             record = self._records.pop(host, None) or _Record()
             self._records[host] = record
             if len(self._records) > _REMEMBERED:
                 self._records.popitem(last=False)
+
             record.failures += 1
             if record.failures > _FREE_FAILURES:
                 doublings = min(record.failures - _FREE_FAILURES - 1, _MOST_DOUBLINGS)
                 record.blocked_until = self._clock() + min(2.0**doublings, _LONGEST_BLOCK)
 
     def succeeded(self, address: str) -> None:
+        """Forgives the host all earlier failures."""
         with self._lock:
             self._records.pop(network_of(address), None)

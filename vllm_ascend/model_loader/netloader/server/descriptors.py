@@ -1,7 +1,8 @@
-"""The descriptors of this process: how many there may be, and how many of them peers may take.
+"""The file descriptors of this process: how many there may be, and how many of them peers may take.
 
-A process that has none left cannot open a file or accept a request: that is the end of the engine, not only of serving
-weights. So all connections of peers, and what their sessions open besides, come out of one share of the limit.
+A process that has none left can neither open a file nor accept a request, which is the end of the engine and not only
+of serving weights. So all connections of peers, and all that their sessions open besides, come out of one share of the
+limit.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ logger = logging.getLogger(__name__)
 SHARE: Final = 2
 """Peers may take one in so many of the descriptors that the process may have."""
 _MOST: Final = 65_535
-"""To which the limit is raised, where the system allows that many: as vLLM's own server does."""
+"""The limit is raised to this, if the system allows that many, as vLLM's own server does."""
 _RESERVED_SHARE: Final = 8
 _MOST_RESERVED: Final = 64
-"""Of the highest numbers, an eighth and at most so many are left to the engine, whoever has taken the others."""
+"""One in _RESERVED_SHARE of the descriptors, those with the highest numbers, but no more than so many, are left to the
+engine, whoever has taken the others."""
 
 
 def raise_limit() -> None:
-    """Lets this process have as many descriptors as the system allows it, within reason."""
+    """Lets this process have as many descriptors as the system allows, within reason. Failing is no error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -42,7 +44,7 @@ def _limit() -> int:
 
 
 class Descriptors:
-    """Those of the peers of this process. Thread-safe."""
+    """Counts the descriptors that peers of this process have taken. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,11 +52,11 @@ class Descriptors:
 
     @property
     def limit(self) -> int:
-        """Read anew each time, since others may set it."""
+        """How many peers may take; read anew each time, because others may change the limit of the process."""
         return _limit() // SHARE
 
     def take(self, count: int) -> bool:
-        """Whether there are `count` left; then they are taken until `give`."""
+        """Takes `count` descriptors until `give`, if so many are left. Whether that was so."""
         with self._lock:
             if self.taken + count > self.limit:
                 return False
@@ -62,12 +64,16 @@ class Descriptors:
             return True
 
     def give(self, count: int) -> None:
+        """Gives back `count` descriptors that `take` has taken."""
         with self._lock:
             self.taken -= count
 
 
 def is_among_the_last(descriptor: int) -> bool:
-    """Whether `descriptor` is one of those that are left to the engine: the system hands out the lowest free number."""
+    """Whether `descriptor` is one of those that are left to the engine.
+
+    The system always hands out the lowest free number, so a high one means that few are left.
+    """
     limit = _limit()
     return descriptor >= limit - min(limit // _RESERVED_SHARE, _MOST_RESERVED)
 

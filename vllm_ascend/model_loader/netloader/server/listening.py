@@ -1,16 +1,21 @@
-"""The port on which a process serves: had before anything is loaded, and never one that somebody else has bound.
+"""How a process gets a port to serve on: before anything is loaded, and never one that somebody else has bound.
 
-Linux lets two sockets bind one port if both have SO_REUSEADDR and neither listens yet; the first that listens has it.
-vLLM binds its HTTP port with that option at its start, and listens minutes later. A listener with the option, as
-servers have it to come back after a restart, would take that port from vLLM. Without it, the port is refused to a
-server that comes back, for a minute after the last connection that the process before it has ended (TIME_WAIT).
+Linux lets two sockets bind one port if both have SO_REUSEADDR and neither listens yet; the first one to listen gets it.
+vLLM binds its HTTP port with that option when it starts, and listens minutes later. If our socket had the option, as
+servers usually do so that they can restart, it would take that port away from vLLM. But without the option, a server
+that restarts is refused its port for a minute after the last connection that its predecessor has ended (TIME_WAIT).
 
-So a port is bound without the option. Where that is refused, /proc/net/tcp must show remains of ended connections and
-nothing else; but a socket that is bound and does not listen is not shown there. Such a one makes itself known by
-refusing a probe with SO_REUSEPORT, which our own remains allow, because every connection is given that option when it
-is accepted. Sockets that have the option themselves (vLLM's, with several API servers) allow that probe too. They are
-bound to all addresses, as a rule, and refuse one without options on an address of the loopback network. Only where one
-of them is bound to a single address, at which there are remains of ours besides, does the port look free.
+So a port is bound without the option first. If that is refused, the port may still be free, in which case /proc/net/tcp
+shows remains of ended connections there and nothing else. That is not enough, because sockets that are bound but do not
+listen are missing from that table. Two probes find them:
+
+- A socket with SO_REUSEPORT can be bound beside our own remains, since every connection gets that option when it is
+  accepted, but not beside an ordinary socket.
+- Sockets that have SO_REUSEPORT themselves (vLLM's, if it has several API servers) allow that probe. As a rule they are
+  bound to all addresses, and so they refuse a probe without options on an address of the loopback network.
+
+The port looks free by mistake only if a socket with SO_REUSEPORT is bound to a single address, and there are remains of
+ours at that very address.
 """
 
 from __future__ import annotations
@@ -28,19 +33,21 @@ from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.wire.resolution import Address, resolve
 
 _BACKLOG: Final = 128
+"""Connections that may wait to be accepted."""
 _REMAINS: Final = {"04", "05", "06", "09", "0B"}
 """States in which no process has the connection any more: FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK, CLOSING."""
 _OF_THE_CONFIGURATION: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES, errno.EINVAL, errno.ENODEV}
+"""Errors of binding that stay until the address or the port is configured otherwise."""
 
 
 class ListeningSocket:
-    """Listens from the beginning until `close`."""
+    """A socket that listens from its creation until `close`."""
 
     def __init__(self, host: str | None, port: int, timeout: float) -> None:
         """`host` None means all addresses, `port` 0 an ephemeral one; `timeout` is for looking up a host name.
 
-        Raises ConfigError where the host is none of this machine or the port not for this user, and OSError where the
-        port is bound already or there is no socket to be had.
+        Raises ConfigError if the host is none of this machine or the port is not for this user, and OSError if the port
+        is bound already or no socket can be had.
         """
         dual_stack = host is None and socket.has_dualstack_ipv6()
         self.socket = _first_bound(_addresses(host, port, timeout, dual_stack), dual_stack)
@@ -48,18 +55,19 @@ class ListeningSocket:
 
     @property
     def port(self) -> int:
+        """The number of the port that it has got."""
         port: int = self.socket.getsockname()[1]
         return port
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection and the address of its peer. Raises OSError, also after `close`."""
+        """Waits for the next connection, and returns it with its peer's address. Raises OSError, also after `close`."""
         connection, address = self.socket.accept()
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         return connection, address
 
     def close(self) -> None:
-        """Ends an `accept` that waits, too."""
+        """Gives the port back, and ends an `accept` that waits. Idempotent."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -77,7 +85,7 @@ def _addresses(host: str | None, port: int, timeout: float, dual_stack: bool) ->
 
 
 def _first_bound(addresses: list[Address], dual_stack: bool) -> socket.socket:
-    """At the first of them that is this machine's."""
+    """A socket that is bound to the first of `addresses` that belongs to this machine."""
     for remaining, address in zip(range(len(addresses) - 1, -1, -1), addresses, strict=True):
         try:
             return _bound(address, dual_stack)
@@ -133,10 +141,13 @@ def _socket(family: int, dual_stack: bool) -> socket.socket:
 
 
 def _only_remains(address: Address, dual_stack: bool) -> bool:
-    """Whether nobody has the port, although it cannot be bound without SO_REUSEADDR."""
+    """Whether nobody has the port, although it cannot be bound without SO_REUSEADDR: see the head of this module."""
     port = address.address[1]
     states = set(_states(port))
-    if not states or not states <= _REMAINS or not _can_be_bound(address, dual_stack, reuse_port=True):
+    if not states or not states <= _REMAINS:
+        return False
+
+    if not _can_be_bound(address, dual_stack, reuse_port=True):
         return False
     loopback = Address(socket.AF_INET, (f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.1", port))
     only_ipv6 = address.family == socket.AF_INET6 and not dual_stack
@@ -154,7 +165,10 @@ def _can_be_bound(address: Address, dual_stack: bool, *, reuse_port: bool) -> bo
 
 
 def _states(port: int) -> Iterator[str]:
-    """Of the TCP sockets at `port` that Linux shows in this network namespace; proc_net_tcp.txt tells the columns."""
+    """The states of the TCP sockets at `port` that Linux shows in this network namespace.
+
+    Linux's own documentation explains the columns, in networking/proc_net_tcp.rst.
+    """
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as lines:  # without IPv6 there is no second
             next(lines)

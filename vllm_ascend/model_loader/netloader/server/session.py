@@ -1,8 +1,8 @@
-"""The server's side of one session: from Accept to Confirm, by whatever transport.
+"""The server's side of one session: from Accept to Confirm, whatever the transport.
 
-A session that `end` has ended is over, whatever its client does: it takes no further message, tells why as long as the
-client listens, and the server closes its connection if it is still there END_SECONDS later. So weights that move or
-change wait for no client.
+Once `end` is called, the session is over whatever its client does. It takes no further message, and tells the client
+why if the client still listens. If it is there END_SECONDS later all the same, its connection is closed under it. So
+weights that are about to move or change never wait for a client.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
 )
 
 END_SECONDS: Final = 1.0
-"""In which a client can hear why its session was ended: one message, and somebody waits for the end."""
+"""Seconds in which a client can be told why its session was ended. It is short, because somebody waits for the end."""
 SETTLE_SECONDS: Final = 1.0
-"""In which the threads that have sent the last bytes can say so, when the client has them already."""
+"""Seconds in which the threads that sent the last bytes can note that, once the client says that it has them."""
 
 
 class _Ended(Exception):
@@ -46,7 +46,11 @@ class _Ended(Exception):
 
 
 class ServerSession:
-    """One client that takes one publication. `run` is for the connection's thread; `end` comes from any other."""
+    """One client that takes one publication.
+
+    `run` and then `confirm` are for the thread of its connection; `end` is for any other thread. The creator closes the
+    sender and the channel.
+    """
 
     def __init__(
         self,
@@ -68,11 +72,15 @@ class ServerSession:
         self._timeouts = timeouts
         self._log = log
         self._told: Counter[int] = Counter()
-        """How often the digest of each chunk was told."""
+        """How often the client was told the digest of each chunk."""
         self._ended_because: str | None = None
 
     def end(self, reason: str) -> None:
-        """Breaks the transfer off; the client is told `reason`. Shut its channel down after END_SECONDS."""
+        """Breaks the transfer off and lets the client be told `reason`, the first one if there are several.
+
+        Does not block. Whoever calls it shuts the channel down if the session is not over after END_SECONDS.
+        """
+        # The reason comes first, because the session's thread looks for it as soon as its transfer breaks off.
         if self._ended_because is None:
             self._ended_because = reason
         self.sender.abort()
@@ -80,10 +88,14 @@ class ServerSession:
 
     @property
     def has_ended(self) -> bool:
+        """Whether it was broken off, by `end` or because its transport failed."""
         return self._ended_because is not None
 
     def run(self) -> bool:
-        """Whether the client has everything, and only `confirm` remains. Raises PeerError or OSError."""
+        """Lets the client take what it asks for. Whether it has everything, so that only `confirm` remains.
+
+        Raises PeerError or OSError if the client or its connection fails.
+        """
         complete = False
         try:
             self.channel.send(self._accept(), self._timeouts.connect)
@@ -94,21 +106,22 @@ class ServerSession:
         except (_Ended, PeerError, OSError):
             if self._ended_because is None:
                 raise
-        if self._ended_because is None or self.channel.state is State.ENDED:  # the client had left by itself
+
+        if self._ended_because is None or self.channel.state is State.ENDED:  # the client has left by itself
             return complete
         self._say(logging.WARNING, "ended the session of %s: %s", self.peer, self._ended_because)
         self.channel.send(End(self._ended_because), END_SECONDS)
         return False
 
-    def _require_going_on(self) -> None:
-        if self._ended_because is not None:
-            raise _Ended
-
     def confirm(self, current_generation: int) -> None:
-        """Lets the client compare what it has with what is held now. Raises PeerError."""
+        """Lets the client compare what it has with what is served now. Raises PeerError.
+
+        `current_generation` is 0 if nothing is served in its role any more.
+        """
         store = self.publication.store
         root = store.root_if_known() if self._told else ""
         self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
+
         role, transport = self.publication.role, self._transport.name
         taken, whole = self.sender.delivered / 1e6, store.manifest.nbytes / 1e6
         if self.sender.has_delivered_all:
@@ -133,6 +146,7 @@ class ServerSession:
         )
 
     def _serve(self) -> bool:
+        """Answers the client's messages until it is done (True) or leaves (False)."""
         self.sender.note_progress()
         while True:
             match self._next_message():
@@ -159,16 +173,21 @@ class ServerSession:
             raise ProtocolError("the client asks for digests, of which it was told that there are none")
         if first >= digests.count:
             raise ProtocolError(f"the client asks for digests from chunk {first} on: there are {digests.count} chunks")
+
         asked = range(first, min(first + count, digests.count))
         if any(self._told[number] >= TRIES_PER_CHUNK for number in asked):
             raise ProtocolError(f"the client asks for a digest more than {TRIES_PER_CHUNK} times")
+
+        # Only digests that are new to the client are progress: asking for the same ones again keeps no session alive.
         is_progress = not all(number in self._told for number in asked)
         if not is_progress and self.sender.idle_seconds() >= self._timeouts.stall:
             raise self._stalled()
+
         told: list[bytes] = []
-        for number in asked:  # each may have to be made
+        for number in asked:  # each may have to be made first, which takes time
             self._require_going_on()
             told += digests.part(number, 1)
+
         self._told.update(asked)
         self.channel.send(Digests(tuple(told)), self._timeouts.connect)
         if is_progress:
@@ -178,7 +197,7 @@ class ServerSession:
         return Stalled(f"the client took nothing for {self._timeouts.stall:g} s")
 
     def _next_message(self) -> Message:
-        """Raises PeerError, or _Ended: what has arrived already can be received after the end, too."""
+        """The client's next message. Raises PeerError, or _Ended even if a message has arrived before the end."""
         while True:
             self._require_going_on()
             remaining = self._timeouts.stall - self.sender.idle_seconds()
@@ -190,3 +209,7 @@ class ServerSession:
                 continue
             self._require_going_on()
             return message
+
+    def _require_going_on(self) -> None:
+        if self._ended_because is not None:
+            raise _Ended

@@ -1,9 +1,9 @@
 """Where connections are while their clients wait for a turn.
 
-There may be hundreds of them, and all that they want is a notice now and then. So none has a thread: one thread sends
-the notices, sees who has gone, and lets those go on whose turn has come, or for whom there is nothing to wait for any
-more. It exists as long as somebody waits. What it does in a round grows with the number of the waiting and no faster;
-rounds follow one another at some distance, however much happens.
+There may be hundreds of them, and all that they want is a notice now and then. So they have no threads of their own.
+One thread, which exists as long as somebody waits, goes round: it sends the notices, notices who has left, and lets
+clients go on whose turn has come or who have nothing to wait for any more. The work of a round is linear in the number
+of clients, and rounds keep some distance from each other however much happens.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ from vllm_ascend.model_loader.netloader.wire.pacing import give_way
 logger = logging.getLogger(__name__)
 
 WAIT_NOTICE: Final = 1.0
-"""Seconds between two messages to a client that waits for its turn."""
+"""Seconds between two notices to a client that waits for its turn."""
 _ROUND_SECONDS: Final = 0.02
-"""Between the beginnings of two rounds."""
+"""Seconds between the beginnings of two rounds."""
 _MOST_FRAGMENTS: Final = 16
-"""Pieces of a message that somebody who waits may send: it has nothing to say."""
+"""Incomplete messages that may arrive from a client that waits: it has nothing to say."""
 
 
 @dataclass(eq=False)
 class Guest:
-    """One who waits at `address`. None of the calls may block; after the last three the channel is not used here.
+    """A client at `address` that waits for a turn, and what is to be done for it.
 
-    `notice` is told how many come first and how many are served; where it returns None there is nothing to wait for any
-    more, and `reconsider` follows. `go_on` is told the turn, which the called then has to leave, and `leave` why the
-    connection is over. They may hold nothing that has to go while somebody waits.
+    - `notice` makes the next message to it, given how many clients come first and how many have a turn. It returns None
+      if there is nothing to wait for any more; then `reconsider` is called.
+    - `go_on` is given the turn when it has come, and must see to it that the turn is left.
+    - `leave` is told why the connection is over.
+
+    None of them may block, or keep weights alive while the client waits. After `go_on`, `reconsider` or `leave`, the
+    room does not use the channel any more.
     """
 
     channel: Channel
@@ -51,91 +55,99 @@ class Guest:
     leave: Callable[[PeerError | OSError], None]
     fragments: int = 0
     knows: bool = False
-    """Whether it has been told that it waits."""
+    """Whether it has had its first notice."""
 
 
 class WaitingRoom:
-    """For those who wait for one of `turns`. Thread-safe."""
+    """Keeps the clients that wait for one of `turns`. Thread-safe."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._lock = threading.RLock()
         self._guests: dict[Turn, Guest] = {}
         self._new: list[Turn] = []
-        self._bell: int | None = None
-        turns.on_free = self._ring
+        self._wakeup: int | None = None
+        """An eventfd that interrupts the thread's sleep. It exists as long as the thread does."""
+        turns.on_free = self._wake
 
     def admit(self, guest: Guest) -> None:
-        """Takes over the guest's channel. Raises OSError or RuntimeError where there is no thread for it."""
+        """Takes over the guest's channel. Raises OSError or RuntimeError if the system has no thread for the room."""
         with self._lock:
-            if self._bell is None:
+            if self._wakeup is None:
                 self._open()
             turn = self._turns.queue(guest.address)
             self._guests[turn] = guest
             self._new.append(turn)
-            self._ring()
+            self._wake()
 
     def _open(self) -> None:
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            threading.Thread(target=self._run, args=(bell,), name="netloader-waiting", daemon=True).start()
+            threading.Thread(target=self._run, args=(wakeup,), name="netloader-waiting", daemon=True).start()
         except BaseException:
-            os.close(bell)
+            os.close(wakeup)
             raise
-        self._bell = bell
+        self._wakeup = wakeup
 
-    def _ring(self) -> None:
-        """Asks for a round soon."""
+    def _wake(self) -> None:
+        """Makes the next round come soon."""
         with self._lock:
-            if self._bell is not None:
-                os.eventfd_write(self._bell, 1)
+            if self._wakeup is not None:
+                os.eventfd_write(self._wakeup, 1)
 
-    def _run(self, bell: int) -> None:
+    def _run(self, wakeup: int) -> None:
         give_way()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(bell, selectors.EVENT_READ)
-                self._serve(bell, selector)
+                selector.register(wakeup, selectors.EVENT_READ)
+                self._serve(wakeup, selector)
         except Exception as error:
             logger.exception("an error of this server: those who wait for their turn are sent away")
-            self._send_all_away(bell, OSError(f"an error of this server: {error}"))
+            self._send_all_away(wakeup, OSError(f"an error of this server: {error}"))
 
-    def _serve(self, bell: int, selector: selectors.BaseSelector) -> None:
+    def _serve(self, wakeup: int, selector: selectors.BaseSelector) -> None:
         notices_at = 0.0
-        while self._is_needed(bell):
+        while self._is_needed(wakeup):
             begun = time.monotonic()
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(bell)
+                os.eventfd_read(wakeup)
+
             with self._lock:
                 new, self._new = self._new, []
                 granted = [(turn, self._guests.pop(turn)) for turn in self._turns.grant()]
                 waiting = [(turn, self._guests[turn]) for turn in self._turns.in_order()]
-            for turn in new:
-                if turn in self._guests:
-                    guest = self._guests[turn]
-                    selector.register(guest.channel.socket, selectors.EVENT_READ, (turn, guest))
+            self._register(selector, new)
             for turn, guest in granted:
                 if turn not in new:
                     selector.unregister(guest.channel.socket)
                 guest.go_on(turn)
+
             due = begun >= notices_at
             self._send_notices(selector, waiting, to_all=due)
             notices_at = begun + WAIT_NOTICE if due else notices_at
+
             time.sleep(max(0.0, begun + _ROUND_SECONDS - time.monotonic()))
             self._listen(selector, max(0.0, notices_at - time.monotonic()))
 
-    def _is_needed(self, bell: int) -> bool:
+    def _register(self, selector: selectors.BaseSelector, new: list[Turn]) -> None:
+        """Notices from now on when those of `new` leave or speak, unless their turn has come already."""
+        for turn in new:
+            if turn in self._guests:
+                guest = self._guests[turn]
+                selector.register(guest.channel.socket, selectors.EVENT_READ, (turn, guest))
+
+    def _is_needed(self, wakeup: int) -> bool:
         with self._lock:
             if not self._guests:
-                os.close(bell)
-                self._bell = None
+                os.close(wakeup)
+                self._wakeup = None
             return bool(self._guests)
 
-    def _send_all_away(self, bell: int, reason: OSError) -> None:
+    def _send_all_away(self, wakeup: int, reason: OSError) -> None:
         with self._lock:
             guests, self._guests, self._new = self._guests, {}, []
-            self._bell = None
-            os.close(bell)
+            self._wakeup = None
+            os.close(wakeup)
         for turn, guest in guests.items():
             self._turns.leave(turn)
             guest.leave(reason)
@@ -143,24 +155,27 @@ class WaitingRoom:
     def _send_notices(
         self, selector: selectors.BaseSelector, waiting: list[tuple[Turn, Guest]], *, to_all: bool
     ) -> None:
+        """To everybody of `waiting`, which is in order, or only to those who have had none yet."""
         served = self._turns.taken
         for ahead, (turn, guest) in enumerate(waiting):
-            if to_all or not guest.knows:
-                guest.knows = True
-                notice = guest.notice(ahead, served)
-                if notice is None:
-                    self._forget(selector, turn, guest)
-                    guest.reconsider()
-                    continue
-                try:
-                    guest.channel.send(notice, 0)
-                except Stalled:
-                    self._see_off(selector, turn, guest, Stalled("it does not read that it has to wait"))
-                except (PeerError, OSError) as error:
-                    self._see_off(selector, turn, guest, error)
+            if guest.knows and not to_all:
+                continue
+            guest.knows = True
+            notice = guest.notice(ahead, served)
+            if notice is None:
+                self._forget(selector, turn, guest)
+                guest.reconsider()
+                continue
+
+            try:
+                guest.channel.send(notice, 0)
+            except Stalled:
+                self._see_off(selector, turn, guest, Stalled("it does not read that it has to wait"))
+            except (PeerError, OSError) as error:
+                self._see_off(selector, turn, guest, error)
 
     def _listen(self, selector: selectors.BaseSelector, timeout: float) -> None:
-        """Returns when something happens, or after `timeout` seconds. Nobody here has anything to say but goodbye."""
+        """Returns when something happens, or after `timeout` seconds. Whoever waits has nothing to say but goodbye."""
         for key, _ in selector.select(timeout):
             if key.data is None:
                 continue
