@@ -1,3 +1,4 @@
+/* Copies and fills, at once or in a stream. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -5,7 +6,6 @@
 #include "capture.h"
 #include "errors.h"
 #include "memory.h"
-#include "stream.h"
 
 typedef struct {
     void *destination;
@@ -86,7 +86,7 @@ static aclError submit(const char *function, const copy *task, aclrtStream strea
     sim_task work = {.name = function, .run = run_copy, .release = free, .argument = argument};
 
     if (!argument)
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(function);
     *argument = *task;
     return sim_submit(function, stream, &work);
 }
@@ -95,11 +95,11 @@ static aclError submit(const char *function, const copy *task, aclrtStream strea
 aclError aclrtMemcpy(void *dst, size_t destMax, const void *src, size_t count, aclrtMemcpyKind kind)
 {
     copy task = {dst, src, 0, count};
-    aclError error = sim_refuse_in_capture(__func__);
+    aclError error;
 
-    if (!error)
-        error = check_copy(__func__, &task, destMax, kind);
-    return error ? error : run_copy(&task);
+    if ((error = sim_refuse_in_capture(__func__)) || (error = check_copy(__func__, &task, destMax, kind)))
+        return error;
+    return run_copy(&task);
 }
 
 /* Puts a copy into `stream`. The addresses are checked now and used when it is the copy's turn. */
@@ -123,11 +123,11 @@ aclError aclrtMemcpyAsyncWithCondition(void *dst, size_t destMax, const void *sr
 aclError aclrtMemset(void *devPtr, size_t maxCount, int32_t value, size_t count)
 {
     copy task = {devPtr, NULL, value, count};
-    aclError error = sim_refuse_in_capture(__func__);
+    aclError error;
 
-    if (!error)
-        error = check_fill(__func__, &task, maxCount);
-    return error ? error : run_copy(&task);
+    if ((error = sim_refuse_in_capture(__func__)) || (error = check_fill(__func__, &task, maxCount)))
+        return error;
+    return run_copy(&task);
 }
 
 /* Puts a fill into `stream`. */

@@ -2,13 +2,11 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "config.h"
 #include "errors.h"
-#include "stream.h"
 
 /* An Ascend 910B1. */
 #define CUBE_CORES 24
@@ -73,6 +71,19 @@ void sim_set_default_device(int device)
     default_device = device;
 }
 
+aclError sim_leave_device(const char *function, int device, bool *last)
+{
+    aclError error = ACL_SUCCESS;
+
+    pthread_mutex_lock(&lock);
+    if (!contexts[device].users)
+        error = sim_fail(function, ACL_ERROR_RT_CONTEXT_NULL, "device %d was not set", device);
+    else
+        *last = --contexts[device].users == 0;
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
 /* The calling thread works on `deviceId` from now on. */
 aclError aclrtSetDevice(int32_t deviceId)
 {
@@ -82,27 +93,6 @@ aclError aclrtSetDevice(int32_t deviceId)
         return error;
     contexts[deviceId].users++;
     current = deviceId;
-    return ACL_SUCCESS;
-}
-
-/* Undoes one aclrtSetDevice, of whichever thread. After the last the device's streams are gone; its memory stays,
- * because on the host others may still look at it. */
-aclError aclrtResetDevice(int32_t deviceId)
-{
-    aclError error = CHECK_DEVICE(deviceId);
-    bool last;
-
-    if (error)
-        return error;
-    pthread_mutex_lock(&lock);
-    if (!contexts[deviceId].users) {
-        pthread_mutex_unlock(&lock);
-        return FAIL(ACL_ERROR_RT_CONTEXT_NULL, "device %d was not set", deviceId);
-    }
-    last = --contexts[deviceId].users == 0;
-    pthread_mutex_unlock(&lock);
-    if (last)
-        sim_destroy_streams(deviceId);
     return ACL_SUCCESS;
 }
 
@@ -169,22 +159,7 @@ aclError aclrtGetPrimaryCtxState(int32_t deviceId, uint32_t *flags, int32_t *act
     return ACL_SUCCESS;
 }
 
-/* Returns when all streams of the current device are idle, with the first error that one of them has to report. */
-aclError aclrtSynchronizeDevice(void)
-{
-    return aclrtSynchronizeDeviceWithTimeout(-1);
-}
-
-/* The same, within `timeout` milliseconds; -1: however long it takes. */
-aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout)
-{
-    int device;
-    aclError error = CURRENT_DEVICE(&device);
-
-    return error ? error : sim_synchronize_streams(__func__, device, timeout);
-}
-
-/* What kind of device it is: an Ascend 910B1 with CANN_SIM_MEMORY bytes. */
+/* Describes the device: an Ascend 910B1 with CANN_SIM_MEMORY bytes. */
 aclError aclrtGetDeviceInfo(uint32_t deviceId, aclrtDevAttr attr, int64_t *value)
 {
     aclError error = CHECK_DEVICE(deviceId);
@@ -222,7 +197,7 @@ aclError aclrtGetDeviceInfo(uint32_t deviceId, aclrtDevAttr attr, int64_t *value
     return ACL_SUCCESS;
 }
 
-/* The same facts by their older names. */
+/* What aclrtGetDeviceInfo tells, by older names. */
 aclError aclGetDeviceCapability(uint32_t deviceId, aclDeviceInfo deviceInfo, int64_t *value)
 {
     static const aclrtDevAttr attributes[] = {
@@ -236,7 +211,7 @@ aclError aclGetDeviceCapability(uint32_t deviceId, aclDeviceInfo deviceInfo, int
     return aclrtGetDeviceInfo(deviceId, attributes[deviceInfo], value);
 }
 
-/* The same for the same device of the machine in all processes. */
+/* A number that a device of the machine has in all processes. */
 aclError aclrtDeviceGetUuid(int32_t deviceId, aclrtUuid *uuid)
 {
     aclError error = CHECK_DEVICE(deviceId);
@@ -251,14 +226,12 @@ aclError aclrtDeviceGetUuid(int32_t deviceId, aclrtUuid *uuid)
     return ACL_SUCCESS;
 }
 
-/* Devices reach each other's memory, not by way of themselves. */
+/* A device reaches the memory of every other, and its own without being a peer of itself. */
 aclError aclrtDeviceCanAccessPeer(int32_t *canAccessPeer, int32_t deviceId, int32_t peerDeviceId)
 {
-    aclError error = CHECK_DEVICE(deviceId);
+    aclError error;
 
-    if (!error)
-        error = CHECK_DEVICE(peerDeviceId);
-    if (error)
+    if ((error = CHECK_DEVICE(deviceId)) || (error = CHECK_DEVICE(peerDeviceId)))
         return error;
     if (!canAccessPeer)
         return FAIL(ACL_ERROR_RT_PARAM_INVALID, "canAccessPeer is NULL");
@@ -266,15 +239,13 @@ aclError aclrtDeviceCanAccessPeer(int32_t *canAccessPeer, int32_t deviceId, int3
     return ACL_SUCCESS;
 }
 
-/* Nothing to enable: a copy between devices always works. */
+/* Does nothing but check its arguments: a copy between devices always works. */
 aclError aclrtDeviceEnablePeerAccess(int32_t peerDeviceId, uint32_t flags)
 {
     int device;
-    aclError error = CURRENT_DEVICE(&device);
+    aclError error;
 
-    if (!error)
-        error = CHECK_DEVICE(peerDeviceId);
-    if (error)
+    if ((error = CURRENT_DEVICE(&device)) || (error = CHECK_DEVICE(peerDeviceId)))
         return error;
     if (flags || peerDeviceId == device)
         return FAIL(ACL_ERROR_RT_PARAM_INVALID, "flags %u, device %d from device %d", flags, peerDeviceId, device);
@@ -290,7 +261,7 @@ aclError aclrtDeviceGetBareTgid(int32_t *pid)
     return ACL_SUCCESS;
 }
 
-/* Which device of the machine the process calls `userDevid`. */
+/* The number in the machine of the device that the process calls `userDevid`. */
 aclError aclrtGetLogicDevIdByUserDevId(const int32_t userDevid, int32_t *const logicDevId)
 {
     aclError error = CHECK_DEVICE(userDevid);

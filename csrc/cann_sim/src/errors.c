@@ -24,6 +24,16 @@ int sim_fail(const char *function, int code, const char *format, ...)
     return code;
 }
 
+aclError sim_no_memory(const char *function)
+{
+    return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+}
+
+HcclResult hccl_no_memory(const char *function)
+{
+    return sim_fail(function, HCCL_E_MEMORY, "the host has no memory left");
+}
+
 aclError sim_not_simulated(const char *name)
 {
     fprintf(stderr, "cann_sim: %s is not simulated\n", name);

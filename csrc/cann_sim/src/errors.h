@@ -3,11 +3,16 @@
 #define CANN_SIM_ERRORS_H
 
 #include "acl_api.h"
+#include "hccl_api.h"
 
 /* Notes `code` and "function: text" as the calling thread's last error and returns `code`. */
 int sim_fail(const char *function, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 #define FAIL(...) sim_fail(__func__, __VA_ARGS__)
+
+/* The same for an allocation on the host that failed, in the codes of the two interfaces. */
+aclError sim_no_memory(const char *function);
+HcclResult hccl_no_memory(const char *function);
 
 /* Prints "cann_sim: NAME is not simulated" on standard error and notes it as an error. */
 aclError sim_not_simulated(const char *name);

@@ -1,12 +1,30 @@
-#include "event.h"
-
+/* Events: points in streams. */
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "capture.h"
+#include "clock.h"
 #include "device.h"
 #include "errors.h"
+#include "handles.h"
+#include "stream.h"
+
+typedef struct {
+    sim_object object;
+    int device;
+    uint32_t flags;
+
+    pthread_mutex_t lock; /* for all fields up to the error's text */
+    pthread_cond_t changed;
+    uint64_t recorded;  /* how often it was put into a stream */
+    uint64_t completed; /* the last of these records whose turn has come */
+    uint64_t reset;     /* the records that were made before it was reset */
+    int64_t time;       /* of the last completed record, in ns of the steady clock */
+    aclError error;     /* of the stream before that record */
+    char error_text[256];
+
+    sim_capture_point point; /* of the last record; belongs to capture.c */
+} sim_event;
 
 /* What a stream has to do for an event: reach it, or wait for it. */
 typedef struct {
@@ -47,7 +65,29 @@ static bool has_come(const sim_event *event)
     return event->recorded > event->reset && event->completed >= event->recorded;
 }
 
-/* An event of the current device. */
+/* The record that counts, for whoever waits for the event from now on; 0 if there is none. */
+static uint64_t current_record(sim_event *event)
+{
+    uint64_t number;
+
+    pthread_mutex_lock(&event->lock);
+    number = event->recorded > event->reset ? event->recorded : 0;
+    pthread_mutex_unlock(&event->lock);
+    return number;
+}
+
+/* Whether nobody has to wait for the record any more, and it has no failure to tell. */
+static bool is_past(sim_event *event, uint64_t number)
+{
+    bool past;
+
+    pthread_mutex_lock(&event->lock);
+    past = event->completed >= number && !(number && event->error);
+    pthread_mutex_unlock(&event->lock);
+    return past;
+}
+
+/* Makes an event of the current device. */
 aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag)
 {
     sim_event *object;
@@ -59,7 +99,7 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag)
     if (!event)
         return FAIL(ACL_ERROR_INVALID_PARAM, "event is NULL");
     if (!(object = calloc(1, sizeof *object)))
-        return FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(__func__);
     object->device = device;
     object->flags = flag;
     pthread_mutex_init(&object->lock, NULL);
@@ -91,16 +131,15 @@ static aclError reach_event(void *argument)
 {
     const event_task *task = argument;
     sim_event *event = task->event;
-    struct timespec now;
+    int64_t now = sim_nanoseconds();
     aclError error;
 
-    clock_gettime(CLOCK_MONOTONIC, &now);
     pthread_mutex_lock(&task->stream->lock);
     error = task->stream->error;
     pthread_mutex_lock(&event->lock);
     if (task->number > event->completed) {
         event->completed = task->number;
-        event->time = (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+        event->time = now;
         event->error = error;
         snprintf(event->error_text, sizeof event->error_text, "%s", error ? task->stream->error_text : "");
         pthread_cond_broadcast(&event->changed);
@@ -139,7 +178,7 @@ static aclError submit_event_task(const char *function, sim_event *event, sim_st
     };
 
     if (!argument)
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(function);
     sim_hold(&event->object);
     if (!wait)
         sim_hold(&stream->object);
@@ -150,103 +189,77 @@ static aclError submit_event_task(const char *function, sim_event *event, sim_st
 /* Puts the event into the stream, which must be of the same device. A later record replaces an earlier one. */
 aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream)
 {
-    sim_event *object;
-    sim_stream *target = NULL;
+    SIM_BORROWED sim_event *object = NULL;
+    SIM_BORROWED sim_stream *target = NULL;
     uint64_t number;
-    aclError error = find_event(__func__, event, &object);
+    aclError error;
 
-    if (error)
+    if ((error = find_event(__func__, event, &object)) || (error = sim_find_stream(__func__, stream, &target)))
         return error;
-    if ((error = sim_find_stream(__func__, stream, &target)))
-        goto done;
-    if (object->device != target->device) {
-        error = FAIL(ACL_ERROR_RT_STREAM_CONTEXT, "the event is device %d's, the stream device %d's", object->device,
-                     target->device);
-        goto done;
-    }
-    sim_capture_record(object, target);
+    if (object->device != target->device)
+        return FAIL(ACL_ERROR_RT_STREAM_CONTEXT, "the event is device %d's, the stream device %d's", object->device,
+                    target->device);
+    sim_capture_record(target, &object->point);
     pthread_mutex_lock(&object->lock);
     number = ++object->recorded;
     pthread_mutex_unlock(&object->lock);
-    error = submit_event_task(__func__, object, target, false, number);
-done:
-    if (target)
-        sim_let_go(&target->object);
-    sim_let_go(&object->object);
-    return error;
+    return submit_event_task(__func__, object, target, false, number);
 }
 
-/* As if the event had not been recorded. */
+/* Makes the event as if it had not been recorded. */
 aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream)
 {
-    sim_event *object;
-    sim_stream *target;
-    aclError error = find_event(__func__, event, &object);
+    SIM_BORROWED sim_event *object = NULL;
+    SIM_BORROWED sim_stream *target = NULL;
+    aclError error;
 
-    if (error)
+    if ((error = find_event(__func__, event, &object)) || (error = sim_find_stream(__func__, stream, &target)))
         return error;
-    if (!(error = sim_find_stream(__func__, stream, &target))) {
-        pthread_mutex_lock(&object->lock);
-        object->reset = object->recorded;
-        pthread_mutex_unlock(&object->lock);
-        sim_let_go(&target->object);
-    }
-    sim_let_go(&object->object);
-    return error;
+    pthread_mutex_lock(&object->lock);
+    object->reset = object->recorded;
+    pthread_mutex_unlock(&object->lock);
+    return ACL_SUCCESS;
 }
 
 /* What is put into the stream from now on comes after the event's last record, on whichever device that was. An event
  * that was not recorded holds nothing up. */
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event)
 {
-    sim_event *object;
-    sim_stream *target = NULL;
+    SIM_BORROWED sim_event *object = NULL;
+    SIM_BORROWED sim_stream *target = NULL;
     uint64_t number;
-    bool done;
-    aclError error = find_event(__func__, event, &object);
+    aclError error;
 
-    if (error)
+    if ((error = find_event(__func__, event, &object)) || (error = sim_find_stream(__func__, stream, &target)))
         return error;
-    if ((error = sim_find_stream(__func__, stream, &target)))
-        goto done;
-    if ((error = sim_capture_wait(__func__, target, object)))
-        goto done;
-    pthread_mutex_lock(&object->lock);
-    number = object->recorded > object->reset ? object->recorded : 0;
-    done = object->completed >= number && !(number && object->error);
-    pthread_mutex_unlock(&object->lock);
-    if (!done)
-        error = submit_event_task(__func__, object, target, true, number);
-done:
-    if (target)
-        sim_let_go(&target->object);
-    sim_let_go(&object->object);
-    return error;
+    number = current_record(object);
+    if ((error = sim_capture_wait(__func__, target, &object->point, number != 0)))
+        return error;
+    if (is_past(object, number))
+        return ACL_SUCCESS;
+    return submit_event_task(__func__, object, target, true, number);
 }
 
 /* Complete if the event was recorded and its turn has come. */
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status)
 {
-    sim_event *object;
+    SIM_BORROWED sim_event *object = NULL;
     aclError error;
 
     if (!status)
         return FAIL(ACL_ERROR_INVALID_PARAM, "status is NULL");
-    if ((error = find_event(__func__, event, &object)))
+    if ((error = find_event(__func__, event, &object)) || (error = sim_refuse_captured_event(__func__, &object->point)))
         return error;
-    if (!(error = sim_refuse_captured_event(__func__, object))) {
-        pthread_mutex_lock(&object->lock);
-        *status = has_come(object) ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
-        pthread_mutex_unlock(&object->lock);
-    }
-    sim_let_go(&object->object);
-    return error;
+    pthread_mutex_lock(&object->lock);
+    *status = has_come(object) ? ACL_EVENT_RECORDED_STATUS_COMPLETE : ACL_EVENT_RECORDED_STATUS_NOT_READY;
+    pthread_mutex_unlock(&object->lock);
+    return ACL_SUCCESS;
 }
 
 /* Complete if no stream can still be waiting for the event. */
 aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status)
 {
-    sim_event *object;
+    SIM_BORROWED sim_event *object = NULL;
     aclError error;
 
     if (!status)
@@ -256,7 +269,6 @@ aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *statu
     pthread_mutex_lock(&object->lock);
     *status = object->completed >= object->recorded ? ACL_EVENT_WAIT_STATUS_COMPLETE : ACL_EVENT_WAIT_STATUS_NOT_READY;
     pthread_mutex_unlock(&object->lock);
-    sim_let_go(&object->object);
     return ACL_SUCCESS;
 }
 
@@ -264,40 +276,38 @@ aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *statu
  * event that was not recorded. */
 aclError aclrtSynchronizeEvent(aclrtEvent event)
 {
-    sim_event *object;
-    event_task task = {0};
-    aclError error = find_event(__func__, event, &object);
+    SIM_BORROWED sim_event *object = NULL;
+    event_task task;
+    aclError error;
 
-    if (error)
+    if ((error = find_event(__func__, event, &object)) ||
+        (error = sim_refuse_captured_event(__func__, &object->point)) || (error = sim_refuse_in_capture(__func__)))
         return error;
-    if (!(error = sim_refuse_captured_event(__func__, object)) && !(error = sim_refuse_in_capture(__func__))) {
-        task.event = object;
-        pthread_mutex_lock(&object->lock);
-        task.number = object->recorded > object->reset ? object->recorded : 0;
-        pthread_mutex_unlock(&object->lock);
-        error = wait_for_event(&task);
-    }
-    sim_let_go(&object->object);
-    return error;
+    task = (event_task){object, NULL, current_record(object)};
+    return wait_for_event(&task);
+}
+
+/* With the event's lock held. */
+static aclError check_time(const char *function, const sim_event *event)
+{
+    if (!(event->flags & ACL_EVENT_TIME_LINE))
+        return sim_fail(function, ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID, "the event was made without timing");
+    if (!has_come(event))
+        return sim_fail(function, ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID, "the event's turn has not come");
+    return ACL_SUCCESS;
 }
 
 static aclError time_of(const char *function, aclrtEvent handle, int64_t *time)
 {
-    sim_event *event;
-    aclError error = find_event(function, handle, &event);
+    SIM_BORROWED sim_event *event = NULL;
+    aclError error;
 
-    if (error)
+    if ((error = find_event(function, handle, &event)) || (error = sim_refuse_captured_event(function, &event->point)))
         return error;
-    if (!(error = sim_refuse_captured_event(function, event))) {
-        pthread_mutex_lock(&event->lock);
-        if (!(event->flags & ACL_EVENT_TIME_LINE))
-            error = sim_fail(function, ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID, "the event was made without timing");
-        else if (!has_come(event))
-            error = sim_fail(function, ACL_ERROR_RT_EVENT_TIMESTAMP_INVALID, "the event's turn has not come");
-        *time = event->time;
-        pthread_mutex_unlock(&event->lock);
-    }
-    sim_let_go(&event->object);
+    pthread_mutex_lock(&event->lock);
+    error = check_time(function, event);
+    *time = event->time;
+    pthread_mutex_unlock(&event->lock);
     return error;
 }
 

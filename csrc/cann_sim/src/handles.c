@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "errors.h"
 
@@ -118,4 +119,13 @@ void sim_let_go(sim_object *object)
     pthread_mutex_unlock(&lock);
     if (!left)
         object->release(object);
+}
+
+void sim_give_back(void *variable)
+{
+    sim_object *object;
+
+    memcpy(&object, variable, sizeof object); /* it is a pointer to whatever begins with a sim_object */
+    if (object)
+        sim_let_go(object);
 }

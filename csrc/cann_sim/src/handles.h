@@ -1,4 +1,4 @@
-/* Handles that can be told from each other after their object is gone.
+/* Handles that stay distinguishable after their object is gone.
  *
  * What CANN's callers hold as a pointer (stream, event, graph, communicator) is a number here: kind, generation and
  * place in a table. A handle that was destroyed, or never was one, is recognised without touching memory, and an object
@@ -22,7 +22,7 @@ void *sim_publish(sim_kind kind, sim_object *object, void (*release)(sim_object 
 /* The object behind a live handle, with a reference for the caller; NULL if the handle is not live. */
 void *sim_acquire(sim_kind kind, const void *handle);
 
-/* As sim_acquire, but ends the handle: the caller gets the handle's own reference. One caller only succeeds. */
+/* As sim_acquire, but ends the handle: the caller gets the handle's own reference. Only one caller succeeds. */
 void *sim_retire(sim_kind kind, const void *handle);
 
 /* One more reference to an object that the caller has a reference to. */
@@ -30,5 +30,10 @@ void sim_hold(sim_object *object);
 
 /* Gives a reference back. */
 void sim_let_go(sim_object *object);
+
+/* Marks a local variable that holds a reference or NULL: where its scope ends, the reference is given back. The
+ * variable must be initialised where it is declared. */
+#define SIM_BORROWED __attribute__((cleanup(sim_give_back)))
+void sim_give_back(void *variable);
 
 #endif

@@ -3,11 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "capture.h"
 #include "device.h"
 #include "errors.h"
 #include "hccl_types.h"
 #include "memory.h"
-#include "stream.h"
 
 typedef struct grouped {
     struct grouped *next;
@@ -39,7 +39,7 @@ HcclResult hccl_begin(hccl_call *call, HcclComm comm)
 HcclResult hccl_make_counts(const hccl_call *call, uint64_t **which, size_t count)
 {
     *which = calloc(count, sizeof **which);
-    return *which ? HCCL_SUCCESS : (HcclResult)sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+    return *which ? HCCL_SUCCESS : hccl_no_memory(call->name);
 }
 
 HcclResult hccl_check_buffer(const hccl_call *call, const char *which, const void *buffer, uint64_t count,
@@ -112,7 +112,7 @@ static HcclResult submit(hccl_call *call, hcclStream stream)
     sim_task task = {.name = call->name, .run = run_call, .release = release_call, .argument = argument, .waits = true};
 
     if (!argument) {
-        sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+        hccl_no_memory(call->name);
         clear_call(call);
         return HCCL_E_MEMORY;
     }
@@ -142,7 +142,7 @@ static HcclResult join_group(hccl_call *call, hcclStream stream)
         return HCCL_SUCCESS;
     }
     if (*place || !(entry = malloc(sizeof *entry))) {
-        sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+        hccl_no_memory(call->name);
         clear_call(call);
         return HCCL_E_MEMORY;
     }

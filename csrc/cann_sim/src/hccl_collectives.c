@@ -27,8 +27,7 @@ static HcclResult new_step(step *step, hccl_comm *comm, const hccl_call *call, h
     step->tag = (hccl_tag){(uint16_t)kind, (uint16_t)call->type, detail};
     step->count = 0;
     step->transfers = calloc(2 * (size_t)comm->size, sizeof *step->transfers);
-    return step->transfers ? HCCL_SUCCESS
-                           : (HcclResult)sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+    return step->transfers ? HCCL_SUCCESS : hccl_no_memory(call->name);
 }
 
 static void give(step *step, uint32_t peer, const void *data, size_t length)
@@ -71,7 +70,7 @@ static HcclResult reduce_parts(step *step, const char *send, parts of, void *out
     HcclResult result;
 
     if (!sources || !scratch) {
-        result = sim_fail(step->call->name, HCCL_E_MEMORY, "the host has no memory left");
+        result = hccl_no_memory(step->call->name);
         goto done;
     }
     for (uint32_t peer = 0; peer < comm->size; peer++) {
@@ -161,7 +160,7 @@ static HcclResult run_reduce_scatter(hccl_comm *comm, const hccl_call *call)
     result = new_step(&step, comm, call, to_root ? HCCL_KIND_REDUCE : HCCL_KIND_REDUCE_SCATTER,
                       to_root ? call->root << 8 | call->op : call->op);
     if (!result && !numbers)
-        result = sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+        result = hccl_no_memory(call->name);
     for (uint32_t rank = 0; rank < comm->size; rank++)
         longest = call->send_counts[rank] > longest ? call->send_counts[rank] : longest;
     for (uint64_t done = 0; done < longest && !result; done += chunk) {

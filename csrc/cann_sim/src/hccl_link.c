@@ -222,7 +222,7 @@ static HcclResult confirm(const attempt *attempt)
     HcclResult result;
 
     if (!transfers)
-        return sim_fail(attempt->function, HCCL_E_MEMORY, "the host has no memory left");
+        return hccl_no_memory(attempt->function);
     for (uint32_t peer = 0; peer < comm->size; peer++)
         if (peer != comm->rank) {
             transfers[count++] = (hccl_transfer){.peer = peer, .outgoing = true};

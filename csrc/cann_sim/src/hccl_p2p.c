@@ -13,7 +13,7 @@ static HcclResult run_items(hccl_comm *comm, const hccl_call *call)
     HcclResult result;
 
     if (!transfers)
-        return sim_fail(call->name, HCCL_E_MEMORY, "the host has no memory left");
+        return hccl_no_memory(call->name);
     for (size_t i = 0; i < call->item_count; i++) {
         const HcclSendRecvItem *item = &call->items[i];
 
@@ -50,7 +50,7 @@ static HcclResult call_items(const char *function, const HcclSendRecvItem *items
     for (uint32_t i = 0; i < count && !result; i++)
         result = check_item(&call, &items[i]);
     if (!result && !(call.items = calloc(count, sizeof *call.items)))
-        result = sim_fail(function, HCCL_E_MEMORY, "the host has no memory left");
+        result = hccl_no_memory(function);
     if (!result)
         memcpy(call.items, items, count * sizeof *items);
     return hccl_end(&call, result, stream);

@@ -43,7 +43,7 @@ aclDataBuffer *aclCreateDataBuffer(void *data, size_t size)
     if (buffer)
         *buffer = (aclDataBuffer){data, size};
     else
-        FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        sim_no_memory(__func__);
     return buffer;
 }
 
@@ -61,7 +61,7 @@ static aclError set_shape(const char *function, aclTensorDesc *desc, int count, 
     if (count < 0 || (count && !dimensions))
         return sim_fail(function, ACL_ERROR_INVALID_PARAM, "%d dimensions", count);
     if (!(copy = calloc((size_t)count + 1, sizeof *copy)))
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(function);
     if (count)
         memcpy(copy, dimensions, (size_t)count * sizeof *copy);
     free(desc->dimensions);
@@ -76,7 +76,7 @@ aclTensorDesc *aclCreateTensorDesc(aclDataType dataType, int numDims, const int6
     aclTensorDesc *desc = calloc(1, sizeof *desc);
 
     if (!desc) {
-        FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        sim_no_memory(__func__);
         return NULL;
     }
     desc->type = dataType;
@@ -157,7 +157,7 @@ aclopAttr *aclopCreateAttr(void)
     aclopAttr *attr = calloc(1, sizeof *attr);
 
     if (!attr)
-        FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        sim_no_memory(__func__);
     return attr;
 }
 
@@ -199,7 +199,7 @@ static aclError add_attribute(const char *function, aclopAttr *attr, const char 
         attr->attributes = more;
     if (!more || !added.name || (integers && !*integers) || (floats && !*floats)) {
         clear_attribute(&added);
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(function);
     }
     attr->attributes[attr->count++] = added;
     return ACL_SUCCESS;
@@ -333,7 +333,7 @@ static aclError carry(const char *function, cann_sim_operator *operation, const 
     if ((error = cann_sim_wait_for_turn(stream)))
         return error;
     if (!(views = calloc(operation->input_count + operation->output_count + 1, sizeof *views)))
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(function);
     view_tensors(views, operation->input_count, input_descs, inputs);
     view_tensors(views + operation->input_count, operation->output_count, output_descs, outputs);
     operation->inputs = views;

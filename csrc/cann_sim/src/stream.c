@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "capture.h"
+#include "clock.h"
 #include "config.h"
 #include "device.h"
 #include "errors.h"
@@ -15,30 +15,6 @@ static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 static sim_stream *streams[SIM_MAX_DEVICES];
 static void *default_streams[SIM_MAX_DEVICES];
 static atomic_int next_id;
-
-void sim_init_condition(pthread_cond_t *condition)
-{
-    pthread_condattr_t attributes;
-
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(condition, &attributes);
-    pthread_condattr_destroy(&attributes);
-}
-
-struct timespec sim_deadline(int milliseconds)
-{
-    struct timespec deadline;
-
-    clock_gettime(CLOCK_MONOTONIC, &deadline);
-    deadline.tv_sec += milliseconds / 1000;
-    deadline.tv_nsec += milliseconds % 1000 * 1000000L;
-    if (deadline.tv_nsec >= 1000000000L) {
-        deadline.tv_sec++;
-        deadline.tv_nsec -= 1000000000L;
-    }
-    return deadline;
-}
 
 static void release_stream(sim_object *object)
 {
@@ -49,12 +25,12 @@ static void release_stream(sim_object *object)
     free(stream);
 }
 
-static void *create_stream(int device)
+void *sim_create_stream(int device)
 {
     sim_stream *stream = calloc(1, sizeof *stream);
 
     if (!stream) {
-        FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        sim_no_memory(__func__);
         return NULL;
     }
     stream->device = device;
@@ -80,7 +56,7 @@ static void *default_stream(int device)
     pthread_mutex_lock(&list_lock);
     handle = default_streams[device];
     pthread_mutex_unlock(&list_lock);
-    if (handle || !(handle = create_stream(device)))
+    if (handle || !(handle = sim_create_stream(device)))
         return handle;
     pthread_mutex_lock(&list_lock);
     if (default_streams[device]) { /* another thread was faster; ours stays unused until the device is reset */
@@ -96,28 +72,47 @@ aclError sim_find_stream(const char *function, aclrtStream handle, sim_stream **
 {
     int device;
     aclError error = sim_current_device(function, &device);
+    sim_stream *found;
 
+    *stream = NULL;
     if (error)
         return error;
     if (!handle && !(handle = default_stream(device)))
         return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
-    if (!(*stream = sim_acquire(SIM_STREAM, handle)))
+    if (!(found = sim_acquire(SIM_STREAM, handle)))
         return sim_fail(function, ACL_ERROR_RT_INVALID_HANDLE, "%p is not a stream, or was destroyed", handle);
-    if ((*stream)->device == device)
+    if (found->device == device) {
+        *stream = found;
         return ACL_SUCCESS;
+    }
     error = sim_fail(function, ACL_ERROR_RT_STREAM_CONTEXT, "the stream is device %d's, this thread is on device %d",
-                     (*stream)->device, device);
-    sim_let_go(&(*stream)->object);
+                     found->device, device);
+    sim_let_go(&found->object);
     return error;
 }
 
-static void release_task(const sim_task *task)
+void sim_release_task(const sim_task *task)
 {
     if (task->release)
         task->release(task->argument);
 }
 
-/* Runs a task outside the lock. */
+/* With the lock held: whether it is the calling thread that runs the stream's work, and asks from within it. */
+static bool runs_here(const sim_stream *stream)
+{
+    return stream->running && pthread_equal(stream->runner, pthread_self());
+}
+
+/* With the lock held: the first failure stays until it is reported. */
+static void note_failure(sim_stream *stream, aclError error, const char *text)
+{
+    if (stream->error)
+        return;
+    stream->error = error;
+    snprintf(stream->error_text, sizeof stream->error_text, "%.255s", text);
+}
+
+/* With the lock held, which is not held while the task runs. */
 static aclError run_unlocked(sim_stream *stream, const sim_task *task)
 {
     aclError error;
@@ -132,71 +127,92 @@ static aclError run_unlocked(sim_stream *stream, const sim_task *task)
     return error;
 }
 
+/* With the lock held: does the first work in the queue, or skips it after a failure. */
+static void run_first(sim_stream *stream)
+{
+    sim_queued *first = stream->queue;
+    aclError error = ACL_SUCCESS;
+
+    if (!stream->error || first->task.always)
+        error = run_unlocked(stream, &first->task);
+    if (error)
+        note_failure(stream, error, sim_error_text());
+
+    /* Only now: whoever sees an empty queue may take the work for done. */
+    if (!(stream->queue = first->next))
+        stream->queue_end = &stream->queue;
+    pthread_cond_broadcast(&stream->changed);
+
+    pthread_mutex_unlock(&stream->lock);
+    sim_release_task(&first->task);
+    free(first);
+    pthread_mutex_lock(&stream->lock);
+}
+
+/* Releases what is left in the queue of a closed stream, to which nobody adds any more. Only work that others wait for
+ * is still done. */
+static void abandon_queue(sim_stream *stream)
+{
+    sim_queued *first;
+
+    while ((first = stream->queue)) {
+        stream->queue = first->next;
+        if (first->task.always)
+            first->task.run(first->task.argument);
+        sim_release_task(&first->task);
+        free(first);
+    }
+}
+
 static void *work_off_queue(void *argument)
 {
     sim_stream *stream = argument;
-    sim_queued *first;
 
     sim_work_on(stream->device);
     pthread_mutex_lock(&stream->lock);
     for (;;) {
-        aclError error = ACL_SUCCESS;
-
         while ((stream->running || !stream->queue) && !stream->closing)
             pthread_cond_wait(&stream->changed, &stream->lock);
         if (stream->closing)
             break;
-        first = stream->queue;
-        if (!stream->error || first->task.always)
-            error = run_unlocked(stream, &first->task);
-        if (error && !stream->error) {
-            stream->error = error;
-            snprintf(stream->error_text, sizeof stream->error_text, "%.255s", sim_error_text());
-        }
-        /* Only now: whoever sees an empty queue may take the work for done. */
-        if (!(stream->queue = first->next))
-            stream->queue_end = &stream->queue;
-        pthread_cond_broadcast(&stream->changed);
-        pthread_mutex_unlock(&stream->lock);
-        release_task(&first->task);
-        free(first);
-        pthread_mutex_lock(&stream->lock);
+        run_first(stream);
     }
-    if (stream->queue && !stream->error) {
-        stream->error = ACL_ERROR_RT_INVALID_HANDLE;
-        snprintf(stream->error_text, sizeof stream->error_text, "the stream was destroyed with work in it");
-    }
+    if (stream->queue)
+        note_failure(stream, ACL_ERROR_RT_INVALID_HANDLE, "the stream was destroyed with work in it");
     pthread_mutex_unlock(&stream->lock);
-    while ((first = stream->queue)) { /* nobody adds to it any more */
-        stream->queue = first->next;
-        if (first->task.always)
-            first->task.run(first->task.argument); /* others wait for it */
-        release_task(&first->task);
-        free(first);
-    }
+
+    abandon_queue(stream);
     sim_let_go(&stream->object);
     return NULL;
+}
+
+/* With the lock held: a thread that works off the queue, if there is none yet. */
+static aclError start_worker(const char *function, sim_stream *stream)
+{
+    pthread_t worker;
+
+    if (stream->has_worker)
+        return ACL_SUCCESS;
+    sim_hold(&stream->object);
+    if (pthread_create(&worker, NULL, work_off_queue, stream)) {
+        sim_let_go(&stream->object);
+        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no thread left");
+    }
+    pthread_detach(worker);
+    stream->has_worker = true;
+    return ACL_SUCCESS;
 }
 
 /* With the lock held. */
 static aclError enqueue(const char *function, sim_stream *stream, const sim_task *task)
 {
-    sim_queued *entry = malloc(sizeof *entry);
+    sim_queued *entry;
+    aclError error = start_worker(function, stream);
 
-    if (!entry)
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
-    if (!stream->has_worker) {
-        pthread_t worker;
-
-        sim_hold(&stream->object);
-        if (pthread_create(&worker, NULL, work_off_queue, stream)) {
-            sim_let_go(&stream->object);
-            free(entry);
-            return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no thread left");
-        }
-        pthread_detach(worker);
-        stream->has_worker = true;
-    }
+    if (error)
+        return error;
+    if (!(entry = malloc(sizeof *entry)))
+        return sim_no_memory(function);
     *entry = (sim_queued){NULL, *task};
     *stream->queue_end = entry;
     stream->queue_end = &entry->next;
@@ -204,64 +220,87 @@ static aclError enqueue(const char *function, sim_stream *stream, const sim_task
     return ACL_SUCCESS;
 }
 
-aclError sim_run(const char *function, sim_stream *stream, const sim_task *task)
+/* With the lock held: whether the stream takes the task. */
+static aclError check_stream(const char *function, const sim_stream *stream, const sim_task *task)
+{
+    if (stream->closing)
+        return sim_fail(function, ACL_ERROR_RT_INVALID_HANDLE, "the stream is being destroyed");
+    if (stream->error && !task->always)
+        return sim_fail(function, stream->error, "work before this failed: %s", stream->error_text);
+    return ACL_SUCCESS;
+}
+
+/* With the lock held: runs the task, or queues it, which makes it the queue's to release. */
+static aclError run_or_queue(const char *function, sim_stream *stream, const sim_task *task, bool *queued)
 {
     aclError error;
 
-    pthread_mutex_lock(&stream->lock);
-    if (stream->running && pthread_equal(stream->runner, pthread_self())) {
-        /* Work that submits to its own stream: a part of it. */
+    if (runs_here(stream)) { /* work that submits to its own stream: a part of it */
         pthread_mutex_unlock(&stream->lock);
-        return task->run(task->argument);
+        error = task->run(task->argument);
+        pthread_mutex_lock(&stream->lock);
+        return error;
     }
     while (stream->running && !stream->queue && !stream->closing)
         pthread_cond_wait(&stream->changed, &stream->lock); /* another thread's turn */
-    if (stream->closing)
-        error = sim_fail(function, ACL_ERROR_RT_INVALID_HANDLE, "the stream is being destroyed");
-    else if (stream->error && !task->always)
-        error = sim_fail(function, stream->error, "work before this failed: %s", stream->error_text);
-    else if (stream->queue || (task->waits && sim_settings()->asynchronous)) {
-        if (!(error = enqueue(function, stream, task))) {
-            pthread_mutex_unlock(&stream->lock);
-            return ACL_SUCCESS;
-        }
-    } else {
-        error = run_unlocked(stream, task);
-    }
-    pthread_mutex_unlock(&stream->lock);
-    release_task(task);
+    if ((error = check_stream(function, stream, task)))
+        return error;
+    if (!stream->queue && !(task->waits && sim_settings()->asynchronous))
+        return run_unlocked(stream, task);
+    error = enqueue(function, stream, task);
+    *queued = !error;
     return error;
 }
 
-aclError sim_submit(const char *function, aclrtStream handle, const sim_task *task)
+aclError sim_run(const char *function, sim_stream *stream, const sim_task *task)
 {
-    sim_stream *stream;
-    aclError error = sim_find_stream(function, handle, &stream);
+    bool queued = false;
+    aclError error;
 
-    if (error) {
-        release_task(task);
-        return error;
-    }
-    error = sim_is_captured(stream) ? sim_capture_task(function, stream, task) : sim_run(function, stream, task);
-    sim_let_go(&stream->object);
+    pthread_mutex_lock(&stream->lock);
+    error = run_or_queue(function, stream, task, &queued);
+    pthread_mutex_unlock(&stream->lock);
+    if (!queued)
+        sim_release_task(task);
     return error;
+}
+
+/* With the lock held. */
+static bool has_work(const sim_stream *stream)
+{
+    return stream->queue || stream->running;
+}
+
+bool sim_is_idle(sim_stream *stream)
+{
+    bool idle;
+
+    pthread_mutex_lock(&stream->lock);
+    idle = !has_work(stream);
+    pthread_mutex_unlock(&stream->lock);
+    return idle;
+}
+
+/* With the lock held: returns when the stream is idle, closed, or asked by its own work. */
+static aclError wait_until_idle(const char *function, sim_stream *stream, int timeout)
+{
+    struct timespec deadline = sim_deadline(timeout < 0 ? 0 : timeout);
+
+    while (has_work(stream) && !stream->closing && !runs_here(stream)) {
+        if (timeout < 0)
+            pthread_cond_wait(&stream->changed, &stream->lock);
+        else if (pthread_cond_timedwait(&stream->changed, &stream->lock, &deadline) == ETIMEDOUT)
+            return sim_fail(function, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "not done after %d ms", timeout);
+    }
+    return ACL_SUCCESS;
 }
 
 aclError sim_drain(const char *function, sim_stream *stream, int timeout, bool clear)
 {
-    struct timespec deadline = sim_deadline(timeout < 0 ? 0 : timeout);
-    aclError error = ACL_SUCCESS;
+    aclError error;
 
     pthread_mutex_lock(&stream->lock);
-    while ((stream->queue || stream->running) && !stream->closing &&
-           !(stream->running && pthread_equal(stream->runner, pthread_self()))) {
-        if (timeout < 0)
-            pthread_cond_wait(&stream->changed, &stream->lock);
-        else if (pthread_cond_timedwait(&stream->changed, &stream->lock, &deadline) == ETIMEDOUT) {
-            error = sim_fail(function, ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, "not done after %d ms", timeout);
-            break;
-        }
-    }
+    error = wait_until_idle(function, stream, timeout);
     if (!error && stream->error) {
         error = sim_fail(function, stream->error, "%s", stream->error_text);
         if (clear)
@@ -292,15 +331,13 @@ static sim_stream **streams_of(int device)
     return list;
 }
 
-aclError sim_synchronize_streams(const char *function, int device, int timeout)
+aclError sim_drain_device(const char *function, int device, int timeout)
 {
-    sim_stream **list;
-    aclError error = sim_refuse_in_capture(function);
+    sim_stream **list = streams_of(device);
+    aclError error = ACL_SUCCESS;
 
-    if (error)
-        return error;
-    if (!(list = streams_of(device)))
-        return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+    if (!list)
+        return sim_no_memory(function);
     for (sim_stream **each = list; *each; each++) {
         aclError failed = sim_drain(function, *each, timeout, true);
 
@@ -311,7 +348,7 @@ aclError sim_synchronize_streams(const char *function, int device, int timeout)
     return error;
 }
 
-static void forget_stream(sim_stream *stream)
+static void leave_list(const sim_stream *stream)
 {
     sim_stream **place;
 
@@ -325,11 +362,9 @@ static void forget_stream(sim_stream *stream)
     pthread_mutex_unlock(&list_lock);
 }
 
-/* Ends a stream whose handle is retired. What is queued is not done. */
-static void close_stream(sim_stream *stream)
+void sim_close_stream(sim_stream *stream)
 {
-    forget_stream(stream);
-    sim_capture_forget(stream);
+    leave_list(stream);
     pthread_mutex_lock(&stream->lock);
     stream->closing = true;
     pthread_cond_broadcast(&stream->changed);
@@ -337,7 +372,7 @@ static void close_stream(sim_stream *stream)
     sim_let_go(&stream->object);
 }
 
-void sim_destroy_streams(int device)
+void sim_close_streams(int device)
 {
     sim_stream **list = streams_of(device);
 
@@ -345,187 +380,18 @@ void sim_destroy_streams(int device)
         sim_stream *stream = sim_retire(SIM_STREAM, (*each)->handle);
 
         if (stream)
-            close_stream(stream);
+            sim_close_stream(stream);
         sim_let_go(&(*each)->object);
     }
     free(list);
 }
 
-/* A stream of the current device. */
-aclError aclrtCreateStream(aclrtStream *stream)
+bool sim_is_closed(sim_stream *stream)
 {
-    return aclrtCreateStreamWithConfig(stream, 0, 0);
-}
+    bool closed;
 
-/* The same: streams have no priorities here, and flags only make a device faster. */
-aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flag)
-{
-    int device;
-    aclError error = CURRENT_DEVICE(&device);
-
-    (void)priority, (void)flag;
-    if (error)
-        return error;
-    if (!stream)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "stream is NULL");
-    return (*stream = create_stream(device)) ? ACL_SUCCESS : ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
-}
-
-/* Waits until the stream is idle and ends it. Its handle is no longer one, whatever is returned. */
-aclError aclrtDestroyStream(aclrtStream stream)
-{
-    sim_stream *object = sim_retire(SIM_STREAM, stream);
-    aclError error;
-
-    if (!object)
-        return FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not a stream, or was destroyed", stream);
-    error = sim_drain(__func__, object, -1, true);
-    close_stream(object);
-    return error;
-}
-
-/* Ends the stream without waiting; what is queued is not done. */
-aclError aclrtDestroyStreamForce(aclrtStream stream)
-{
-    sim_stream *object = sim_retire(SIM_STREAM, stream);
-
-    if (!object)
-        return FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not a stream, or was destroyed", stream);
-    close_stream(object);
-    return ACL_SUCCESS;
-}
-
-/* Returns when all work in the stream is done, with the error of what failed, which is then forgotten. */
-aclError aclrtSynchronizeStream(aclrtStream stream)
-{
-    return aclrtSynchronizeStreamWithTimeout(stream, -1);
-}
-
-/* The same, within `timeout` milliseconds; -1: however long it takes. */
-aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout)
-{
-    sim_stream *object;
-    aclError error = sim_find_stream(__func__, stream, &object);
-
-    if (error)
-        return error;
-    if (!(error = sim_refuse_if_captured(__func__, object)))
-        error = sim_drain(__func__, object, timeout, true);
-    sim_let_go(&object->object);
-    return error;
-}
-
-/* Whether all work in the stream is done. */
-aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status)
-{
-    sim_stream *object;
-    aclError error;
-
-    if (!status)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "status is NULL");
-    if ((error = sim_find_stream(__func__, stream, &object)))
-        return error;
-    if (!(error = sim_refuse_if_captured(__func__, object))) {
-        pthread_mutex_lock(&object->lock);
-        *status = object->queue || object->running ? ACL_STREAM_STATUS_NOT_READY : ACL_STREAM_STATUS_COMPLETE;
-        pthread_mutex_unlock(&object->lock);
-    }
-    sim_let_go(&object->object);
-    return error;
-}
-
-/* A number that no other stream of the process has had. */
-aclError aclrtStreamGetId(aclrtStream stream, int32_t *streamId)
-{
-    sim_stream *object;
-    aclError error;
-
-    if (!streamId)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "streamId is NULL");
-    if ((error = sim_find_stream(__func__, stream, &object)))
-        return error;
-    *streamId = object->id;
-    sim_let_go(&object->object);
-    return ACL_SUCCESS;
-}
-
-/* ACL_STOP_ON_FAILURE is what a stream does here: after a failure nothing runs until it is reported. */
-aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode)
-{
-    aclrtStreamAttrValue value = {.failureMode = mode};
-
-    return aclrtSetStreamAttribute(stream, ACL_STREAM_ATTR_FAILURE_MODE, &value);
-}
-
-/* Remembered; overflow is what the operators make of it. */
-aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag)
-{
-    aclrtStreamAttrValue value = {.overflowSwitch = flag};
-
-    return aclrtSetStreamAttribute(stream, ACL_STREAM_ATTR_FLOAT_OVERFLOW_CHECK, &value);
-}
-
-/* What was set, 0 before. */
-aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag)
-{
-    sim_stream *object;
-    aclError error;
-
-    if (!flag)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "flag is NULL");
-    if ((error = sim_find_stream(__func__, stream, &object)))
-        return error;
-    *flag = object->overflow_switch;
-    sim_let_go(&object->object);
-    return ACL_SUCCESS;
-}
-
-/* Remembers the overflow switch and accepts the other attributes that are known: they need nothing done. */
-aclError aclrtSetStreamAttribute(aclrtStream stream, aclrtStreamAttr stmAttrType, aclrtStreamAttrValue *value)
-{
-    sim_stream *object;
-    aclError error;
-
-    if (!value)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "value is NULL");
-    if ((error = sim_find_stream(__func__, stream, &object)))
-        return error;
-    if (stmAttrType == ACL_STREAM_ATTR_FAILURE_MODE) {
-        if (value->failureMode > ACL_STOP_ON_FAILURE)
-            error = FAIL(ACL_ERROR_INVALID_PARAM, "failure mode %llu", (unsigned long long)value->failureMode);
-    } else if (stmAttrType == ACL_STREAM_ATTR_FLOAT_OVERFLOW_CHECK) {
-        object->overflow_switch = value->overflowSwitch;
-    } else if ((int)stmAttrType < ACL_STREAM_ATTR_FAILURE_MODE || stmAttrType > ACL_STREAM_ATTR_PRIORITY) {
-        error = FAIL(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "stream attribute %d is not simulated", (int)stmAttrType);
-    }
-    sim_let_go(&object->object);
-    return error;
-}
-
-typedef struct {
-    aclrtHostFunc function;
-    void *argument;
-} host_call;
-
-static aclError run_host_call(void *argument)
-{
-    const host_call *call = argument;
-
-    call->function(call->argument);
-    return ACL_SUCCESS;
-}
-
-/* Calls a host function when it is its turn in the stream. */
-aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc fn, void *args)
-{
-    host_call *call;
-    sim_task task = {.name = __func__, .run = run_host_call, .release = free};
-
-    if (!fn)
-        return FAIL(ACL_ERROR_INVALID_PARAM, "fn is NULL");
-    if (!(call = malloc(sizeof *call)))
-        return FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
-    *call = (host_call){fn, args};
-    task.argument = call;
-    return sim_submit(__func__, stream, &task);
+    pthread_mutex_lock(&stream->lock);
+    closed = stream->closing;
+    pthread_mutex_unlock(&stream->lock);
+    return closed;
 }

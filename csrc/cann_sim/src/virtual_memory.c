@@ -131,7 +131,7 @@ aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size, const aclrt
         return error;
     if (!(memory = calloc(1, sizeof *memory))) {
         sim_give_memory((int)prop->location.id, size);
-        return FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
+        return sim_no_memory(__func__);
     }
     memory->device = (int)prop->location.id;
     memory->size = size;
@@ -165,47 +165,57 @@ aclError aclrtFreePhysical(aclrtDrvMemHandle handle)
     return ACL_SUCCESS;
 }
 
+static bool is_reserved(const void *base, size_t size)
+{
+    for (const range *outer = reserved; outer; outer = outer->next)
+        if (lies_in(base, size, outer))
+            return true;
+    return false;
+}
+
+/* With the lock held: maps the entry's memory at its addresses, and keeps both. */
+static aclError map(const char *function, range *entry, size_t offset)
+{
+    physical *memory = entry->memory;
+    sim_region region = {entry->base, entry->size, SIM_MAPPED, memory->device};
+    aclError error;
+
+    if (!is_reserved(entry->base, entry->size))
+        return sim_fail(function, ACL_ERROR_RT_PARAM_INVALID, "nothing is reserved for %zu bytes at %p", entry->size,
+                        entry->base);
+    if (offset || entry->size != memory->size)
+        return sim_fail(function, ACL_ERROR_RT_PARAM_INVALID, "%zu bytes from byte %zu on, instead of all %zu bytes",
+                        entry->size, offset, memory->size);
+    if ((error = sim_add_region(function, &region)))
+        return error;
+    if (mmap(entry->base, entry->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory->file, 0) == MAP_FAILED) {
+        sim_remove_region(entry->base, SIM_MAPPED, &region);
+        return sim_fail(function, ACL_ERROR_RT_MEMORY_ALLOCATION, "the host cannot map %zu bytes", entry->size);
+    }
+    sim_hold(&memory->object);
+    entry->next = mapped;
+    mapped = entry;
+    return ACL_SUCCESS;
+}
+
 /* Maps all of the memory into reserved addresses where nothing is mapped. `offset` must be 0. */
 aclError aclrtMapMem(void *virPtr, size_t size, size_t offset, aclrtDrvMemHandle handle, uint64_t flags)
 {
-    physical *memory = sim_acquire(SIM_PHYSICAL, handle);
-    sim_region region = {virPtr, size, SIM_MAPPED, memory ? memory->device : -1};
-    aclError error = ACL_SUCCESS;
-    range *entry = malloc(sizeof *entry);
-    const range *outer;
+    SIM_BORROWED physical *memory = sim_acquire(SIM_PHYSICAL, handle);
+    range *entry;
+    aclError error;
 
     (void)flags;
-    if (!memory) {
-        error = FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not physical memory", handle);
-        goto done;
-    }
-    if (!entry) {
-        error = FAIL(ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no memory left");
-        goto done;
-    }
+    if (!memory)
+        return FAIL(ACL_ERROR_RT_INVALID_HANDLE, "%p is not physical memory", handle);
+    if (!(entry = malloc(sizeof *entry)))
+        return sim_no_memory(__func__);
+    *entry = (range){NULL, virPtr, size, memory};
     pthread_mutex_lock(&lock);
-    for (outer = reserved; outer && !lies_in(virPtr, size, outer); outer = outer->next)
-        ;
-    if (!outer || offset || size != memory->size) {
-        error = FAIL(ACL_ERROR_RT_PARAM_INVALID, "%zu bytes from %zu of %zu at %p, where %s", size, offset,
-                     memory->size, virPtr, outer ? "all of them belong" : "nothing is reserved");
-    } else if (!(error = sim_add_region(__func__, &region))) {
-        if (mmap(virPtr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory->file, 0) == MAP_FAILED) {
-            sim_remove_region(virPtr, SIM_MAPPED, &region);
-            error = FAIL(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host cannot map %zu bytes", size);
-        }
-    }
-    if (!error) {
-        *entry = (range){mapped, virPtr, size, memory};
-        mapped = entry;
-    }
+    error = map(__func__, entry, offset);
     pthread_mutex_unlock(&lock);
-done:
-    if (error) {
+    if (error)
         free(entry);
-        if (memory)
-            sim_let_go(&memory->object);
-    }
     return error;
 }
 

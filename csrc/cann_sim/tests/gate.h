@@ -10,11 +10,11 @@ typedef struct {
     sem_t open;
     aclError outcome; /* of the replay */
     int released;     /* how often the node was */
-} gate;
+} gate_state;
 
 static aclError pass_gate(void *argument)
 {
-    gate *gate = argument;
+    gate_state *gate = argument;
 
     sem_wait(&gate->open);
     return gate->outcome;
@@ -22,11 +22,11 @@ static aclError pass_gate(void *argument)
 
 static void release_gate(void *argument)
 {
-    ((gate *)argument)->released++;
+    ((gate_state *)argument)->released++;
 }
 
 /* The graph, captured in a stream of the current device; NULL if something goes wrong. */
-static inline aclmdlRI make_gate(gate *gate, aclrtStream stream, aclError outcome)
+static inline aclmdlRI make_gate(gate_state *gate, aclrtStream stream, aclError outcome)
 {
     cann_sim_node node = {"gate", pass_gate, release_gate, gate, 1};
     aclmdlRI graph = NULL;
@@ -40,7 +40,7 @@ static inline aclmdlRI make_gate(gate *gate, aclrtStream stream, aclError outcom
     return graph;
 }
 
-static inline void open_gate(gate *gate)
+static inline void open_gate(gate_state *gate)
 {
     sem_post(&gate->open);
 }

@@ -32,22 +32,22 @@ static aclmdlRICaptureStatus status_of(aclrtStream of)
 typedef struct {
     int runs, releases;
     aclError outcome;
-} operator;
+} counted;
 
 static aclError run_operator(void *argument)
 {
-    ((operator *)argument)->runs++;
-    return ((operator *)argument)->outcome;
+    ((counted *)argument)->runs++;
+    return ((counted *)argument)->outcome;
 }
 
 static void release_operator(void *argument)
 {
-    ((operator *)argument)->releases++;
+    ((counted *)argument)->releases++;
 }
 
 static void replay(unsigned rank, unsigned size)
 {
-    operator operator = {0, 0, ACL_SUCCESS};
+    counted operator = {0, 0, ACL_SUCCESS};
     cann_sim_node node = {"operator", run_operator, release_operator, &operator, 0};
     aclmdlRI graph = NULL, during = NULL;
     aclmdlRICaptureStatus status;
@@ -255,6 +255,27 @@ static void joining(unsigned rank, unsigned size)
     aclrtFree(memory);
 }
 
+static void a_stream_that_joined_is_destroyed(unsigned rank, unsigned size)
+{
+    aclrtEvent fork;
+    aclmdlRI graph;
+
+    UNUSED_RANK;
+    prepare();
+    aclrtCreateEventExWithFlag(&fork, ACL_EVENT_SYNC);
+    aclmdlRICaptureBegin(stream, GLOBAL);
+    aclrtRecordEvent(fork, stream);
+    aclrtStreamWaitEvent(side, fork);
+    CHECK("a stream that joined is destroyed", !aclrtDestroyStream(side));
+    CHECK("that spoils the capture",
+          status_of(stream) == ACL_MODEL_RI_CAPTURE_STATUS_INVALIDATED &&
+              aclrtMemsetAsync(memory, 64, 0, 1, stream) == ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED);
+    CHECK("which ends without a graph",
+          aclmdlRICaptureEnd(stream, &graph) == ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED && !graph);
+    CHECK("then the first stream works again", !aclrtSynchronizeStream(stream));
+    aclrtFree(memory);
+}
+
 int main(void)
 {
     CHECK("replay", alone(replay));
@@ -262,5 +283,6 @@ int main(void)
     CHECK("waiting is refused", alone(waiting_is_refused));
     CHECK("modes", alone(modes));
     CHECK("joining", alone(joining));
+    CHECK("a stream that joined is destroyed", alone(a_stream_that_joined_is_destroyed));
     return REPORT();
 }

@@ -74,7 +74,7 @@ static void order(unsigned rank, unsigned size)
     aclrtStream slow, other;
     aclrtEvent event;
     char *memory;
-    gate gate;
+    gate_state gate;
     aclmdlRI graph;
 
     UNUSED_RANK;
@@ -103,7 +103,7 @@ static void errors(unsigned rank, unsigned size)
     aclrtStream slow, other;
     aclrtEvent event;
     char *memory;
-    gate gate;
+    gate_state gate;
     aclmdlRI graph;
 
     UNUSED_RANK;

@@ -73,7 +73,7 @@ static void asynchronous(unsigned rank, unsigned size)
     aclrtStreamStatus status;
     char a[] = "a", b[] = "b";
     char *memory;
-    gate gate;
+    gate_state gate;
     aclmdlRI graph;
 
     UNUSED_RANK;
@@ -104,7 +104,7 @@ static void failing(unsigned rank, unsigned size)
 {
     aclrtStream stream;
     char *memory;
-    gate gate;
+    gate_state gate;
     aclmdlRI graph;
 
     UNUSED_RANK;
@@ -131,7 +131,7 @@ static void destroyed_while_busy(unsigned rank, unsigned size)
 {
     aclrtStream stream, waiting;
     aclrtEvent event;
-    gate gate;
+    gate_state gate;
     aclmdlRI graph;
 
     UNUSED_RANK;
@@ -151,6 +151,34 @@ static void destroyed_while_busy(unsigned rank, unsigned size)
     while (aclmdlRIDestroy(graph) == ACL_ERROR_RT_MODEL_RUNNING)
         usleep(1000);
     CHECK("the graph is released", gate.released == 1);
+}
+
+typedef struct {
+    aclrtStream stream;
+    aclmdlRI graph;
+    aclError outcome;
+} nested_work;
+
+static void replay_within(void *argument)
+{
+    nested_work *work = argument;
+
+    work->outcome = aclmdlRIExecuteAsync(work->graph, work->stream);
+}
+
+static void submitting_from_within(unsigned rank, unsigned size)
+{
+    nested_work work = {.outcome = -1};
+    gate_state gate;
+
+    UNUSED_RANK;
+    aclrtSetDevice(0);
+    aclrtCreateStream(&work.stream);
+    work.graph = make_gate(&gate, work.stream, ACL_SUCCESS);
+    open_gate(&gate);
+    CHECK("work may put more work into its own stream",
+          !aclrtLaunchHostFunc(work.stream, replay_within, &work) && !work.outcome);
+    CHECK("which is over with it", !aclmdlRIDestroy(work.graph) && gate.released == 1);
 }
 
 static aclrtStream shared;
@@ -192,6 +220,7 @@ int main(void)
     CHECK("asynchronous", alone(asynchronous));
     CHECK("failing", alone(failing));
     CHECK("destroyed while busy", alone(destroyed_while_busy));
+    CHECK("submitting from within", alone(submitting_from_within));
     CHECK("many threads", alone(many_threads));
     return REPORT();
 }
