@@ -6,6 +6,7 @@
 #include "capture.h"
 #include "device.h"
 #include "errors.h"
+#include "hccl_membership.h"
 #include "hccl_types.h"
 #include "memory.h"
 
@@ -24,10 +25,8 @@ HcclResult hccl_begin(hccl_call *call, HcclComm comm)
     HcclResult result = hccl_find(call->name, comm, &call->comm);
     int device;
 
-    if (result) {
-        call->comm = NULL;
+    if (result)
         return result;
-    }
     if (sim_current_device(call->name, &device))
         return HCCL_E_RUNTIME;
     if (device != call->comm->device)
@@ -36,10 +35,22 @@ HcclResult hccl_begin(hccl_call *call, HcclComm comm)
     return HCCL_SUCCESS;
 }
 
-HcclResult hccl_make_counts(const hccl_call *call, uint64_t **which, size_t count)
+HcclResult hccl_set_parts(const hccl_call *call, hccl_parts *parts, const uint64_t *counts, const uint64_t *places,
+                          uint64_t each)
 {
-    *which = calloc(count, sizeof **which);
-    return *which ? HCCL_SUCCESS : hccl_no_memory(call->name);
+    uint32_t size = call->comm->size;
+    uint64_t next = 0;
+
+    parts->counts = calloc(size, sizeof *parts->counts);
+    parts->places = calloc(size, sizeof *parts->places);
+    if (!parts->counts || !parts->places)
+        return hccl_no_memory(call->name);
+    for (uint32_t rank = 0; rank < size; rank++) {
+        parts->counts[rank] = counts ? counts[rank] : each;
+        parts->places[rank] = places ? places[rank] : next;
+        next += parts->counts[rank];
+    }
+    return HCCL_SUCCESS;
 }
 
 HcclResult hccl_check_buffer(const hccl_call *call, const char *which, const void *buffer, uint64_t count,
@@ -69,15 +80,26 @@ HcclResult hccl_check_rank(const hccl_call *call, uint32_t rank)
                : (HcclResult)sim_fail(call->name, HCCL_E_PARA, "there is no rank %u among %u", rank, call->comm->size);
 }
 
+static void free_parts(hccl_parts parts)
+{
+    free(parts.counts);
+    free(parts.places);
+}
+
 static void clear_call(hccl_call *call)
 {
     if (call->comm)
         sim_let_go(&call->comm->object);
-    free(call->send_counts);
-    free(call->send_places);
-    free(call->receive_counts);
-    free(call->receive_places);
+    free_parts(call->sent);
+    free_parts(call->received);
+    free_parts(call->slices);
     free(call->items);
+}
+
+HcclResult hccl_drop(hccl_call *call, HcclResult result)
+{
+    clear_call(call);
+    return result;
 }
 
 static void release_call(void *argument)
@@ -92,6 +114,23 @@ static aclError as_acl_error(HcclResult result)
     return result == HCCL_E_TIMEOUT ? ACL_ERROR_RT_FFTS_PLUS_TIMEOUT : ACL_ERROR_RT_TS_ERROR;
 }
 
+/* During the communicator's turn. */
+static HcclResult move_data(hccl_comm *comm, const hccl_call *call)
+{
+    hccl_tag tag = {(uint16_t)call->kind, (uint16_t)call->type, call->detail};
+    hccl_round round;
+    HcclResult result;
+
+    if (!call->run)
+        return HCCL_SUCCESS;
+    result = hccl_open_round(&round, call->name, comm, tag, call->items ? call->item_count : 2 * (size_t)comm->size);
+    if (result)
+        return result;
+    result = call->run(&round, call);
+    hccl_close_round(&round);
+    return result;
+}
+
 static aclError run_call(void *argument)
 {
     const hccl_call *call = argument;
@@ -99,7 +138,7 @@ static aclError run_call(void *argument)
     HcclResult result;
 
     pthread_mutex_lock(&comm->turn);
-    if (!(result = hccl_state(call->name, comm)) && (result = call->run(comm, call)))
+    if (!(result = hccl_state(call->name, comm)) && (result = move_data(comm, call)))
         hccl_give_up(comm, result, sim_error_text());
     pthread_mutex_unlock(&comm->turn);
     last_result = result;
@@ -111,11 +150,8 @@ static HcclResult submit(hccl_call *call, hcclStream stream)
     hccl_call *argument = malloc(sizeof *argument);
     sim_task task = {.name = call->name, .run = run_call, .release = release_call, .argument = argument, .waits = true};
 
-    if (!argument) {
-        hccl_no_memory(call->name);
-        clear_call(call);
-        return HCCL_E_MEMORY;
-    }
+    if (!argument)
+        return hccl_drop(call, hccl_no_memory(call->name));
     *argument = *call;
     last_result = HCCL_SUCCESS;
     if (!sim_submit(call->name, stream, &task))
@@ -123,40 +159,40 @@ static HcclResult submit(hccl_call *call, hcclStream stream)
     return last_result ? last_result : HCCL_E_RUNTIME;
 }
 
+/* Whether the two are done at once: sends and receives of one communicator in one stream. */
+static bool go_together(const grouped *entry, const hccl_call *call, hcclStream stream)
+{
+    return call->items && entry->call.items && entry->call.comm == call->comm && entry->stream == stream;
+}
+
+static HcclResult add_items(hccl_call *to, hccl_call *call)
+{
+    HcclSendRecvItem *items = realloc(to->items, (to->item_count + call->item_count) * sizeof *items);
+
+    if (!items)
+        return hccl_drop(call, hccl_no_memory(call->name));
+    memcpy(items + to->item_count, call->items, call->item_count * sizeof *items);
+    to->items = items;
+    to->item_count += call->item_count;
+    return hccl_drop(call, HCCL_SUCCESS);
+}
+
 static HcclResult join_group(hccl_call *call, hcclStream stream)
 {
     grouped **place = &group, *entry;
 
-    for (; *place; place = &(*place)->next) {
-        hccl_call *other = &(*place)->call;
-        HcclSendRecvItem *items;
-
-        if (!call->items || !other->items || other->comm != call->comm || (*place)->stream != stream)
-            continue;
-        if (!(items = realloc(other->items, (other->item_count + call->item_count) * sizeof *items)))
-            break;
-        memcpy(items + other->item_count, call->items, call->item_count * sizeof *items);
-        other->items = items;
-        other->item_count += call->item_count;
-        clear_call(call);
-        return HCCL_SUCCESS;
-    }
-    if (*place || !(entry = malloc(sizeof *entry))) {
-        hccl_no_memory(call->name);
-        clear_call(call);
-        return HCCL_E_MEMORY;
-    }
+    for (; *place; place = &(*place)->next)
+        if (go_together(*place, call, stream))
+            return add_items(&(*place)->call, call);
+    if (!(entry = malloc(sizeof *entry)))
+        return hccl_drop(call, hccl_no_memory(call->name));
     *entry = (grouped){NULL, *call, stream};
     *place = entry;
     return HCCL_SUCCESS;
 }
 
-HcclResult hccl_end(hccl_call *call, HcclResult result, hcclStream stream)
+HcclResult hccl_end(hccl_call *call, hcclStream stream)
 {
-    if (result) {
-        clear_call(call);
-        return result;
-    }
     return group_depth ? join_group(call, stream) : submit(call, stream);
 }
 

@@ -1,279 +1,8 @@
-/* Collectives: each rank talks to each other directly. A reduction is done part by part, each part by one rank and in
- * the order of the ranks, so that all ranks get the same bits, each time. */
-#include <stdlib.h>
-#include <string.h>
-
+/* The collectives of HCCL: what they demand of their arguments, and which algorithm does them. */
 #include "errors.h"
+#include "hccl_algorithms.h"
 #include "hccl_call.h"
-#include "hccl_link.h"
 #include "hccl_types.h"
-
-/* How much a rank holds of what others give it to reduce: memory stays bounded however large the tensor is. */
-#define CHUNK_BYTES ((size_t)4 << 20)
-
-/* Transfers that are done at once. */
-typedef struct {
-    const hccl_call *call;
-    hccl_comm *comm;
-    hccl_tag tag;
-    hccl_transfer *transfers; /* room for one to and one from each rank */
-    size_t count;
-} step;
-
-static HcclResult new_step(step *step, hccl_comm *comm, const hccl_call *call, hccl_kind kind, uint32_t detail)
-{
-    step->call = call;
-    step->comm = comm;
-    step->tag = (hccl_tag){(uint16_t)kind, (uint16_t)call->type, detail};
-    step->count = 0;
-    step->transfers = calloc(2 * (size_t)comm->size, sizeof *step->transfers);
-    return step->transfers ? HCCL_SUCCESS : hccl_no_memory(call->name);
-}
-
-static void give(step *step, uint32_t peer, const void *data, size_t length)
-{
-    step->transfers[step->count++] =
-        (hccl_transfer){.peer = peer, .outgoing = true, .data = (void *)data, .length = length};
-}
-
-static void take(step *step, uint32_t peer, void *data, size_t length)
-{
-    step->transfers[step->count++] = (hccl_transfer){.peer = peer, .data = data, .length = length};
-}
-
-static HcclResult do_step(step *step)
-{
-    size_t count = step->count;
-
-    step->count = 0;
-    return hccl_exchange(step->call->name, step->comm, step->tag, step->transfers, count);
-}
-
-static void copy_own(void *to, const void *from, size_t length)
-{
-    if (length && to != from)
-        memmove(to, from, length);
-}
-
-/* Parts of a buffer, in elements: one for each rank. */
-typedef struct {
-    const uint64_t *places, *counts;
-} parts;
-
-/* Gives each rank its part of `send`; reduces one's own part of all of them into `out`. */
-static HcclResult reduce_parts(step *step, const char *send, parts of, void *out)
-{
-    const hccl_comm *comm = step->comm;
-    size_t size = hccl_type_size(step->call->type), own = of.counts[comm->rank] * size;
-    const void **sources = calloc(comm->size, sizeof *sources);
-    char *scratch = malloc(own * comm->size + 1), *next = scratch;
-    HcclResult result;
-
-    if (!sources || !scratch) {
-        result = hccl_no_memory(step->call->name);
-        goto done;
-    }
-    for (uint32_t peer = 0; peer < comm->size; peer++) {
-        sources[peer] = peer == comm->rank ? send + of.places[peer] * size : next;
-        if (peer == comm->rank)
-            continue;
-        if (of.counts[peer])
-            give(step, peer, send + of.places[peer] * size, of.counts[peer] * size);
-        if (own)
-            take(step, peer, next, own);
-        next += own;
-    }
-    if (!(result = do_step(step)) && own)
-        hccl_reduce(out, sources, comm->size, of.counts[comm->rank], step->call->type, step->call->op);
-done:
-    free(scratch);
-    free(sources);
-    return result;
-}
-
-/* Gives one's own part of `buffer` to all and takes theirs. */
-static HcclResult gather_parts(step *step, char *buffer, parts of)
-{
-    const hccl_comm *comm = step->comm;
-    size_t size = hccl_type_size(step->call->type);
-
-    for (uint32_t peer = 0; peer < comm->size; peer++)
-        if (peer != comm->rank) {
-            give(step, peer, buffer + of.places[comm->rank] * size, of.counts[comm->rank] * size);
-            take(step, peer, buffer + of.places[peer] * size, of.counts[peer] * size);
-        }
-    return do_step(step);
-}
-
-static HcclResult run_nothing(hccl_comm *comm, const hccl_call *call)
-{
-    (void)comm, (void)call;
-    return HCCL_SUCCESS;
-}
-
-/* Elements of a chunk that all ranks hold a part of. */
-static uint64_t chunk_of(const hccl_comm *comm, HcclDataType type)
-{
-    uint64_t count = CHUNK_BYTES / hccl_type_size(type);
-
-    return count > comm->size ? count : comm->size;
-}
-
-static HcclResult run_all_reduce(hccl_comm *comm, const hccl_call *call)
-{
-    size_t size = hccl_type_size(call->type);
-    uint64_t chunk = chunk_of(comm, call->type);
-    parts slices = {call->send_places, call->send_counts};
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_ALL_REDUCE, call->op)))
-        return result;
-    for (uint64_t done = 0; done < call->count && !result; done += chunk) {
-        uint64_t length = call->count - done < chunk ? call->count - done : chunk;
-        char *out = (char *)call->receive + done * size;
-
-        for (uint32_t rank = 0; rank < comm->size; rank++) {
-            call->send_places[rank] = length * rank / comm->size;
-            call->send_counts[rank] = length * (rank + 1) / comm->size - call->send_places[rank];
-        }
-        result =
-            reduce_parts(&step, (const char *)call->send + done * size, slices, out + slices.places[comm->rank] * size);
-        if (!result)
-            result = gather_parts(&step, out, slices);
-    }
-    free(step.transfers);
-    return result;
-}
-
-/* For reduce-scatter and reduce: `send_counts` and `send_places` say which part is whose. */
-static HcclResult run_reduce_scatter(hccl_comm *comm, const hccl_call *call)
-{
-    bool to_root = call->root != UINT32_MAX;
-    size_t size = hccl_type_size(call->type);
-    uint64_t chunk = chunk_of(comm, call->type) / comm->size, longest = 0;
-    uint64_t *numbers = calloc(2 * (size_t)comm->size, sizeof *numbers);
-    parts slices = {numbers, numbers + comm->size};
-    HcclResult result;
-    step step;
-
-    result = new_step(&step, comm, call, to_root ? HCCL_KIND_REDUCE : HCCL_KIND_REDUCE_SCATTER,
-                      to_root ? call->root << 8 | call->op : call->op);
-    if (!result && !numbers)
-        result = hccl_no_memory(call->name);
-    for (uint32_t rank = 0; rank < comm->size; rank++)
-        longest = call->send_counts[rank] > longest ? call->send_counts[rank] : longest;
-    for (uint64_t done = 0; done < longest && !result; done += chunk) {
-        for (uint32_t rank = 0; rank < comm->size; rank++) {
-            uint64_t left = call->send_counts[rank] > done ? call->send_counts[rank] - done : 0;
-
-            numbers[rank] = call->send_places[rank] + done;
-            numbers[comm->size + rank] = left < chunk ? left : chunk;
-        }
-        result = reduce_parts(&step, call->send, slices, (char *)call->receive + done * size);
-    }
-    free(numbers);
-    free(step.transfers);
-    return result;
-}
-
-static HcclResult run_broadcast(hccl_comm *comm, const hccl_call *call)
-{
-    size_t length = call->count * hccl_type_size(call->type);
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_BROADCAST, call->root)))
-        return result;
-    if (comm->rank != call->root)
-        take(&step, call->root, call->receive, length);
-    else
-        for (uint32_t peer = 0; peer < comm->size; peer++)
-            if (peer != comm->rank)
-                give(&step, peer, call->receive, length);
-    result = do_step(&step);
-    free(step.transfers);
-    return result;
-}
-
-static HcclResult run_scatter(hccl_comm *comm, const hccl_call *call)
-{
-    size_t length = call->count * hccl_type_size(call->type);
-    const char *send = call->send;
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_SCATTER, call->root)))
-        return result;
-    if (comm->rank != call->root)
-        take(&step, call->root, call->receive, length);
-    else
-        for (uint32_t peer = 0; peer < comm->size; peer++)
-            if (peer != comm->rank)
-                give(&step, peer, send + peer * length, length);
-    if (!(result = do_step(&step)) && comm->rank == call->root)
-        copy_own(call->receive, send + comm->rank * length, length);
-    free(step.transfers);
-    return result;
-}
-
-static HcclResult run_all_gather(hccl_comm *comm, const hccl_call *call)
-{
-    size_t size = hccl_type_size(call->type);
-    parts slices = {call->receive_places, call->receive_counts};
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_ALL_GATHER, 0)))
-        return result;
-    copy_own((char *)call->receive + slices.places[comm->rank] * size, call->send, slices.counts[comm->rank] * size);
-    result = gather_parts(&step, call->receive, slices);
-    free(step.transfers);
-    return result;
-}
-
-static HcclResult run_barrier(hccl_comm *comm, const hccl_call *call)
-{
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_BARRIER, 0)))
-        return result;
-    for (uint32_t peer = 0; peer < comm->size; peer++)
-        if (peer != comm->rank) {
-            give(&step, peer, NULL, 0);
-            take(&step, peer, NULL, 0);
-        }
-    result = do_step(&step);
-    free(step.transfers);
-    return result;
-}
-
-static HcclResult run_all_to_all(hccl_comm *comm, const hccl_call *call)
-{
-    size_t size = hccl_type_size(call->type);
-    const char *send = call->send;
-    char *receive = call->receive;
-    HcclResult result;
-    step step;
-
-    if ((result = new_step(&step, comm, call, HCCL_KIND_ALL_TO_ALL, 0)))
-        return result;
-    for (uint32_t peer = 0; peer < comm->size; peer++) {
-        const void *from = send + call->send_places[peer] * size;
-        void *to = receive + call->receive_places[peer] * size;
-
-        if (peer == comm->rank) {
-            copy_own(to, from, call->send_counts[peer] * size);
-            continue;
-        }
-        give(&step, peer, from, call->send_counts[peer] * size);
-        take(&step, peer, to, call->receive_counts[peer] * size);
-    }
-    result = do_step(&step);
-    free(step.transfers);
-    return result;
-}
 
 static HcclResult check_reduction(const hccl_call *call)
 {
@@ -283,32 +12,31 @@ static HcclResult check_reduction(const hccl_call *call)
                     (int)call->type);
 }
 
-/* Numbers of the caller's; without `source` each is `each`. Places follow one another unless they are given, too. */
-static HcclResult copy_parts(const hccl_call *call, uint64_t **counts, uint64_t **places, const uint64_t *source,
-                             const uint64_t *source_places, uint64_t each)
+static HcclResult check_send(const hccl_call *call, uint64_t count)
 {
-    uint64_t next = 0;
-    HcclResult result = hccl_make_counts(call, counts, call->comm->size);
+    return hccl_check_buffer(call, "send", call->send, count, call->type);
+}
 
-    if (!result)
-        result = hccl_make_counts(call, places, call->comm->size);
-    for (uint32_t rank = 0; rank < call->comm->size && !result; rank++) {
-        (*counts)[rank] = source ? source[rank] : each;
-        (*places)[rank] = source_places ? source_places[rank] : next;
-        next += (*counts)[rank];
-    }
-    return result;
+static HcclResult check_receive(const hccl_call *call, uint64_t count)
+{
+    return hccl_check_buffer(call, "receive", call->receive, count, call->type);
 }
 
 /* The elements that a buffer must have for its parts. */
-static uint64_t extent(const hccl_call *call, const uint64_t *counts, const uint64_t *places)
+static uint64_t extent(const hccl_call *call, hccl_parts parts)
 {
     uint64_t end = 0;
 
     for (uint32_t rank = 0; rank < call->comm->size; rank++)
-        if (counts[rank] && places[rank] + counts[rank] > end)
-            end = places[rank] + counts[rank];
+        if (parts.counts[rank] && parts.places[rank] + parts.counts[rank] > end)
+            end = parts.places[rank] + parts.counts[rank];
     return end;
+}
+
+/* Room for the slices that a chunk is divided into. */
+static HcclResult make_slices(hccl_call *call)
+{
+    return hccl_set_parts(call, &call->slices, NULL, NULL, 0);
 }
 
 /* Reduces `count` elements of all ranks; all get the result. The buffers may be the same. */
@@ -316,23 +44,20 @@ HcclResult HcclAllReduce(void *sendBuf, void *recvBuf, uint64_t count, HcclDataT
                          HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = count ? run_all_reduce : run_nothing,
+                      .kind = HCCL_KIND_ALL_REDUCE,
+                      .detail = (uint32_t)op,
+                      .run = count ? hccl_run_all_reduce : NULL,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = count,
                       .type = dataType,
                       .op = op};
-    HcclResult result = hccl_begin(&call, comm);
+    HcclResult result;
 
-    if (!result)
-        result = check_reduction(&call);
-    if (!result)
-        result = hccl_check_buffer(&call, "send", sendBuf, count, dataType);
-    if (!result)
-        result = hccl_check_buffer(&call, "receive", recvBuf, count, dataType);
-    if (!result)
-        result = copy_parts(&call, &call.send_counts, &call.send_places, NULL, NULL, 0);
-    return hccl_end(&call, result, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = check_reduction(&call)) ||
+        (result = check_send(&call, count)) || (result = check_receive(&call, count)) || (result = make_slices(&call)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
 }
 
 /* Gives the root's `count` elements to all. */
@@ -340,39 +65,42 @@ HcclResult HcclBroadcast(void *buf, uint64_t count, HcclDataType dataType, uint3
                          hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = count ? run_broadcast : run_nothing,
+                      .kind = HCCL_KIND_BROADCAST,
+                      .detail = root,
+                      .run = count ? hccl_run_broadcast : NULL,
                       .receive = buf,
                       .count = count,
                       .type = dataType,
                       .root = root};
-    HcclResult result = hccl_begin(&call, comm);
+    HcclResult result;
 
-    if (!result)
-        result = hccl_check_rank(&call, root);
-    if (!result)
-        result = hccl_check_buffer(&call, "broadcast", buf, count, dataType);
-    return hccl_end(&call, result, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = hccl_check_rank(&call, root)) ||
+        (result = hccl_check_buffer(&call, "broadcast", buf, count, dataType)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
+}
+
+static HcclResult check_own_part(const hccl_call *call)
+{
+    uint64_t own = call->sent.counts[call->comm->rank];
+
+    if (own == call->count)
+        return HCCL_SUCCESS;
+    return sim_fail(call->name, HCCL_E_PARA, "%llu elements to receive, %llu are for this rank",
+                    (unsigned long long)call->count, (unsigned long long)own);
 }
 
 static HcclResult reduce_scatter(hccl_call *call, const void *counts, const void *places, HcclComm comm,
                                  hcclStream stream)
 {
-    HcclResult result = hccl_begin(call, comm);
+    HcclResult result;
 
-    call->root = UINT32_MAX;
-    if (!result)
-        result = check_reduction(call);
-    if (!result)
-        result = copy_parts(call, &call->send_counts, &call->send_places, counts, places, call->count);
-    if (!result && call->send_counts[call->comm->rank] != call->count)
-        result = sim_fail(call->name, HCCL_E_PARA, "%llu elements to receive, %llu are for this rank",
-                          (unsigned long long)call->count, (unsigned long long)call->send_counts[call->comm->rank]);
-    if (!result)
-        result =
-            hccl_check_buffer(call, "send", call->send, extent(call, call->send_counts, call->send_places), call->type);
-    if (!result)
-        result = hccl_check_buffer(call, "receive", call->receive, call->count, call->type);
-    return hccl_end(call, result, stream);
+    if ((result = hccl_begin(call, comm)) || (result = check_reduction(call)) ||
+        (result = hccl_set_parts(call, &call->sent, counts, places, call->count)) || (result = check_own_part(call)) ||
+        (result = check_send(call, extent(call, call->sent))) || (result = check_receive(call, call->count)) ||
+        (result = make_slices(call)))
+        return hccl_drop(call, result);
+    return hccl_end(call, stream);
 }
 
 /* Reduces `recvCount` elements for each rank; each gets its part of the result. */
@@ -380,7 +108,9 @@ HcclResult HcclReduceScatter(void *sendBuf, void *recvBuf, uint64_t recvCount, H
                              HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = run_reduce_scatter,
+                      .kind = HCCL_KIND_REDUCE_SCATTER,
+                      .detail = (uint32_t)op,
+                      .run = hccl_run_reduce_scatter,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = recvCount,
@@ -396,7 +126,9 @@ HcclResult HcclReduceScatterV(void *sendBuf, const void *sendCounts, const void 
                               hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = run_reduce_scatter,
+                      .kind = HCCL_KIND_REDUCE_SCATTER,
+                      .detail = (uint32_t)op,
+                      .run = hccl_run_reduce_scatter,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = recvCount,
@@ -408,33 +140,39 @@ HcclResult HcclReduceScatterV(void *sendBuf, const void *sendCounts, const void 
     return reduce_scatter(&call, sendCounts, sendDispls, comm, stream);
 }
 
+/* Makes all of the buffer the root's part. */
+static HcclResult send_to_root(hccl_call *call)
+{
+    HcclResult result = hccl_set_parts(call, &call->sent, NULL, NULL, 0);
+
+    if (result)
+        return result;
+    call->sent.counts[call->root] = call->count;
+    return HCCL_SUCCESS;
+}
+
 /* Reduces `count` elements of all ranks; the root gets the result, the others' `recvBuf` is not used. */
 HcclResult HcclReduce(void *sendBuf, void *recvBuf, uint64_t count, HcclDataType dataType, HcclReduceOp op,
                       uint32_t root, HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = run_reduce_scatter,
+                      .kind = HCCL_KIND_REDUCE,
+                      .detail = root << 8 | (uint32_t)op,
+                      .run = hccl_run_reduce_scatter,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = count,
                       .type = dataType,
                       .op = op,
                       .root = root};
-    HcclResult result = hccl_begin(&call, comm);
+    HcclResult result;
 
-    if (!result)
-        result = hccl_check_rank(&call, root);
-    if (!result)
-        result = check_reduction(&call);
-    if (!result)
-        result = hccl_check_buffer(&call, "send", sendBuf, count, dataType);
-    if (!result && root == call.comm->rank)
-        result = hccl_check_buffer(&call, "receive", recvBuf, count, dataType);
-    if (!result)
-        result = copy_parts(&call, &call.send_counts, &call.send_places, NULL, NULL, 0);
-    if (!result)
-        call.send_counts[root] = count;
-    return hccl_end(&call, result, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = hccl_check_rank(&call, root)) ||
+        (result = check_reduction(&call)) || (result = check_send(&call, count)) ||
+        (root == call.comm->rank && (result = check_receive(&call, count))) || (result = send_to_root(&call)) ||
+        (result = make_slices(&call)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
 }
 
 /* Gives each rank its `recvCount` elements of the root's `sendBuf`; that of the others is not used. */
@@ -442,38 +180,43 @@ HcclResult HcclScatter(void *sendBuf, void *recvBuf, uint64_t recvCount, HcclDat
                        HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = recvCount ? run_scatter : run_nothing,
+                      .kind = HCCL_KIND_SCATTER,
+                      .detail = root,
+                      .run = recvCount ? hccl_run_scatter : NULL,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = recvCount,
                       .type = dataType,
                       .root = root};
-    HcclResult result = hccl_begin(&call, comm);
+    HcclResult result;
 
-    if (!result)
-        result = hccl_check_rank(&call, root);
-    if (!result && root == call.comm->rank)
-        result = hccl_check_buffer(&call, "send", sendBuf, recvCount * call.comm->size, dataType);
-    if (!result)
-        result = hccl_check_buffer(&call, "receive", recvBuf, recvCount, dataType);
-    return hccl_end(&call, result, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = hccl_check_rank(&call, root)) ||
+        (root == call.comm->rank && (result = check_send(&call, recvCount * call.comm->size))) ||
+        (result = check_receive(&call, recvCount)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
+}
+
+static HcclResult check_given_part(const hccl_call *call)
+{
+    uint64_t own = call->received.counts[call->comm->rank];
+
+    if (own == call->count)
+        return HCCL_SUCCESS;
+    return sim_fail(call->name, HCCL_E_PARA, "%llu elements to send, %llu are of this rank",
+                    (unsigned long long)call->count, (unsigned long long)own);
 }
 
 static HcclResult all_gather(hccl_call *call, const void *counts, const void *places, HcclComm comm, hcclStream stream)
 {
-    HcclResult result = hccl_begin(call, comm);
+    HcclResult result;
 
-    if (!result)
-        result = copy_parts(call, &call->receive_counts, &call->receive_places, counts, places, call->count);
-    if (!result && call->receive_counts[call->comm->rank] != call->count)
-        result = sim_fail(call->name, HCCL_E_PARA, "%llu elements to send, %llu are of this rank",
-                          (unsigned long long)call->count, (unsigned long long)call->receive_counts[call->comm->rank]);
-    if (!result)
-        result = hccl_check_buffer(call, "send", call->send, call->count, call->type);
-    if (!result)
-        result = hccl_check_buffer(call, "receive", call->receive,
-                                   extent(call, call->receive_counts, call->receive_places), call->type);
-    return hccl_end(call, result, stream);
+    if ((result = hccl_begin(call, comm)) ||
+        (result = hccl_set_parts(call, &call->received, counts, places, call->count)) ||
+        (result = check_given_part(call)) || (result = check_send(call, call->count)) ||
+        (result = check_receive(call, extent(call, call->received))))
+        return hccl_drop(call, result);
+    return hccl_end(call, stream);
 }
 
 /* Each rank gets the `sendCount` elements of all, one after the other. */
@@ -481,7 +224,8 @@ HcclResult HcclAllGather(void *sendBuf, void *recvBuf, uint64_t sendCount, HcclD
                          hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = sendCount ? run_all_gather : run_nothing,
+                      .kind = HCCL_KIND_ALL_GATHER,
+                      .run = sendCount ? hccl_run_all_gather : NULL,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = sendCount,
@@ -495,7 +239,8 @@ HcclResult HcclAllGatherV(void *sendBuf, uint64_t sendCount, void *recvBuf, cons
                           const void *recvDispls, HcclDataType dataType, HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__,
-                      .run = run_all_gather,
+                      .kind = HCCL_KIND_ALL_GATHER,
+                      .run = hccl_run_all_gather,
                       .send = sendBuf,
                       .receive = recvBuf,
                       .count = sendCount,
@@ -509,42 +254,52 @@ HcclResult HcclAllGatherV(void *sendBuf, uint64_t sendCount, void *recvBuf, cons
 /* Returns, or lets the stream go on, when all ranks have come. */
 HcclResult HcclBarrier(HcclComm comm, hcclStream stream)
 {
-    hccl_call call = {.name = __func__, .run = run_barrier};
+    hccl_call call = {.name = __func__, .kind = HCCL_KIND_BARRIER, .run = hccl_run_barrier};
+    HcclResult result = hccl_begin(&call, comm);
 
-    return hccl_end(&call, hccl_begin(&call, comm), stream);
+    return result ? hccl_drop(&call, result) : hccl_end(&call, stream);
 }
 
-/* Finishes a call whose counts and places are there. */
-static HcclResult all_to_all(hccl_call *call, HcclResult result, HcclDataType receive_type, hcclStream stream)
+static hccl_call new_all_to_all(const char *name, const void *send, HcclDataType type, const void *receive)
 {
-    if (!result && receive_type != call->type)
-        result = sim_fail(call->name, HCCL_E_PARA, "sends data type %d, receives data type %d", (int)call->type,
-                          (int)receive_type);
-    if (!result)
-        result =
-            hccl_check_buffer(call, "send", call->send, extent(call, call->send_counts, call->send_places), call->type);
-    if (!result)
-        result = hccl_check_buffer(call, "receive", call->receive,
-                                   extent(call, call->receive_counts, call->receive_places), call->type);
-    if (!result && call->send_counts[call->comm->rank] != call->receive_counts[call->comm->rank])
-        result = sim_fail(call->name, HCCL_E_PARA, "rank %u sends itself another number of elements than it receives",
-                          call->comm->rank);
-    return hccl_end(call, result, stream);
+    return (hccl_call){.name = name,
+                       .kind = HCCL_KIND_ALL_TO_ALL,
+                       .run = hccl_run_all_to_all,
+                       .send = send,
+                       .receive = (void *)receive,
+                       .type = type};
+}
+
+/* Whether the parts of an all-to-all go together and lie in the buffers. */
+static HcclResult check_all_to_all(const hccl_call *call, HcclDataType receive_type)
+{
+    uint32_t rank = call->comm->rank;
+    HcclResult result;
+
+    if (receive_type != call->type)
+        return sim_fail(call->name, HCCL_E_PARA, "sends data type %d, receives data type %d", (int)call->type,
+                        (int)receive_type);
+    if ((result = check_send(call, extent(call, call->sent))) ||
+        (result = check_receive(call, extent(call, call->received))))
+        return result;
+    if (call->sent.counts[rank] != call->received.counts[rank])
+        return sim_fail(call->name, HCCL_E_PARA, "rank %u sends itself another number of elements than it receives",
+                        rank);
+    return HCCL_SUCCESS;
 }
 
 /* Each rank gives `sendCount` elements to each. */
 HcclResult HcclAlltoAll(const void *sendBuf, uint64_t sendCount, HcclDataType sendType, const void *recvBuf,
                         uint64_t recvCount, HcclDataType recvType, HcclComm comm, hcclStream stream)
 {
-    hccl_call call = {
-        .name = __func__, .run = run_all_to_all, .send = sendBuf, .receive = (void *)recvBuf, .type = sendType};
-    HcclResult result = hccl_begin(&call, comm);
+    hccl_call call = new_all_to_all(__func__, sendBuf, sendType, recvBuf);
+    HcclResult result;
 
-    if (!result)
-        result = copy_parts(&call, &call.send_counts, &call.send_places, NULL, NULL, sendCount);
-    if (!result)
-        result = copy_parts(&call, &call.receive_counts, &call.receive_places, NULL, NULL, recvCount);
-    return all_to_all(&call, result, recvType, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = hccl_set_parts(&call, &call.sent, NULL, NULL, sendCount)) ||
+        (result = hccl_set_parts(&call, &call.received, NULL, NULL, recvCount)) ||
+        (result = check_all_to_all(&call, recvType)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
 }
 
 /* The same with parts of different lengths: arrays of uint64_t, by rank, in elements. */
@@ -552,42 +307,47 @@ HcclResult HcclAlltoAllV(const void *sendBuf, const void *sendCounts, const void
                          const void *recvBuf, const void *recvCounts, const void *rdispls, HcclDataType recvType,
                          HcclComm comm, hcclStream stream)
 {
-    hccl_call call = {
-        .name = __func__, .run = run_all_to_all, .send = sendBuf, .receive = (void *)recvBuf, .type = sendType};
+    hccl_call call = new_all_to_all(__func__, sendBuf, sendType, recvBuf);
     HcclResult result;
 
     if (!sendCounts || !sdispls || !recvCounts || !rdispls)
         return FAIL(HCCL_E_PTR, "NULL");
-    result = hccl_begin(&call, comm);
-    if (!result)
-        result = copy_parts(&call, &call.send_counts, &call.send_places, sendCounts, sdispls, 0);
-    if (!result)
-        result = copy_parts(&call, &call.receive_counts, &call.receive_places, recvCounts, rdispls, 0);
-    return all_to_all(&call, result, recvType, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = hccl_set_parts(&call, &call.sent, sendCounts, sdispls, 0)) ||
+        (result = hccl_set_parts(&call, &call.received, recvCounts, rdispls, 0)) ||
+        (result = check_all_to_all(&call, recvType)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
+}
+
+/* The row of this rank is what it sends, the column what it receives. */
+static HcclResult set_parts_by_matrix(hccl_call *call, const uint64_t *matrix)
+{
+    uint32_t size = call->comm->size, own = call->comm->rank;
+    uint64_t next = 0;
+    HcclResult result;
+
+    if ((result = hccl_set_parts(call, &call->sent, matrix + own * size, NULL, 0)) ||
+        (result = hccl_set_parts(call, &call->received, NULL, NULL, 0)))
+        return result;
+    for (uint32_t peer = 0; peer < size; peer++) {
+        call->received.counts[peer] = matrix[peer * size + own];
+        call->received.places[peer] = next;
+        next += call->received.counts[peer];
+    }
+    return HCCL_SUCCESS;
 }
 
 /* The same with parts that follow one another; entry [i][j] of the matrix is what rank i gives to rank j. */
 HcclResult HcclAlltoAllVC(const void *sendBuf, const void *sendCountMatrix, HcclDataType sendType, const void *recvBuf,
                           HcclDataType recvType, HcclComm comm, hcclStream stream)
 {
-    hccl_call call = {
-        .name = __func__, .run = run_all_to_all, .send = sendBuf, .receive = (void *)recvBuf, .type = sendType};
-    const uint64_t *matrix = sendCountMatrix;
-    uint64_t next = 0;
+    hccl_call call = new_all_to_all(__func__, sendBuf, sendType, recvBuf);
     HcclResult result;
 
-    if (!matrix)
+    if (!sendCountMatrix)
         return FAIL(HCCL_E_PTR, "NULL");
-    result = hccl_begin(&call, comm);
-    if (!result)
-        result = copy_parts(&call, &call.send_counts, &call.send_places, matrix + call.comm->rank * call.comm->size,
-                            NULL, 0);
-    if (!result)
-        result = copy_parts(&call, &call.receive_counts, &call.receive_places, NULL, NULL, 0);
-    for (uint32_t peer = 0; !result && peer < call.comm->size; peer++) {
-        call.receive_counts[peer] = matrix[peer * call.comm->size + call.comm->rank];
-        call.receive_places[peer] = next;
-        next += call.receive_counts[peer];
-    }
-    return all_to_all(&call, result, recvType, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = set_parts_by_matrix(&call, sendCountMatrix)) ||
+        (result = check_all_to_all(&call, recvType)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
 }

@@ -1,4 +1,4 @@
-/* Communicators: a group of ranks, each with a connection to each other. */
+/* Communicators: groups of ranks, each of which has a connection to every other. */
 #ifndef CANN_SIM_HCCL_COMM_H
 #define CANN_SIM_HCCL_COMM_H
 
@@ -18,24 +18,25 @@ typedef struct hccl_comm {
     char name[COMM_NAME_MAX_LENGTH];
     int wake; /* becomes readable when the communicator is being destroyed */
 
-    pthread_mutex_t turn;   /* one operation at a time; what follows */
+    pthread_mutex_t turn;   /* for one operation at a time, and for the next three fields */
     int *sockets;           /* by rank; -1: oneself, or closed */
     struct pollfd *watched; /* room for size + 1 */
     double missed_since;    /* when an idle peer was found dead; 0: never */
 
-    pthread_mutex_t lock; /* what follows */
+    pthread_mutex_t lock; /* for the two fields below */
     HcclResult error;     /* of the operation that failed: no other will run */
     char error_text[512];
 } hccl_comm;
 
-/* The communicator behind a handle, with a reference, unless it has failed: then its error. */
+/* A communicator without handle and connections; NULL if the host has no memory or no files left. The second function
+ * frees it, and is the one to publish it with. */
+hccl_comm *hccl_new_comm(uint32_t size, uint32_t rank, int device);
+void hccl_release_comm(sim_object *object);
+
+/* The communicator behind a handle, with a reference, unless it has failed: then its error, and `comm` is NULL. */
 HcclResult hccl_find(const char *function, HcclComm handle, hccl_comm **comm);
 
 /* The error of a failed communicator, as the calling thread's error. */
 HcclResult hccl_state(const char *function, hccl_comm *comm);
-
-/* The communicator fails for good: its connections are closed, so that the other ranks notice, and each later operation
- * returns `error` with this text. During one's turn only. */
-void hccl_give_up(hccl_comm *comm, HcclResult error, const char *text);
 
 #endif

@@ -1,59 +1,64 @@
+/* Point to point: sends and receives, and groups of them. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "errors.h"
 #include "hccl_call.h"
-#include "hccl_link.h"
 #include "hccl_types.h"
 
 /* All sends and receives at once; with one peer in their order. */
-static HcclResult run_items(hccl_comm *comm, const hccl_call *call)
+static HcclResult run_items(hccl_round *round, const hccl_call *call)
 {
-    hccl_transfer *transfers = calloc(call->item_count, sizeof *transfers);
-    HcclResult result;
-
-    if (!transfers)
-        return hccl_no_memory(call->name);
     for (size_t i = 0; i < call->item_count; i++) {
         const HcclSendRecvItem *item = &call->items[i];
+        size_t length = item->count * hccl_type_size(item->dataType);
 
-        transfers[i].peer = item->remoteRank;
-        transfers[i].outgoing = item->sendRecvType == HCCL_SEND;
-        transfers[i].data = item->buf;
-        transfers[i].length = item->count * hccl_type_size(item->dataType);
+        if (item->sendRecvType == HCCL_SEND)
+            hccl_give(round, item->remoteRank, item->buf, length);
+        else
+            hccl_take(round, item->remoteRank, item->buf, length);
     }
-    result = hccl_exchange(call->name, comm, (hccl_tag){HCCL_KIND_P2P, 0, 0}, transfers, call->item_count);
-    free(transfers);
-    return result;
+    return hccl_exchange(round);
 }
 
 static HcclResult check_item(const hccl_call *call, const HcclSendRecvItem *item)
 {
     HcclResult result = hccl_check_rank(call, item->remoteRank);
 
-    if (!result && item->remoteRank == call->comm->rank)
-        result = sim_fail(call->name, HCCL_E_PARA, "rank %u cannot send to itself", item->remoteRank);
-    if (!result && item->sendRecvType != HCCL_SEND && item->sendRecvType != HCCL_RECV)
-        result = sim_fail(call->name, HCCL_E_PARA, "neither send nor receive");
     if (result)
         return result;
+    if (item->remoteRank == call->comm->rank)
+        return sim_fail(call->name, HCCL_E_PARA, "rank %u cannot send to itself", item->remoteRank);
+    if (item->sendRecvType != HCCL_SEND && item->sendRecvType != HCCL_RECV)
+        return sim_fail(call->name, HCCL_E_PARA, "neither send nor receive");
     return hccl_check_buffer(call, item->sendRecvType == HCCL_SEND ? "send" : "receive", item->buf, item->count,
                              item->dataType);
+}
+
+/* Copies the items into the call, if all of them can be done. */
+static HcclResult set_items(hccl_call *call, const HcclSendRecvItem *items, uint32_t count)
+{
+    HcclResult result;
+
+    for (uint32_t i = 0; i < count; i++)
+        if ((result = check_item(call, &items[i])))
+            return result;
+    if (!(call->items = calloc(count, sizeof *call->items)))
+        return hccl_no_memory(call->name);
+    memcpy(call->items, items, count * sizeof *items);
+    call->item_count = count;
+    return HCCL_SUCCESS;
 }
 
 static HcclResult call_items(const char *function, const HcclSendRecvItem *items, uint32_t count, HcclComm comm,
                              hcclStream stream)
 {
-    hccl_call call = {.name = function, .run = run_items, .item_count = count};
-    HcclResult result = hccl_begin(&call, comm);
+    hccl_call call = {.name = function, .kind = HCCL_KIND_P2P, .run = run_items};
+    HcclResult result;
 
-    for (uint32_t i = 0; i < count && !result; i++)
-        result = check_item(&call, &items[i]);
-    if (!result && !(call.items = calloc(count, sizeof *call.items)))
-        result = hccl_no_memory(function);
-    if (!result)
-        memcpy(call.items, items, count * sizeof *items);
-    return hccl_end(&call, result, stream);
+    if ((result = hccl_begin(&call, comm)) || (result = set_items(&call, items, count)))
+        return hccl_drop(&call, result);
+    return hccl_end(&call, stream);
 }
 
 /* Sends to another rank, which receives the same number of bytes. May return before they were received. */
