@@ -12,7 +12,7 @@ from torch import nn
 from support.sources import IDENTITY, Tensors
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.engine import serving
+from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.sender import Sender

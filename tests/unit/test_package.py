@@ -101,12 +101,13 @@ ROOMS: dict[str, set[str]] = {
     "transport": {"shared words", "weights", "wire"},
     "client": {"shared words", "weights", "wire", "transport"},
     "server": {"shared words", "weights", "wire", "transport"},
-    "engine": {"shared words", "weights", "checkpoint", "wire", "model", "transport", "server"},
+    "instance": {"shared words", "weights", "checkpoint", "wire", "model", "transport", "client", "server"},
+    "engine": {"shared words", "weights", "checkpoint", "model", "instance"},
 }
 """What the folders of Netloader may import; whatever lies above them all may import everything."""
 
 SHARED_WORDS = {"config", "endpoint", "errors", "files", "report", "traits"}
-ENTRY_POINTS = {"", "cli", "installation", "load", "loader", "registration"}
+ENTRY_POINTS = {"", "cli", "installation", "loader", "registration"}
 ON_DEVICES = {"transport.process_group": {"model"}}
 """Modules that know more than their room."""
 
@@ -161,9 +162,9 @@ def test_a_process_without_an_engine_can_hold_and_serve_weights() -> None:
     assert loaded_by(f"import {', '.join(WITHOUT_ENGINE)}") <= {"msgspec", "blake3"}
 
 
-TORCH = ("model.", "engine.", "transport.process_group", "load", "loader", "vllm_ascend.distributed")
-VLLM = ("engine.", "load", "loader", "registration", "vllm_ascend.distributed")
-DISTRIBUTED = {"load", "engine.reload", "transport.process_group"}
+TORCH = ("model.", "instance.", "engine.", "transport.process_group", "loader", "vllm_ascend.distributed")
+VLLM = ("engine.", "loader", "registration", "vllm_ascend.distributed")
+DISTRIBUTED = {"engine.rank", "engine.reload", "transport.process_group"}
 DIGESTING = {"transport.digests"}
 PLATFORM = (
     "vllm_ascend.platform",

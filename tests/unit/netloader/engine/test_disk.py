@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_ascend.model_loader.netloader.checkpoint.opened import files_opened
-from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
+from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.engine.disk import DiskLoader, fingerprint_here
 
 NAME = "model.safetensors"
@@ -61,10 +61,10 @@ def configured(folder: Path) -> ModelConfig:
     return cast(ModelConfig, SimpleNamespace(model=str(folder), is_moe=False, **absent))
 
 
-def read(folder: Path, model: Model) -> Reading:
+def read(folder: Path, model: Model) -> ReadRecord:
     loader = DiskLoader(LoadConfig())
     load(loader, folder, model)
-    return loader.reading
+    return loader.record
 
 
 def load(loader: DiskLoader, folder: Path, model: Model) -> None:
@@ -96,14 +96,14 @@ def test_weights_that_a_model_reads_by_itself_are_told_by_name(
 ) -> None:
     """vLLM merges adapters into jina-embeddings-v5 and reads an embedding for DFlash while it loads them."""
     folder = checkpoint(tmp_path / "model")
-    reading = read(folder, Model(lambda: by_model(folder)))
-    assert reading.unknown_weights().startswith(f"loading read {name}, not among the weight files of its loader")
+    record = read(folder, Model(lambda: by_model(folder)))
+    assert record.unknown_weights().startswith(f"loading read {name}, not among the weight files of its loader")
 
 
 def test_weights_from_elsewhere_are_told_by_path(tmp_path: Path) -> None:
     folder, other = checkpoint(tmp_path / "model"), checkpoint(tmp_path / "other")
-    reading = read(folder, Model((other / NAME).read_bytes))
-    assert reading.unknown_weights().startswith(f"loading read {other / NAME}, not among")
+    record = read(folder, Model((other / NAME).read_bytes))
+    assert record.unknown_weights().startswith(f"loading read {other / NAME}, not among")
 
 
 def test_whatever_else_is_opened_while_a_model_is_loaded_does_not_count(tmp_path: Path) -> None:
@@ -164,4 +164,4 @@ def test_a_link_that_leads_elsewhere_for_a_moment_changes_nothing(tmp_path: Path
     current.unlink()
     current.symlink_to("first")
     assert model.weight.tolist() == [[1, 1, 1, 1]]
-    assert loader.reading.finish() == fingerprint_here(model, configured(tmp_path / "first"), LoadConfig())
+    assert loader.record.finish() == fingerprint_here(model, configured(tmp_path / "first"), LoadConfig())

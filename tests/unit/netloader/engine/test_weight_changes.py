@@ -15,9 +15,9 @@ from support.sources import SMALL, fetch
 from support.strangers import Intruder
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.engine.weight_changes import watch
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.server import server
 
 pytestmark = pytest.mark.timeout(60)

@@ -24,8 +24,8 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.engine import serving as process_serving
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourceRefused, SourcesExhausted, TransportError
+from vllm_ascend.model_loader.netloader.instance import serving as process_serving
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.listener import MAX_CONNECTIONS, STRANGERS_SHARE
 from vllm_ascend.model_loader.netloader.server.publications import Publication

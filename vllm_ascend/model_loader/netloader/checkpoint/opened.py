@@ -20,6 +20,8 @@ from typing import Any, Final, NamedTuple
 
 import safetensors
 
+from vllm_ascend.model_loader.netloader.checkpoint import hub_cache
+
 _WEIGHTS: Final = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|npz|npy|h5|msgpack|gguf|pkl|pickle|onnx|pdparams|tensors)", re.IGNORECASE
 )
@@ -28,7 +30,6 @@ _PLAIN: Final = re.compile(
     r"\.(json|jsonl|yaml|yml|toml|py|pyc|so|txt|md|jinja|model|vocab|tiktoken|lock|metadata)", re.IGNORECASE
 )
 """Suffixes of configuration, code, texts and tokenizers; whatever else is in a checkpoint may be weights."""
-_HUB_FILE: Final = re.compile(r"/models--[^/]+/(snapshots|blobs)/")
 _PACKAGES: Final = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib"))
 """Not of a model: Python's and its packages' own files."""
 
@@ -42,7 +43,7 @@ class Opened(NamedTuple):
     def may_be_weights(self, folders: Collection[str]) -> bool:
         """`folders` are those of the checkpoint, as real paths."""
         in_a_checkpoint = any(self.real_path.startswith(os.path.join(folder, "")) for folder in folders)
-        if in_a_checkpoint or _HUB_FILE.search(self.path) or _HUB_FILE.search(self.real_path):
+        if in_a_checkpoint or hub_cache.holds(self.path) or hub_cache.holds(self.real_path):
             return not _PLAIN.fullmatch(_suffix(self.path))
         return _WEIGHTS.fullmatch(_suffix(self.path)) is not None and not self.path.startswith(_PACKAGES)
 

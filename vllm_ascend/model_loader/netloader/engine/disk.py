@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import (
     where_they_are,
 )
 from vllm_ascend.model_loader.netloader.checkpoint.opened import files_opened
-from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
+from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -46,20 +46,28 @@ class _Loader(DefaultModelLoader):
 
 
 class DiskLoader(_Loader):
-    """Loads; `reading` is what it has read."""
+    """Loads, and keeps a record of what it has read."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        self.reading = Reading()
+        self.record = ReadRecord()
 
     def _prepare_weights(self, *args: Any, **kwargs: Any) -> Any:
         folder, paths, *others = super()._prepare_weights(*args, **kwargs)
-        return *self.reading.begin(folder, paths), *others
+        return *self.record.begin(folder, paths), *others
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fills `model` from the checkpoint. Raises whatever vLLM's loader raises."""
         with files_opened() as opened:
             super().load_weights(model, model_config)
-        self.reading.note(opened)
+        self.record.note(opened)
+
+
+def load_from_disk(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> ReadRecord:
+    """Fills `model` from the checkpoint. Returns what was read; raises whatever vLLM's loader raises."""
+    loader = DiskLoader(load_config)
+    loader.load_weights(model, model_config)
+    return loader.record
 
 
 def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> str:

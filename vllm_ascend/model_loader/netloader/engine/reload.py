@@ -30,10 +30,10 @@ from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 
 
 @contextlib.contextmanager
-def all_or_none(fingerprint: Callable[[], str]) -> Iterator[None]:
-    """What every rank does within, all have done afterwards; where one fails, it fails on all.
+def all_or_none() -> Iterator[None]:
+    """Ends when all ranks have done what they do within. If it fails on one of them, it fails on all.
 
-    Raises ReloadRefused where another rank failed, or one has weights with another `fingerprint`, if that is known.
+    Raises ReloadRefused if another rank has failed, and otherwise what was raised within.
     """
     try:
         yield
@@ -42,11 +42,17 @@ def all_or_none(fingerprint: Callable[[], str]) -> Iterator[None]:
         raise
     if not agreed(True):
         raise ReloadRefused("another rank of this instance could not get its weights, see its log: nothing was changed")
-    known = fingerprint()
-    if not alike(int(known[:15], 16) if known else None):
+
+
+def require_ranks_alike(fingerprint: str) -> None:
+    """Raises ReloadRefused, on all ranks, if they have new weights of different checkpoints. All of them must call it.
+
+    `fingerprint` is that of this rank's new weights, empty if it is unknown.
+    """
+    if not alike(int(fingerprint[:15], 16) if fingerprint else None):
         raise ReloadRefused(
-            f"the ranks of this instance got weights of different checkpoints, this one of {known or 'an unknown one'}"
-            f": nothing was changed, reload again when nobody changes them"
+            f"the ranks of this instance got weights of different checkpoints, this one of "
+            f"{fingerprint or 'an unknown one'}: nothing was changed, reload again when nobody changes them"
         )
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 import vllm_ascend
-from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
+from vllm_ascend.model_loader.netloader.checkpoint.hub_cache import snapshot_in
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates, canonical_digest
 
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
 
 _INCIDENTAL_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"}
 """What differs between copies of one model; the dtype in use is compared as a field of its own."""
-_HUB_SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)/?$")
 
 
 def role_of(model_config: ModelConfig) -> str:
@@ -56,15 +52,6 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
         load_options=_load_options(vllm_config, model_config),
         versions={package.__name__: package.__version__.partition("+")[0] for package in (vllm, torch, vllm_ascend)},
     )
-
-
-def as_read(identity: ModelIdentity, reading: Reading, fingerprint: str) -> ModelIdentity:
-    """`identity` of what was read: a link, or a branch of the hub, may have led elsewhere when sources were asked."""
-    if identity.name_is_path:
-        return msgspec.structs.replace(identity, name=reading.real_folder or identity.name, fingerprint=fingerprint)
-    snapshot = _HUB_SNAPSHOT.search(os.path.abspath(reading.folder))
-    revision = snapshot["revision"] if snapshot else identity.revision
-    return msgspec.structs.replace(identity, revision=revision, fingerprint=fingerprint)
 
 
 def rank_coordinates(vllm_config: VllmConfig) -> RankCoordinates:
@@ -104,9 +91,8 @@ def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
         # vLLM resolves a branch name to the commit where it can ask the hub.
         revision = getattr(model_config.revision, "resolved", None) or model_config.revision
         return model_config.model, str(revision or "")
-    if snapshot := _HUB_SNAPSHOT.search(os.path.abspath(model_config.model)):
-        return snapshot["name"].replace("--", "/"), snapshot["revision"]
-    return "", ""
+    snapshot = snapshot_in(model_config.model)
+    return (snapshot.name, snapshot.revision) if snapshot else ("", "")
 
 
 def _load_options(vllm_config: VllmConfig, model_config: ModelConfig) -> str:

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
-from vllm_ascend.model_loader.netloader.engine import serving
+from vllm_ascend.model_loader.netloader.instance import serving
 
 Tell = Callable[..., object]
 

@@ -28,7 +28,7 @@ TIMESTAMP_GRAIN_NS: Final = 20_000_000
 _SHOWN_FILES: Final = 3
 
 
-class Reading:
+class ReadRecord:
     """What one load reads from files: call `begin` before, and `finish` after it.
 
     `folder` is that of the first files, and `real_folder` where it led then.

@@ -11,9 +11,10 @@ import pytest
 
 from vllm_ascend.model_loader.netloader.checkpoint import fingerprint
 from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint_fingerprint, files_in
-from vllm_ascend.model_loader.netloader.checkpoint.reading import Reading
-from vllm_ascend.model_loader.netloader.engine.vllm_identity import as_read, require_checkpoint
+from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
+from vllm_ascend.model_loader.netloader.engine.vllm_identity import require_checkpoint
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, ConfigError
+from vllm_ascend.model_loader.netloader.instance.filling import as_read
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 
 OLD, NEW = b"old weights", b"new weights"
@@ -27,10 +28,10 @@ def checkpoint(folder: Path, content: bytes = OLD) -> Path:
     return folder
 
 
-def begun(folder: Path) -> Reading:
-    reading = Reading()
-    reading.begin(str(folder), [str(folder / name) for name in NAMES])
-    return reading
+def begun(folder: Path) -> ReadRecord:
+    record = ReadRecord()
+    record.begin(str(folder), [str(folder / name) for name in NAMES])
+    return record
 
 
 def replace(file: Path) -> None:
@@ -72,19 +73,19 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def test_what_did_not_change_has_the_fingerprint_of_its_files(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
-    reading = begun(folder)
+    record = begun(folder)
     expected = checkpoint_fingerprint(files_in(folder, [folder / name for name in NAMES]))
-    assert reading.finish() == expected != ""
+    assert record.finish() == expected != ""
 
 
 @pytest.mark.parametrize(("change", "told"), CHANGES.values(), ids=CHANGES.keys())
 def test_a_file_that_changes_while_it_is_read_is_told_by_name(
     change: Callable[[Path], None], told: str, tmp_path: Path
 ) -> None:
-    reading = begun(checkpoint(tmp_path))
+    record = begun(checkpoint(tmp_path))
     change(tmp_path / NAMES[1])
     with pytest.raises(CheckpointChanged, match=f"^the checkpoint changed while it was read: {NAMES[1]} {told}$"):
-        reading.finish()
+        record.finish()
 
 
 @pytest.mark.parametrize(("change", "told"), CHANGES.values(), ids=CHANGES.keys())
@@ -113,30 +114,30 @@ def test_a_change_within_one_tick_of_the_clock_of_files_is_noticed(
 
     monkeypatch.setattr(os, "fstat", of_an_older_kernel)
     for _ in range(5):
-        reading = begun(checkpoint(tmp_path))
+        record = begun(checkpoint(tmp_path))
         (tmp_path / NAMES[0]).write_bytes(NEW)
         with pytest.raises(CheckpointChanged):
-            reading.finish()
+            record.finish()
 
 
 def test_a_file_that_vanishes_while_it_is_read_is_told(tmp_path: Path) -> None:
-    reading = begun(checkpoint(tmp_path))
+    record = begun(checkpoint(tmp_path))
     (tmp_path / NAMES[0]).unlink()
     with pytest.raises(CheckpointChanged, match=rf"cannot be fingerprinted: .*No such file.*{NAMES[0]}"):
-        reading.finish()
+        record.finish()
 
 
 def test_a_link_to_another_snapshot_does_not_matter_once_reading_has_begun(tmp_path: Path) -> None:
     first, second = checkpoint(tmp_path / "first"), checkpoint(tmp_path / "second", NEW)
     current = tmp_path / "current"
     current.symlink_to("first")
-    reading = Reading()
-    folder, paths = reading.begin(str(current), [str(current / name) for name in NAMES])
+    record = ReadRecord()
+    folder, paths = record.begin(str(current), [str(current / name) for name in NAMES])
     current.unlink()
     current.symlink_to("second")
     append(second / NAMES[0])
     assert (folder, paths) == (str(first), [str(first / name) for name in NAMES])
-    assert reading.finish() == checkpoint_fingerprint(files_in(first, [first / name for name in NAMES]))
+    assert record.finish() == checkpoint_fingerprint(files_in(first, [first / name for name in NAMES]))
 
 
 def test_contents_that_change_without_a_trace_in_the_file_system_are_noticed(tmp_path: Path) -> None:
@@ -144,10 +145,10 @@ def test_contents_that_change_without_a_trace_in_the_file_system_are_noticed(tmp
     checkpoint(tmp_path)
     with (tmp_path / NAMES[1]).open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
         mapped[:] = OLD  # the page is dirty already
-        reading = begun(tmp_path)
+        record = begun(tmp_path)
         mapped[:] = NEW
         with pytest.raises(CheckpointChanged, match=r"^the checkpoint changed while it was read: .* was written to$"):
-            reading.finish()
+            record.finish()
 
 
 def test_links_to_blobs_are_followed(tmp_path: Path) -> None:
@@ -167,53 +168,53 @@ def test_links_to_blobs_are_followed(tmp_path: Path) -> None:
 
 
 def test_all_places_in_which_parts_of_a_checkpoint_are_count(tmp_path: Path) -> None:
-    def read_twice() -> Reading:
-        reading = begun(checkpoint(tmp_path / "first"))
-        reading.begin(str(tmp_path / "second"), [str(tmp_path / "second" / NAMES[0])])
-        return reading
+    def read_twice() -> ReadRecord:
+        record = begun(checkpoint(tmp_path / "first"))
+        record.begin(str(tmp_path / "second"), [str(tmp_path / "second" / NAMES[0])])
+        return record
 
     checkpoint(tmp_path / "second")
     before = read_twice().finish()
     assert before != begun(tmp_path / "first").finish()
-    reading = read_twice()
+    record = read_twice()
     append(tmp_path / "second" / NAMES[0])
     with pytest.raises(CheckpointChanged):
-        reading.finish()
+        record.finish()
     assert read_twice().finish() != before
 
 
 def test_a_part_that_is_read_twice_must_be_the_same_both_times(tmp_path: Path) -> None:
-    reading = begun(checkpoint(tmp_path))
+    record = begun(checkpoint(tmp_path))
     replace(tmp_path / NAMES[0])
-    reading.begin(str(tmp_path), [str(tmp_path / NAMES[0])])
+    record.begin(str(tmp_path), [str(tmp_path / NAMES[0])])
     with pytest.raises(CheckpointChanged, match=f"{NAMES[0]} was replaced"):
-        reading.finish()
+        record.finish()
 
 
 def test_of_many_files_a_few_are_named(tmp_path: Path) -> None:
     paths = [tmp_path / f"model-{number}.bin" for number in range(9)]
     for path in paths:
         path.write_bytes(OLD)
-    reading = Reading()
-    reading.begin(str(tmp_path), [str(path) for path in paths])
+    record = ReadRecord()
+    record.begin(str(tmp_path), [str(path) for path in paths])
     for path in paths:
         append(path)
     with pytest.raises(CheckpointChanged, match=r"model-0.bin went .*, model-2.bin went .* and 6 more files$"):
-        reading.finish()
+        record.finish()
 
 
 def test_nobody_vouches_for_files_that_could_not_be_looked_at(tmp_path: Path) -> None:
     """They may well be readable again when the load is over."""
-    reading = begun(tmp_path)
+    record = begun(tmp_path)
     checkpoint(tmp_path)
     with pytest.raises(CheckpointChanged, match="cannot be fingerprinted"):
-        reading.finish()
+        record.finish()
 
 
 def test_a_file_that_is_replaced_while_its_fingerprint_is_taken_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = begun(checkpoint(tmp_path))
+    record = begun(checkpoint(tmp_path))
     original = fingerprint._read_samples
 
     def read_samples(*arguments: Any) -> Any:
@@ -223,11 +224,11 @@ def test_a_file_that_is_replaced_while_its_fingerprint_is_taken_is_noticed(
 
     monkeypatch.setattr(fingerprint, "_read_samples", read_samples)
     with pytest.raises(CheckpointChanged, match=f"{NAMES[0]} was replaced"):
-        reading.finish()
+        record.finish()
 
 
 def test_a_load_that_read_no_files_has_no_fingerprint() -> None:
-    assert Reading().finish() == ""
+    assert ReadRecord().finish() == ""
 
 
 ASKED = ModelIdentity("org/model", "LlamaForCausalLM", "c0ffee", "bfloat16", revision="main", fingerprint="old")
@@ -242,11 +243,11 @@ def test_what_was_read_through_a_link_is_known_by_where_it_led_then(tmp_path: Pa
     current = tmp_path / "current"
     current.symlink_to("second")
     asked = ModelIdentity(str(tmp_path / "first"), "", "", "", name_is_path=True)
-    reading = begun(checkpoint(tmp_path / "second") and current)
+    record = begun(checkpoint(tmp_path / "second") and current)
     current.unlink()
     current.symlink_to("third")
-    assert as_read(asked, reading, "new").name == str(tmp_path / "second")
-    assert as_read(asked, Reading(), "").name == asked.name
+    assert as_read(asked, record, "new").name == str(tmp_path / "second")
+    assert as_read(asked, ReadRecord(), "").name == asked.name
 
 
 def test_what_the_hub_sent_is_known_by_its_commit(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from support.engines import TRANSPORTS, Engine, close_listeners, identity
 from support.sources import SMALL, Tensors, fetch
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.engine import serving
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
+from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.access import Access

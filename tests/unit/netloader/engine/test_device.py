@@ -12,10 +12,10 @@ from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 
 def device_of(kind: str, device: torch.device | None) -> torch.device:
-    from vllm_ascend.model_loader.netloader.load import _device
+    from vllm_ascend.model_loader.netloader.engine.device import device_of as device_for
 
     configured: Any = SimpleNamespace(device_config=SimpleNamespace(device_type=kind, device=device))
-    return _device(configured)
+    return device_for(configured)
 
 
 def test_weights_are_where_the_rank_computes(monkeypatch: pytest.MonkeyPatch) -> None:
