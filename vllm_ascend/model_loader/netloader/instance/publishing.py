@@ -117,8 +117,9 @@ class Publisher:
         return self._serve(model, loaded.kept, loaded, changed)
 
     def _serve(self, model: nn.Module, kept: Kept, loaded: Loaded, changed: list[str] | None) -> Published:
+        host = self.host
         server = serving.serve(model, kept.contents, self._options)
-        address = str(Endpoint(self.host, server.port))
+        address = str(Endpoint(host, server.port))
         self._output.write_address(address)
         if loaded.fetched is not None and self._config.verify:  # what was not verified is not passed on as a replica
             timeout = self._config.connect_timeout
