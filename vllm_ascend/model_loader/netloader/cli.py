@@ -1,6 +1,7 @@
-"""The `netloader` command: looks at running instances from outside.
+"""The command `netloader`, which looks at running instances from outside.
 
-Needs no vLLM and loads no model. Exit status: 0 done, 1 the source did not answer or refused, 2 wrong arguments.
+It needs no vLLM and loads no model. It exits with 0 when it is done, with 1 when the source refused or did not answer,
+and with 2 when its arguments are wrong.
 """
 
 from __future__ import annotations
@@ -18,26 +19,30 @@ from vllm_ascend.model_loader.netloader.wire.messages import Holding, Status
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command with `arguments`, by default those of this process. Returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
         access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
     except ConfigError as error:
         print(f"netloader: {error}", file=sys.stderr)
         return 2
+
     try:
         status = inquire(options.source, options.timeout, access)
     except (SourceError, TransportError) as error:
         print(f"netloader: {options.source}: {error}", file=sys.stderr)
         return 1
+
     print(msgspec.json.encode(status).decode() if options.json else describe(options.source, status))
     return 0
 
 
 def describe(source: Endpoint, status: Status) -> str:
-    """What a person wants to know of a source."""
+    """`status` of `source` as lines for a person; whatever the source says in them is safe to print."""
     sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'} now"
     if status.waiting:
         sessions += f", {status.waiting} waiting"
+
     lines = [f"{source}: {sessions}, transports {', '.join(status.transports)}"]
     lines += [line for holding in status.holdings for line in _describe_holding(holding)]
     lines += [f"  {role}: cannot be served: {reason}" for role, reason in status.declined.items()]
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _endpoint(text: str) -> Endpoint:
+    """For argparse, which shows what is wrong with an argument only by its own exception."""
     try:
         return Endpoint.parse(text)
     except ValueError as error:

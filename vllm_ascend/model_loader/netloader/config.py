@@ -1,8 +1,8 @@
-"""The JSON of ``--model-loader-extra-config``, parsed once at start into a frozen value.
+"""The JSON of ``--model-loader-extra-config``, parsed once at the start into a frozen value.
 
-Each key has one parser, which returns the value or raises ValueError with what is allowed. Only an absent key takes
-its default; an unknown key or a wrong value stops the start with an error that names the key, the value, what is
-allowed, and for a misspelt key the nearest one.
+Each key has one parser, which returns the value, or raises ValueError saying what is allowed. Only a key that is absent
+takes its default. An unknown key or a wrong value stops the start with an error that names the key, the value, and what
+is allowed; for a misspelt key it names the nearest one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint, require_host
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
 LEAST_LIMIT: Final = 1 << 20
-"""Bytes per second; a lower MAX_BANDWIDTH would serve nobody."""
+"""Bytes per second. A lower MAX_BANDWIDTH would serve nobody."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights may be fetched. `device_id` restricts it to one rank; None means every rank may ask."""
+    """Where weights may be fetched. Only the rank `device_id` may ask there, or every rank where it is None."""
 
     endpoint: Endpoint
     device_id: int | None = None
@@ -32,7 +32,10 @@ class Source:
 
 @dataclass(frozen=True)
 class NetLoaderConfig:
-    """Field names are the configuration keys in lower case; times are seconds, bandwidths bytes per second."""
+    """All settings of Netloader. A field is named as the key of the configuration, in lower case.
+
+    Times are in seconds, and bandwidths in bytes per second.
+    """
 
     source: tuple[Source, ...] = ()
     model: str | None = None
@@ -59,7 +62,7 @@ class NetLoaderConfig:
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> NetLoaderConfig:
-        """Reads the mapping and the CONFIG_FILE it may name, whose keys win. Raises ConfigError."""
+        """Reads `extra_config`, and the file that its CONFIG_FILE may name, whose keys win. Raises ConfigError."""
         if not isinstance(extra_config, Mapping):
             raise ConfigError(f"--model-loader-extra-config is {extra_config!r}: expected a JSON object")
         values = dict(extra_config)
@@ -70,7 +73,10 @@ class NetLoaderConfig:
         return cls(**parsed)
 
     def transports_for(self, device: str) -> tuple[str, ...]:
-        """Names, best first, for weights on a `device` of that type. Raises ConfigError where TRANSPORT has none."""
+        """The names of the transports, best first, for weights on a device of that type, as torch names it.
+
+        Raises ConfigError where TRANSPORT has none that can carry them.
+        """
         rows = traits.serving(device)
         if self.transport is None:
             under_tls = self.tls_cert is not None
@@ -86,12 +92,12 @@ class NetLoaderConfig:
         return usable
 
     def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
-        """The endpoints that `rank` may ask, in configured order, each once."""
+        """The endpoints that `rank` may ask, each once, in the order of the configuration."""
         allowed = (source.endpoint for source in self.source if source.device_id in (None, rank))
         return tuple(dict.fromkeys(allowed))
 
     def listen_port_for(self, rank: int) -> int:
-        """The port of `rank`, 0 for an ephemeral one. Raises ConfigError beyond 65535."""
+        """The port on which `rank` listens, 0 for an ephemeral one. Raises ConfigError where it is beyond 65535."""
         if self.listen_port is None:
             return 0
         port = self.listen_port + rank
@@ -103,7 +109,7 @@ class NetLoaderConfig:
 
 
 def _require_whole_tls(parsed: Mapping[str, Any]) -> None:
-    """Raises ConfigError where only a part of it is configured."""
+    """Raises ConfigError where some of the keys of TLS are set and others are not."""
     keys = ("TLS_CERT", "TLS_KEY", "TLS_CA")
     absent = [key for key in keys if key.lower() not in parsed]
     if 0 < len(absent) < len(keys):

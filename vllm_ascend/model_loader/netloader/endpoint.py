@@ -19,7 +19,7 @@ class Endpoint(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """Raises ValueError, saying what is wrong with `text`."""
+        """The endpoint that `text` names. Raises ValueError, saying what is wrong with it."""
         host, separator, port = text.strip().rpartition(":")
         if not separator or not host:
             raise ValueError(f"{text!r} has no port: write host:port, or [address]:port for IPv6")
@@ -42,7 +42,8 @@ class Endpoint(NamedTuple):
 def require_host(host: str) -> None:
     """Raises ValueError for what can be neither an address nor a host name, such as "a..b" or ".svc.cluster.local"."""
     if ":" in host:
-        return  # an IPv6 address: which ones there are, the system knows
+        return  # an IPv6 address, which the system judges when it is used
+
     try:
         encoded = host.encode("idna")  # as the socket module does it
     except UnicodeError as error:
@@ -53,5 +54,5 @@ def require_host(host: str) -> None:
 
 
 def unmapped(address: str) -> str:
-    """An IPv4 peer of a dual-stack socket has an address like ::ffff:10.0.0.1."""
+    """`address` without the prefix that it has for an IPv4 peer of a dual-stack socket, as in ::ffff:10.0.0.1."""
     return address.removeprefix("::ffff:")

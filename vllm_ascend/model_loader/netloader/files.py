@@ -1,4 +1,4 @@
-"""Files that the configuration names: what is wrong with one should show before anything is loaded."""
+"""Files that the configuration names. What is wrong with one shows before anything is loaded, not minutes later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def require_writable(key: str, prefix: str, path: Path) -> None:
-    """Raises ConfigError where `path`, which the value `prefix` of `key` leads to, could not be written later."""
+    """Makes the directory of `path`, to which the value `prefix` of the configuration's `key` leads.
+
+    Raises ConfigError where no file could be written there later.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -34,7 +37,10 @@ def _is_directory(path: Path) -> bool:
 
 
 def warn_of_others(key: str, path: str, *, secret: bool) -> None:
-    """Logs who besides its owner can write the file, or if it is `secret`, whether everybody can read it."""
+    """Warns of everybody but its owner who can write to the file at `path`, or if it is `secret`, who can read it.
+
+    `key` is the one of the configuration that names the file. Raises OSError.
+    """
     mode = os.stat(path).st_mode
     if mode & stat.S_IWOTH:
         logger.warning(

@@ -1,4 +1,4 @@
-"""What happened in one load, for a person (one line) and for a program (JSON)."""
+"""What happened in one load: a line of the log for people, and JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ Outcome = Literal["p2p", "disk", "failed"]
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One source that did not deliver, or not all; `received` bytes came from it."""
+    """One source that did not deliver all weights, why, and after how many `seconds`.
+
+    `received` bytes came from it, and are not fetched again if they were verified. `transport` is None where none had
+    been chosen yet.
+    """
 
     source: str
     transport: str | None
@@ -29,15 +33,17 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class LoadReport(msgspec.Struct):
-    """One load of one role by one rank. Sizes in bytes, times in seconds; what does not apply is None or 0.
+    """One load of the weights of one role by one rank. What does not apply is None, 0 or empty.
 
-    `received` maps sources to the bytes that came from them over the network; their sum is above `bytes` by what had to
-    be fetched again. `verified` names the digest that every received byte was checked by, and `root` is the root digest
-    of the contents in hexadecimal.
+    `bytes` is the size of the weights. `source` and `transport` are those that brought them in the end, and `attempts`
+    are the sources that failed before. `received` maps each source to the bytes that came from it over the network;
+    together they exceed `bytes` by what had to be fetched again. `verified` names the kind of digest by which every
+    byte was checked, and `root` is the root digest of the contents in hexadecimal.
 
-    `seconds` maps phases to their time, nested phases not counted twice: connect, join, allocate, transfer, verify,
-    disk, serve. `listening` is where the weights are served now. `changed` names the tensors that post-processing has
-    changed, where INT8_CACHE asks for it.
+    `seconds` maps each phase to its time: connect, join, allocate, transfer, verify, disk, serve. While a phase runs
+    within another one, only the inner one counts. `listening` is where the weights are served now; otherwise
+    `not_served` says why they are not. `changed` names the tensors that post-processing has changed, where INT8_CACHE
+    asks for it.
     """
 
     role: str
@@ -56,15 +62,17 @@ class LoadReport(msgspec.Struct):
     changed: list[str] | None = None
 
     def line(self) -> str:
-        """One line for the log."""
+        """The report as one line of the log."""
         origin = f"from {self.source} by {self.transport}" if self.source else "from disk"
         phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in self.seconds.items() if seconds >= 0.0005)
         reason = f" ({self.not_served})" if self.not_served else ""
         serving = f"serving on {self.listening}" if self.listening else f"not serving{reason}"
         failed = f"; {len(self.attempts)} failed: {'; '.join(map(str, self.attempts))}" if self.attempts else ""
+
         if self.outcome == "failed":  # a model in use goes on with what it has, and may serve it
             took = f"after {self.load_seconds:.3f} s" + (f" ({phases})" if phases else "")
             return f"netloader loaded no {self.role} weights into rank {self.rank} {took}{failed}"
+
         return (
             f"netloader loaded the {self.role} weights of rank {self.rank} {origin}: {self.bytes / 1e6:.1f} MB in "
             f"{self.load_seconds:.3f} s ({phases}), {serving}{failed}"
@@ -72,16 +80,19 @@ class LoadReport(msgspec.Struct):
 
     @property
     def load_seconds(self) -> float:
-        """The weight phase: everything but serving."""
+        """Seconds of the weight phase, which is everything but serving."""
         return sum(seconds for phase, seconds in self.seconds.items() if phase != "serve")
 
     def write(self, path: Path) -> None:
-        """Replaces `path` by this report. Raises OSError."""
+        """Replaces the file at `path` by this report as JSON. Raises OSError."""
         write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
 
 class Phases:
-    """Adds up the seconds of named phases; while an inner phase runs, the outer one stands still."""
+    """Adds up, by name, the seconds that phases take. While an inner phase runs, the outer one stands still.
+
+    `with phases("transfer"):` times what is within it. For one thread.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
@@ -108,11 +119,11 @@ class Phases:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that a reader sees either not at all or complete. Raises OSError."""
+    """Writes the file at `path` so that readers see all of it, or what was there before. Raises OSError."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     scratch.unlink(missing_ok=True)
     try:
-        # A new file, never one that somebody else has put there, and writable for nobody else.
+        # It must be a new file, never one that somebody else has put there, and nobody else may write to it.
         with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as file:
             file.write(content)
         scratch.replace(path)

@@ -1,9 +1,11 @@
 """Who may talk to whom: those with the same token, those with a certificate of the same authority, or everybody.
 
-A token is a secret that all instances of a deployment share. It is never sent: each side sends a random challenge and
-proves with an HMAC over both that it knows the token (`Proofs`). From the same secret comes a key for the frames of the
-connection, which tell the digests of the bytes too, so nothing can be altered on the way. It hides nothing from whoever
-listens in; that is what TLS is for, where both sides show a certificate that the given authority has signed.
+A token is a secret that all instances of a deployment share. It is never sent. Each side sends a random challenge, and
+proves by an HMAC over both challenges that it knows the token (`Proofs`). A key for the frames of the connection is
+derived from the same secret. Frames carry the digests of the weights too, so nothing can be altered on the way.
+
+A token hides nothing from whoever listens in. TLS does: there, both sides show a certificate that the configured
+authority has signed.
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 from vllm_ascend.model_loader.netloader.files import warn_of_others
 
 MIN_TOKEN_BYTES: Final = 16
+"""Of a token, without the white space around it."""
 CHALLENGE_BYTES: Final = 32
 
 
 @dataclass(frozen=True)
 class Access:
-    """What this process shows to its peers and wants to see from them. Without arguments, nothing."""
+    """What this process shows to its peers, and what it wants to see from them. By default, nothing of either.
+
+    `tls_files` are the paths of certificate, key and authority: two accesses are equal if token and paths are.
+    """
 
     token: bytes | None = field(default=None, repr=False)
     tls_files: tuple[str, str, str] | None = None
@@ -40,12 +46,14 @@ class Access:
         tls_key: str | None = None,
         tls_ca: str | None = None,
     ) -> Access:
-        """Reads the files. Raises ConfigError, naming the key whose file is at fault."""
+        """Reads the files at these paths. Raises ConfigError, naming the key whose file is at fault."""
         token = _read_token(token_file) if token_file is not None else None
+
         if tls_cert is None or tls_key is None or tls_ca is None:
             if any((tls_cert, tls_key, tls_ca)):
                 raise ConfigError("a part of TLS is missing: it needs TLS_CERT, TLS_KEY and TLS_CA")
             return cls(token)
+
         files = (tls_cert, tls_key, tls_ca)
         contexts = _context(ssl.PROTOCOL_TLS_SERVER, *files), _context(ssl.PROTOCOL_TLS_CLIENT, *files)
         warn_of_others("TLS_KEY", tls_key, secret=True)
@@ -55,20 +63,20 @@ class Access:
 
     @classmethod
     def configured(cls, config: NetLoaderConfig) -> Access:
-        """Raises ConfigError."""
+        """Reads the files that `config` names. Raises ConfigError, naming the key whose file is at fault."""
         return cls.load(config.token_file, config.tls_cert, config.tls_key, config.tls_ca)
 
     @property
     def restricted(self) -> bool:
-        """Whether strangers are kept out."""
+        """Whether peers have to prove anything, so that strangers are kept out."""
         return self.token is not None or self.server_tls is not None
 
 
 class Proofs:
-    """What either side of one connection derives from the token and both challenges."""
+    """What both sides of a connection derive from the token and their two challenges, each for itself."""
 
     def __init__(self, token: bytes, client_challenge: bytes, server_challenge: bytes) -> None:
-        """Raises ProtocolError for a challenge of another length than `challenge` makes."""
+        """Raises ProtocolError where a challenge is not as long as those that `challenge` makes."""
         if not len(client_challenge) == len(server_challenge) == CHALLENGE_BYTES:
             raise ProtocolError(f"the peer's challenge is not {CHALLENGE_BYTES} bytes long")
         self._token = token
@@ -76,14 +84,17 @@ class Proofs:
 
     @property
     def client(self) -> bytes:
+        """Shows that the client knows the token."""
         return self._derive(b"netloader client proof")
 
     @property
     def server(self) -> bytes:
+        """Shows that the server knows the token."""
         return self._derive(b"netloader server proof")
 
     @property
     def frame_key(self) -> bytes:
+        """The key under which frames of this connection, and of no other, are tagged."""
         return self._derive(b"netloader frame key")
 
     def _derive(self, purpose: bytes) -> bytes:
@@ -91,12 +102,12 @@ class Proofs:
 
 
 def challenge() -> bytes:
-    """Random bytes that are used once."""
+    """New random bytes, to be used once."""
     return secrets.token_bytes(CHALLENGE_BYTES)
 
 
 def derive_key(token: bytes, purpose: bytes, context: bytes) -> bytes:
-    """32 bytes that only holders of the token can compute; distinct for each purpose and context."""
+    """32 bytes that only those who know `token` can compute, others for each `purpose` and each `context`."""
     return hmac.digest(token, len(purpose).to_bytes(4, "big") + purpose + context, "sha256")
 
 
@@ -115,9 +126,9 @@ def _read_token(path: str) -> bytes:
 
 
 def _context(protocol: int, cert: str, key: str, ca: str) -> ssl.SSLContext:
-    """Shows `cert` and wants one signed by `ca`.
+    """Connections that show `cert` and want to see a certificate signed by `ca`.
 
-    Names are not compared: instances are addressed by IP and come and go; whom `ca` has signed is in the deployment.
+    Names are not compared. Instances come and go and are addressed by IP; whoever `ca` has signed is of the deployment.
     """
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -1,7 +1,7 @@
-"""Peers that speak something else: a browser, a scraper, a health check, or an instance that was given a wrong port.
+"""Peers that speak another protocol: a browser, a scraper, a health check, or an instance that was given a wrong port.
 
-They are known by their first four bytes, which no frame of ours begins with: those would be its length, far above any
-limit. Each is told in its own tongue what it has reached, and the log says what it was.
+Their first four bytes tell them from our peers. At the beginning of a frame these would be its length, and far above
+any limit. Each of them is answered in its own protocol what it has reached, and the log says what it was.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _HTTP_ANSWER: Final = (
 )
 UNEXPECTED_MESSAGE: Final = 10
 _TLS_ANSWER: Final = bytes([21, 3, 3, 0, 2, 2, UNEXPECTED_MESSAGE])
-"""A fatal alert: RFC 8446, section 6."""
+"""A fatal alert, after RFC 8446, section 6."""
 
 
 class ForeignProtocol(ProtocolError):
-    """The peer speaks another protocol, in which `answer` tells it so; empty where there is nobody to tell."""
+    """The peer speaks another protocol. `answer` tells it so in that one; it is empty where nobody would read it."""
 
     def __init__(self, reason: str, answer: bytes = b"") -> None:
         self.answer = answer
@@ -37,7 +37,7 @@ class ForeignProtocol(ProtocolError):
 
 
 def of_client(beginning: bytes) -> ForeignProtocol | None:
-    """What a peer that has connected to a server speaks, None if that is not known."""
+    """What a peer speaks that has connected to a server, by its first bytes. None where they tell nothing."""
     method = beginning[:4]
     if method in _HTTP_METHODS:
         body = b"" if method == b"HEAD" else _WHAT_THIS_IS
@@ -48,7 +48,7 @@ def of_client(beginning: bytes) -> ForeignProtocol | None:
 
 
 def of_server(beginning: bytes) -> ForeignProtocol | None:
-    """What answers at the address of a source."""
+    """What speaks at the address of a source, by its first bytes. None where they tell nothing."""
     if beginning[:4] == b"HTTP":
         return ForeignProtocol("it speaks HTTP: the address of a source is that of its Netloader, not of its vLLM")
     if beginning.startswith((_TLS_HANDSHAKE, _TLS_ALERT)):

@@ -1,7 +1,7 @@
 """Host names become addresses within a deadline, whatever the name servers do.
 
-The C library asks them for as long as it likes and cannot be interrupted. So names are looked up in a thread, which is
-left to itself when the time is over: it holds nothing and ends when the library gives up. Addresses need no thread.
+The C library asks name servers for as long as it likes, and nothing can interrupt it. So a thread asks, and is left
+alone when the time is over: it holds nothing, and ends when the library gives up. Numeric addresses need no thread.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 
 class Address(NamedTuple):
-    """What a socket is made from and what it is bound or connected to."""
+    """The family of a socket, and the address that it is bound or connected to, as the socket module has them."""
 
     family: int
     address: Any
 
 
 def resolve(endpoint: Endpoint, seconds: float, flags: int = 0) -> list[Address]:
-    """The addresses of `endpoint`, best first; `flags` are those of getaddrinfo.
+    """The addresses of `endpoint`, best first, found within `seconds`. `flags` are those of getaddrinfo.
 
-    Raises OSError, of which socket.gaierror says that the name has none, and TimeoutError that nobody answered in time.
+    Raises socket.gaierror where the name has none, TimeoutError where no name server has answered in time, and OSError
+    where this process can have no thread.
     """
     try:
         return _look_up(endpoint, flags | socket.AI_NUMERICHOST)
