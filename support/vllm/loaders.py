@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -278,6 +278,23 @@ class Loader:
 
 
 Load = Callable[..., Loader]
+"""Starts a load, as `Pool.load` does."""
+
+
+@contextlib.contextmanager
+def loading(pool: Pool) -> Iterator[Load]:
+    """Starts loads, all of which are ended with the block."""
+    started: list[Loader] = []
+
+    def start(model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
+        started.append(pool.load(model, extra, **request))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for loader in started:
+            loader.end()
 
 
 def generation(loader: Loader) -> int:

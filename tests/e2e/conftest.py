@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.vllm import checkpoints, loaders
 from support.vllm.fetch_model import fetch_model
 from support.vllm.hub import Hub
-from support.vllm.loaders import Load, Loader, Pool, processor
+from support.vllm.loaders import Load, Pool, loading, processor
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +49,8 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
     """Starts a load: load(model, {"SOURCE": [...]}, ...); `finish_loading` waits for it."""
     as_it_is = "amx" not in request.fixturenames or request.getfixturevalue("amx") == loaders.amx()
     pool: Pool = request.getfixturevalue("pool" if as_it_is else "pool_with_other_amx")
-    started: list[Loader] = []
-
-    def start(model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
-        started.append(pool.load(model, extra, **request))
-        return started[-1]
-
-    yield start
-    for loader in started:
-        loader.end()
+    with loading(pool) as load:
+        yield load
 
 
 @pytest.fixture(scope="session")
