@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from support.messages import SESSION, payload
@@ -15,7 +15,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, digest_of, root_of
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
-from vllm_ascend.model_loader.netloader.wire.conversation import Role
+from vllm_ascend.model_loader.netloader.wire.conversation import Role, frame
 from vllm_ascend.model_loader.netloader.wire.messages import (
     Accept,
     Attached,
@@ -156,3 +156,24 @@ def hanging_up(_: Line, __: dict[str, Any]) -> None:
 def resetting(line: Line, _: dict[str, Any]) -> None:
     line.reset()
     raise Misbehaved
+
+
+@contextlib.contextmanager
+def source_that_says(*messages: Message) -> Iterator[Endpoint]:
+    """A source that says `messages` to the first who comes, whatever it is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reply() -> None:
+            with listener.accept()[0] as connection:
+                connection.sendall(b"".join(map(frame, messages)))
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=reply, daemon=True)
+        thread.start()
+        yield Endpoint("127.0.0.1", listener.getsockname()[1])
+        thread.join()
+
+
+CONTROL = "no\x1b[2J\r\nmemory\x00\u2028for \u202eit"
+"""A reason or a name that would write elsewhere on a terminal, and into other lines of a log."""

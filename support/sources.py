@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.views import DTYPES, manifest_of
@@ -22,12 +25,14 @@ from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 SHORT = Timeouts(connect=5.0, stall=5.0)
 
@@ -89,7 +94,14 @@ class Tensors:
             assert torch.equal(tensor_in(memory, spec).cpu(), self.by_name[spec.name]), spec.name
 
 
+IN_PROCESS = (InProcessTransport(),)
 SMALL = Tensors.of_shapes((16, 8), (5,), (33, 7))
+
+
+def publication(role: str = "target", generation: int = 2, **attributes: AttributeValue) -> Publication:
+    """SMALL, to be published in `role`; the server that publishes it closes its store."""
+    store = replace(SMALL.store(generation), attributes=attributes)
+    return Publication(msgspec.structs.replace(IDENTITY, role=role), RankCoordinates(), store)
 
 
 @contextlib.contextmanager
@@ -129,6 +141,17 @@ def fetch(
     """Raises SourcesExhausted."""
     client = client_for(wanted, transports, **terms)
     return client, client.fetch(sources)
+
+
+def reasons(error: pytest.ExceptionInfo[SourcesExhausted]) -> str:
+    """Why no source delivered, one reason a line."""
+    return "\n".join(error.value.reasons)
+
+
+def logged(caplog: pytest.LogCaptureFixture, beginning: str) -> str:
+    """The only line in the log that has this beginning."""
+    (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith(beginning))
+    return line
 
 
 @contextlib.contextmanager

@@ -10,15 +10,19 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from support.engines import TRANSPORTS, Engine, close_listeners, identity
+from support.engines import TRANSPORTS, Engine, StuckTransport, close_listeners, identity
 from support.sources import SMALL, Tensors, fetch
+from support.strangers import Intruder
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.messages import Join
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -187,6 +191,30 @@ def test_an_engine_that_sleeps_does_not_end_serving_another() -> None:
     serving.give_up(second, "its weights were dropped")
     assert "its weights were dropped" in why_not(two)
     taken(SMALL, one)
+
+
+def test_where_one_listener_cannot_be_suspended_none_is() -> None:
+    stuck, engine = StuckTransport(), Engine(stall_timeout=0.2)
+    source = engine.loads(SMALL)
+    engine.options = replace(engine.options, transports=(stuck,))
+    other = engine.loads(OTHER, "draft", listen_port=free_port())
+    first, second = serving.servers_of(engine)
+
+    draft = Join(identity(role="draft"), RankCoordinates(), OTHER.manifest.digest, (stuck.offer(),))
+    with Intruder(other).greet() as line:
+        line.say(draft)
+        wait_until(lambda: len(second.state().sessions) == 1)
+        for change in (serving.suspend, serving.give_up):
+            with pytest.raises(TimeoutError):
+                change(engine, "it sleeps")
+        taken(SMALL, source)
+        stuck.go.set()
+
+    wait_until(lambda: not first.state().sessions and not second.state().sessions)
+    resume = serving.suspend(engine, "it sleeps")
+    assert "it sleeps" in why_not(source)
+    resume()
+    taken(SMALL, source)
 
 
 def test_a_model_that_ends_ends_what_is_served_of_it_alone() -> None:

@@ -1,0 +1,163 @@
+"""What is served from when to when: published, replaced, withdrawn, declined, closed."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+
+import msgspec
+import pytest
+
+from support.impostor import CONTROL
+from support.sources import (
+    IDENTITY,
+    IN_PROCESS,
+    SHORT,
+    SMALL,
+    client_for,
+    fetch,
+    logged,
+    publication,
+    reasons,
+    serving,
+)
+from support.wait import wait_until
+from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.transport.base import Reception
+from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+
+
+def test_closing_twice_and_without_starting_is_harmless() -> None:
+    server = WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT))
+    server.close()
+    server.start()
+    server.close()
+    server.close()
+
+
+def test_generations_grow_by_role() -> None:
+    server = WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT))
+    assert [server.next_generation(role) for role in ("target", "target", "draft")] == [1, 2, 1]
+
+
+def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
+    class ReplacingTransport(InProcessTransport):
+        def receive(self, reception: Reception):  # type: ignore[no-untyped-def]
+            arena = super().receive(reception)
+            server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
+            return arena
+
+    with (
+        serving(SMALL, IN_PROCESS) as (server, source),
+        pytest.raises(SourcesExhausted, match="its weights were replaced by new ones"),
+    ):
+        fetch(SMALL, (ReplacingTransport(),), source)
+
+
+def test_a_withdrawn_role_is_not_served_any_more() -> None:
+    with serving(SMALL, IN_PROCESS) as (server, source):
+        current, other = SMALL.store(), SMALL.store()
+        server.publish(Publication(IDENTITY, RankCoordinates(), current))
+        server.withdraw("target", weakref.ref(other.memory))
+        fetch(SMALL, IN_PROCESS, source)
+        server.withdraw("target", weakref.ref(current.memory))
+        with pytest.raises(SourcesExhausted, match="holds no weights yet"):
+            fetch(SMALL, IN_PROCESS, source)
+
+
+def test_a_declined_role_is_refused_with_the_reason() -> None:
+    with WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT)) as server:
+        server.decline("target", "w keeps its bytes in inner tensors")
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, IN_PROCESS, Endpoint("127.0.0.1", server.port))
+        assert reasons(error).endswith(
+            ": it refused: this instance cannot serve its target weights: w keeps its bytes in inner tensors"
+        )
+        server.decline("target", "another reason")
+        with pytest.raises(SourcesExhausted, match=r"cannot serve its target weights: another reason$"):
+            fetch(SMALL, IN_PROCESS, Endpoint("127.0.0.1", server.port))
+
+
+def test_a_declined_role_is_no_longer_served() -> None:
+    with serving(SMALL, IN_PROCESS) as (server, source):
+        first = publication()
+        server.publish(first)
+        server.decline("target", "loading set table")
+        with pytest.raises(SourcesExhausted, match="cannot serve its target weights: loading set table"):
+            fetch(SMALL, IN_PROCESS, source)
+        assert inquire(source, 5).holdings == ()
+        assert not first.store.memory.servable
+
+
+def test_a_transfer_of_weights_that_are_declined_meanwhile_is_ended() -> None:
+    class DecliningTransport(InProcessTransport):
+        def receive(self, reception: Reception) -> Arena:
+            arena = super().receive(reception)
+            server.decline("target", "loading set table")
+            return arena
+
+    with serving(SMALL, IN_PROCESS) as (server, source), pytest.raises(SourcesExhausted) as error:
+        fetch(SMALL, (DecliningTransport(),), source)
+    assert "it ended the session: it does not serve these weights any more" in reasons(error)
+    assert reasons(error).endswith("cannot serve its target weights: loading set table")
+
+
+def test_another_role_than_the_declined_one_goes_on_being_served() -> None:
+    draft = msgspec.structs.replace(IDENTITY, role="draft")
+    with serving(SMALL, IN_PROCESS) as (server, source):
+        server.publish(publication("draft"))
+        server.decline("draft", "loading set table")
+        SMALL.assert_in(fetch(SMALL, IN_PROCESS, source)[1].memory)
+        with pytest.raises(SourcesExhausted, match="cannot serve its draft weights: loading set table"):
+            client_for(SMALL.request(draft), IN_PROCESS).fetch([source])
+        unknown = msgspec.structs.replace(IDENTITY, role="adapter")
+        with pytest.raises(SourcesExhausted, match=r"does not hold adapter weights: it holds target$"):
+            client_for(SMALL.request(unknown), IN_PROCESS).fetch([source])
+
+
+def test_publishing_a_role_ends_its_declining_and_no_other() -> None:
+    with WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT)) as server:
+        source = Endpoint("127.0.0.1", server.port)
+        server.decline("target", "loading set table")
+        server.decline("draft", "w is sparse")
+        server.publish(publication("target"))
+        SMALL.assert_in(fetch(SMALL, IN_PROCESS, source)[1].memory)
+        assert inquire(source, 5).declined == {"draft": "w is sparse"}
+        server.withdraw("target")
+        with pytest.raises(SourcesExhausted, match="does not hold target weights: it holds no weights yet"):
+            fetch(SMALL, IN_PROCESS, source)
+
+
+def test_the_end_of_an_earlier_model_does_not_end_the_declining_of_its_role() -> None:
+    with serving(SMALL, IN_PROCESS) as (server, source):
+        server.decline("target", "loading set table")
+        server.withdraw("target", weakref.ref(SMALL.store().memory))
+        assert inquire(source, 5).declined == {"target": "loading set table"}
+
+
+def test_control_characters_of_a_reason_to_decline_reach_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG), WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT)) as server:
+        server.decline("target", CONTROL)
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, IN_PROCESS, Endpoint("127.0.0.1", server.port))
+        wait_until(lambda: not server.state().connections)
+    expected = "this instance cannot serve its target weights: no?[2J??memory??for ?it"
+    assert logged(caplog, "refused ").endswith(expected)
+    assert logged(caplog, "could not load from ").endswith(expected)
+    assert error.value.reasons[0].endswith(expected)
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def test_a_reason_to_decline_without_end_is_told_in_short() -> None:
+    with WeightServer("127.0.0.1", 0, Settings(IN_PROCESS, SHORT)) as server:
+        server.decline("target", "w" * 100_000)
+        with pytest.raises(SourcesExhausted, match="cannot serve its target weights: www") as error:
+            fetch(SMALL, IN_PROCESS, Endpoint("127.0.0.1", server.port))
+    assert len(reasons(error)) < 4096
