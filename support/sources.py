@@ -132,7 +132,7 @@ def client_for(
     request = wanted.request() if isinstance(wanted, Tensors) else wanted
     if isinstance(wanted, Tensors):
         terms.setdefault("allocate", wanted.allocate)
-    return Client(FetchOptions(request, timeouts, **terms), transports, pause=lambda _: None)
+    return Client(FetchOptions(request, timeouts, **terms), transports, sleep=lambda _: None)
 
 
 def fetch(

@@ -16,7 +16,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.backoff import FIRST
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
-from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
+from vllm_ascend.model_loader.netloader.client.order import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
@@ -101,7 +101,7 @@ def asked(client: Client) -> list[str]:
 def recording_pauses(client: Client) -> list[tuple[int, float]]:
     """Fills with how many attempts had failed at each pause, and its length."""
     pauses: list[tuple[int, float]] = []
-    client.pause = lambda seconds: pauses.append((len(client.attempts), seconds))
+    client.sleep = lambda seconds: pauses.append((len(client.attempts), seconds))
     return pauses
 
 

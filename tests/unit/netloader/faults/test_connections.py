@@ -31,7 +31,7 @@ from support.proxy import (
 )
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import session as client_session
+from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
@@ -63,7 +63,7 @@ PERCENT = (10, 50, 90)
 def _small_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (digests, delivery):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(client_session, "_EXPLANATION_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,7 @@ ENDINGS: dict[str, tuple[Callable[[WeightServer], None], str]] = {
 def test_a_server_that_ends_the_session_midway_says_why(
     end: Callable[[WeightServer], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_session, "_EXPLANATION_SECONDS", 20)
+    monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 20)
     halfway, ended = threading.Event(), threading.Event()
 
     def end_halfway(server: WeightServer) -> None:

@@ -27,9 +27,9 @@ from support.messages import SESSION, payload, tag
 from support.sources import SMALL, Tensors, client_for, fetch, serving
 from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import session as client_session
+from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
-from vllm_ascend.model_loader.netloader.client.route import REFERRALS_FOLLOWED, TRIES
+from vllm_ascend.model_loader.netloader.client.order import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, SourceError, SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
@@ -317,7 +317,7 @@ def outlives(impostor: Impostor, tensors: Tensors = SMALL, kinds: Sequence[Trans
 @pytest.fixture(autouse=True)
 def brief_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Impostors have nothing to explain when they break off, and time goes by while a client listens for it."""
-    monkeypatch.setattr(client_session, "_EXPLANATION_SECONDS", 0.02)
+    monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 0.02)
 
 
 STEPS = ("Hello", "Join", "AskDigests", "Fetch", "Done")

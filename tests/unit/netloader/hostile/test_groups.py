@@ -28,7 +28,7 @@ from support.sources import SMALL, fetch, serving
 from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
-from vllm_ascend.model_loader.netloader.client import session as client_session
+from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -55,7 +55,7 @@ STDOUT = "/proc/self/fd/1"
 
 @pytest.fixture(autouse=True)
 def brief_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_session, "_EXPLANATION_SECONDS", 0.02)
+    monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 0.02)
 
 
 def rank_info(host: str, port: int, name: bytes = b"peer") -> bytes:

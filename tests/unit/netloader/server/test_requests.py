@@ -15,6 +15,7 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, Transpor
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.transport.base import Reception
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 
@@ -22,7 +23,7 @@ from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 class UnusableTransport(InProcessTransport):
     traits = replace(InProcessTransport.traits, name="unusable")
 
-    def receive(self, reception: Reception) -> object:  # type: ignore[override]
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
         raise TransportError("not between these machines")
 
 

@@ -29,8 +29,8 @@ from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
-from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 
 
@@ -49,10 +49,9 @@ def test_generations_grow_by_role() -> None:
 
 def test_a_transfer_of_weights_that_are_replaced_meanwhile_is_ended() -> None:
     class ReplacingTransport(InProcessTransport):
-        def receive(self, reception: Reception):  # type: ignore[no-untyped-def]
-            arena = super().receive(reception)
+        def receive(self, reception: Reception, delivery: Delivery) -> None:
+            super().receive(reception, delivery)
             server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=2)))
-            return arena
 
     with (
         serving(SMALL, IN_PROCESS) as (server, source),
@@ -98,10 +97,9 @@ def test_a_declined_role_is_no_longer_served() -> None:
 
 def test_a_transfer_of_weights_that_are_declined_meanwhile_is_ended() -> None:
     class DecliningTransport(InProcessTransport):
-        def receive(self, reception: Reception) -> Arena:
-            arena = super().receive(reception)
+        def receive(self, reception: Reception, delivery: Delivery) -> None:
+            super().receive(reception, delivery)
             server.decline("target", "loading set table")
-            return arena
 
     with serving(SMALL, IN_PROCESS) as (server, source), pytest.raises(SourcesExhausted) as error:
         fetch(SMALL, (DecliningTransport(),), source)

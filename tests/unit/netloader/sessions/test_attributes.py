@@ -22,8 +22,8 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.errors import SourceRefused, SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
-from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.messages import (
     AttributeValue,
@@ -69,9 +69,9 @@ class CountingTransport(InProcessTransport):
         super().__init__()
         self.receptions = 0
 
-    def receive(self, reception: Reception) -> Arena:
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
         self.receptions += 1
-        return super().receive(reception)
+        super().receive(reception, delivery)
 
 
 def test_a_source_whose_attributes_do_not_fit_is_left_before_any_byte_moves() -> None:

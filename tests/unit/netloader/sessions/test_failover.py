@@ -15,7 +15,7 @@ from support.sources import IN_PROCESS, SHORT, SMALL, Tensors, client_for, fetch
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.transport.base import Reception
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.conversation import frame
@@ -60,7 +60,7 @@ def test_the_second_source_delivers_when_the_first_fails_midway() -> None:
 class UnusableTransport(InProcessTransport):
     traits = replace(InProcessTransport.traits, name="unusable")
 
-    def receive(self, reception: Reception) -> object:  # type: ignore[override]
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
         raise TransportError("not between these machines")
 
 

@@ -33,6 +33,7 @@ from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
@@ -316,9 +317,9 @@ class WatchedTransport(InProcessTransport):
         self.senders += 1
         return super().sender(store, timeouts, pacer)
 
-    def receive(self, reception: Reception) -> Arena:
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
         self.receptions += 1
-        return super().receive(reception)
+        super().receive(reception, delivery)
 
 
 def contents(request: Request) -> bytes:

@@ -20,7 +20,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
-from vllm_ascend.model_loader.netloader.client.route import TRIES
+from vllm_ascend.model_loader.netloader.client.order import TRIES
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

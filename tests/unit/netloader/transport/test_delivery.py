@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.transport.delivery import (
     Chunk,
     Delivery,
     Inventory,
+    Progress,
 )
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
@@ -68,6 +69,7 @@ class Receiving:
         self.inventory = Inventory(len(content))
         self.arena = Arena.create(len(content))
         self.progress = 0
+        self._bar = Progress(self._advance)
 
     def close(self) -> None:
         self.arena.close()
@@ -75,7 +77,7 @@ class Receiving:
     @contextlib.contextmanager
     def delivery(self, digests: tuple[bytes, ...] | None, least: LeastRate | None = None) -> Iterator[Delivery]:
         delivery = Delivery(
-            self.arena, self.inventory, digests, progress=self._advance, source="10.0.0.1:19000", least_rate=least
+            self.arena, self.inventory, digests, progress=self._bar, source="10.0.0.1:19000", least_rate=least
         )
         try:
             yield delivery

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader import traits, transport
 from vllm_ascend.model_loader.netloader.traits import ANY, TABLE, Exposure, Traits
-from vllm_ascend.model_loader.netloader.transport.base import Transport
+from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, MappingTransport, Transport
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 
@@ -27,7 +28,7 @@ def transports_in_package() -> set[type[Transport]]:
         for module in pkgutil.iter_modules(transport.__path__)
     ]
     found = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    return {each for each in found if issubclass(each, Transport) and each is not Transport}
+    return {each for each in found if issubclass(each, Transport) and not inspect.isabstract(each)}
 
 
 def test_no_transport_is_without_a_row_and_no_row_without_a_transport() -> None:
@@ -38,6 +39,7 @@ def test_a_transport_has_the_traits_of_its_row() -> None:
     for name, each in made().items():
         assert each.traits == traits.traits_of(name, "cpu")
         assert each.name == each.offer().transport == name
+        assert isinstance(each, CopyingTransport if each.traits.copies else MappingTransport)
 
 
 @pytest.mark.parametrize("device", ["cpu", "npu", "another"])

@@ -1,4 +1,4 @@
-"""The two short conversations of a client that takes no weights: what a source holds, and who serves them now too."""
+"""Conversations that take no weights: what a source holds, and that its weights are served elsewhere now, too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from vllm_ascend.model_loader.netloader.wire.messages import Announce, Inquire, 
 
 
 def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> Status:
-    """What `source` holds. Raises SourceError, or TransportError where this process cannot connect."""
+    """What `source` holds and whom it serves. Each step may take `timeout` seconds.
+
+    Raises SourceError, or TransportError where this process cannot connect.
+    """
     with greet(source, access or Access(), timeout) as channel:
         try:
             channel.send(Inquire(), timeout)
@@ -23,9 +26,10 @@ def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> S
 
 
 def announce(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:
-    """Tells `source` that what was taken from it in `session` is served on `port` now.
+    """Tells `source` that the weights that were taken from it in `session` are served on `port` of this host now.
 
-    `source` is the address at which it was reached. Raises as `inquire`.
+    `source` is the address at which it was reached in that session. Each step may take `timeout` seconds. Raises
+    SourceError, or TransportError where this process cannot connect.
     """
     with greet(source, access, timeout) as channel:
         try:

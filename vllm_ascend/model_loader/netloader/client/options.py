@@ -16,11 +16,15 @@ from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """What a client wants, and how it wants it from every source.
+    """Which weights a client wants, and what holds for every source that it asks.
 
-    `allocate` makes the memory to fill, or raises UnsupportedModel; `check_attributes` raises SourceRefused for
-    attributes that the model cannot take. `min_bandwidth` is in bytes per second, times are in seconds;
-    `disk_remains` says that there is another way if no source delivers.
+    `verify` says whether every chunk must have the digest that its source tells. `wait_timeout` is how many seconds
+    may be spent in queues, and `min_bandwidth` the bytes per second below which a source is left. `disk_remains` says
+    that there is another way if no source delivers.
+
+    `allocate` makes the memory to fill, or raises UnsupportedModel. `check_attributes` raises SourceRefused for
+    attributes that the model cannot take. `progress` is called with the number of bytes that have come, negative where
+    some have to come again.
     """
 
     request: Request

@@ -1,25 +1,35 @@
-"""The places that a client keeps in the queues of busy sources while it asks others.
+"""The places that a client keeps in the queues of busy sources while it attends to another one.
 
-A place is a connection that has joined and on which the source says, every now and then, that others come first. A
-thread listens on each, so the places move up whatever else the client does; when a turn comes, whoever holds the
-places decides whether it is still wanted.
+A place is a connection that has joined, and on which the source says every now and then that others come first. A
+thread listens on each, so the client moves up whatever else it does.
+
+When a turn comes, it is weighed against the session that the client attends to. A turn at a configured source ends what
+a replica is bringing, and whatever only asks; but while a configured source delivers, a turn elsewhere is given back,
+so that its server can serve somebody else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
+from vllm_ascend.model_loader.netloader.client.order import Contents, SourceOrder
 from vllm_ascend.model_loader.netloader.client.session import ClientSession
 from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
 from vllm_ascend.model_loader.netloader.wire.messages import Wait
 
+logger = logging.getLogger(__name__)
+
 _JOIN_SECONDS: Final = 5.0
-"""How long ending a listening thread may take, once its connection is shut down."""
+"""How long a listening thread may take to end, once its connection is shut down."""
+_PATIENCE: Final = 2.0
+"""Seconds in which chunks on their way from a replica may still arrive when the turn at a source has come."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +41,19 @@ class Turn:
 
 
 class Places:
-    """`told` hears what a source says to those who wait; `wanted` decides on a turn in the moment that it comes, and
-    `came` hears of one that can be taken now.
+    """All places that a client has in queues, and the session that it attends to meanwhile.
 
-    Use it with `with`, which gives up all places in the end.
+    `order` hears of the replicas that are named to those who wait, and of turns that are given back. Use it with
+    `with`, which gives up all places in the end.
     """
 
-    def __init__(
-        self,
-        told: Callable[[ClientSession, Wait], None],
-        wanted: Callable[[ClientSession], bool],
-        came: Callable[[ClientSession], None],
-    ) -> None:
-        self._told = told
-        self._wanted = wanted
-        self._came = came
+    def __init__(self, order: SourceOrder) -> None:
+        self._order = order
         self._changed = threading.Condition()
-        self._kept: dict[ClientSession, threading.Thread] = {}
+        self._listening: dict[ClientSession, threading.Thread] = {}
         self._turns: deque[Turn] = deque()
-        self._is_news = False
+        self._attended: ClientSession | None = None
+        self._has_news = False
 
     def __enter__(self) -> Self:
         return self
@@ -57,69 +61,114 @@ class Places:
     def __exit__(self, *_: object) -> None:
         self.give_up()
 
-    def __len__(self) -> int:
-        """Places whose turn has not come yet."""
+    @contextlib.contextmanager
+    def attending(self, session: ClientSession) -> Iterator[None]:
+        """A scope within which the client attends to `session`; a turn elsewhere may break that off."""
         with self._changed:
-            return len(self._kept)
+            self._attended = session
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._attended = None
 
-    def keep(self, session: ClientSession) -> None:
-        """Takes over `session`, which waits for its turn. Raises TransportError where no thread can be had."""
-        thread = threading.Thread(target=self._listen, args=(session,), name="netloader-place", daemon=True)
+    def keep(self, session: ClientSession, wait: Wait) -> bool:
+        """Keeps the place of `session`, to which the source has said `wait`, if it is worth keeping.
+
+        Returns whether this object has taken the session over. Raises TransportError where no thread can be had.
+        """
+        self._note_replicas(session, wait)
+        candidate = session.candidate
         with self._changed:
-            self._kept[session] = thread
+            # From here on no turn elsewhere breaks this session off, so only now is it certain whether one has.
+            self._attended = None
+            if session.broken_off:
+                self._order.postponed(candidate)
+                return False
+            if not self._order.busy(candidate):
+                return False
+            thread = threading.Thread(target=self._listen, args=(session,), name="netloader-place", daemon=True)
+            self._listening[session] = thread
+
+        text = "waiting for a turn at %s: %d served now, %d more come first"
+        logger.info(text, candidate.endpoint, wait.served, wait.ahead)
         try:
             thread.start()
         except RuntimeError as error:
             with self._changed:
-                del self._kept[session]
+                del self._listening[session]
+            self._order.left_queue(candidate)
             raise TransportError(f"this process cannot start threads: {error}") from error
+        return True
 
     def take_turn(self) -> Turn | None:
-        """The first turn that has come; the session is the caller's again."""
+        """The first turn that has come, None where none has. Its session is the caller's again."""
         with self._changed:
-            return self._turns.popleft() if self._turns else None
+            if not self._turns:
+                return None
+            turn = self._turns.popleft()
+        self._order.left_queue(turn.session.candidate)
+        return turn
 
     def wait(self, timeout: float) -> float:
-        """Returns when a turn has come, somebody else was named, or after `timeout`; the seconds that it took."""
+        """Returns when a turn has come, somebody else was named, or `timeout` seconds are over; the seconds it took."""
         begun = time.monotonic()
         with self._changed:
-            self._changed.wait_for(lambda: self._turns or self._is_news, timeout)
-            self._is_news = False
+            self._changed.wait_for(lambda: self._turns or self._has_news, timeout)
+            self._has_news = False
         return time.monotonic() - begun
 
-    def note_news(self) -> None:
-        """Wakes whoever waits: there is somebody else to ask."""
-        with self._changed:
-            self._is_news = True
-            self._changed.notify_all()
-
     def give_up(self) -> list[ClientSession]:
-        """Leaves all queues; the sessions that were in them, closed."""
+        """Leaves all queues. Returns the sessions that were in them, closed."""
         with self._changed:
-            kept, self._kept = self._kept, {}
+            listening, self._listening = self._listening, {}
             turns, self._turns = self._turns, deque()
-        for session in kept:
+
+        # All connections are shut down before any thread is waited for, so that the threads end at the same time.
+        for session in listening:
             session.break_off()
-        for session, thread in kept.items():
+            session.shut_down()
+        for session, thread in listening.items():
             thread.join(_JOIN_SECONDS)
             session.close()
         for turn in turns:
             turn.session.close()
-        return [*kept, *(turn.session for turn in turns)]
+        return [*listening, *(turn.session for turn in turns)]
 
     def _listen(self, session: ClientSession) -> None:
         failure: SourceError | TransportError | None = None
         try:
-            session.await_turn(lambda wait: self._told(session, wait))
+            session.await_turn(lambda wait: self._note_replicas(session, wait))
         except (SourceError, TransportError) as error:
             failure = error
-        is_wanted = failure is not None or self._wanted(session)
+
         with self._changed:
-            is_given_up = self._kept.pop(session, None) is None
-            if is_wanted and not is_given_up:
+            if self._listening.pop(session, None) is None:
+                return  # the place was given up, and whoever did that closes the session
+            attended = self._attended if failure is None else None
+            is_wanted = attended is None or _gives_way(attended)
+            if is_wanted:
                 self._turns.append(Turn(session, failure))
-            self._changed.notify_all()
+                self._changed.notify_all()
+            else:
+                self._order.postponed(session.candidate)
+            if is_wanted and attended is not None:
+                attended.break_off()
+
+        # Only now can the turn be taken, for which whoever attends to the other session looks when that has ended.
         if not is_wanted:
             session.close()
-        elif failure is None and not is_given_up:
-            self._came(session)  # not before it can be taken: whoever is woken by it looks for it
+        elif attended is not None:
+            attended.shut_down(_PATIENCE)
+
+    def _note_replicas(self, session: ClientSession, wait: Wait) -> None:
+        contents = Contents(wait.root, wait.fingerprint)
+        if self._order.replicas_named(session.candidate, session.address, wait.referrals, contents):
+            with self._changed:
+                self._has_news = True
+                self._changed.notify_all()
+
+
+def _gives_way(attended: ClientSession) -> bool:
+    """Whether a turn at a source is worth more than the session that the client attends to."""
+    return attended.candidate.is_replica or not attended.accepted

@@ -1,25 +1,26 @@
 """The client's side of one session: from Join to Confirm with one source, by one transport.
 
-`ask` joins and says whether it is this client's turn. If not, the connection keeps its place in the queue for as long
-as it is open, and `await_turn`, in whatever thread, returns when the turn has come. `take` then brings the weights.
-Another thread may `break_off` a session at any time: chunks that have passed by then stay.
+`ask` joins and says whether it is this client's turn. If it is not, the session keeps its place in the source's queue
+for as long as its connection is open, and `await_turn` returns, in whatever thread, when the turn has come. `take` then
+brings the weights. Another thread may break a session off at any time; chunks that have passed by then are kept.
 
-A replica, which another source has named, is trusted with nothing but time: what it holds must have the root digest
-that the other has told, by whatever transport it comes.
+Where the transport copies, the session opens a `Delivery` of the missing chunks, and each is verified as it arrives.
+Where it maps, the pages are the source's own: they are taken as they are from a source that is trusted, and read and
+verified when they come from a replica, which is trusted with nothing but time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from vllm_ascend.model_loader.netloader.client.connections import Connections
+from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.route import Candidate
+from vllm_ascend.model_loader.netloader.client.order import Candidate
 from vllm_ascend.model_loader.netloader.client.verification import (
     Evidence,
     not_ended,
@@ -28,56 +29,46 @@ from vllm_ascend.model_loader.netloader.client.verification import (
     verify,
 )
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import (
-    ConnectionLost,
-    PeerError,
-    ProtocolError,
-    SourceError,
-    SourceFailed,
-    SourceRefused,
-    SourceTooSlow,
-    TransportError,
-    one_line,
-)
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, SourceRefused, TransportError
 from vllm_ascend.model_loader.netloader.report import Phases
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, Inventory
+from vllm_ascend.model_loader.netloader.transport.base import (
+    CopyingTransport,
+    MappingTransport,
+    Reception,
+    Transport,
+)
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.greeting import greet
+from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import (
     STRANGER_REPLY_LIMIT,
     Accept,
     AttributeValue,
     Confirm,
     Done,
-    End,
     Join,
-    Leave,
     Message,
     Refuse,
     Wait,
 )
 from vllm_ascend.model_loader.netloader.wire.refusal import refused
 
-logger = logging.getLogger(__name__)
-
 LEAST_DIGEST_RATE: Final = 100 << 20
-"""Bytes per second that a source digests at the very least, with the little time that inference leaves it. Whoever is
-named as a replica has made its digests.
+"""Bytes per second that a source digests at the very least, in the little time that inference leaves it.
+
+A replica has made its digests before it was named, so it gets no such time.
 """
-_EXPLANATION_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The weights and where they came from; the caller closes `memory`.
+    """The weights and where they came from. The caller closes `memory`.
 
     `address` is where `source` was reached: its name may stand for several. `fingerprint` is that of the checkpoint
-    that the weights are known by, empty if there is none. `evidence` is what every byte was verified by, None where
-    nothing was.
+    that the weights are known by, empty where there is none. `evidence` is what every byte was verified by, None where
+    nothing was verified.
     """
 
     memory: Memory
@@ -91,11 +82,7 @@ class Fetched:
 
 
 class ClientSession:
-    """One conversation with `candidate`, over connections to one address. Whoever made it closes it.
-
-    `inventory` says what the memory of `memory_to_fill` holds already, and is added to. `may_be_left` says whether
-    there is another way to the weights, so that one that is too slow is left.
-    """
+    """One conversation with `candidate`. Whoever made it closes it."""
 
     def __init__(
         self,
@@ -103,36 +90,36 @@ class ClientSession:
         candidate: Candidate,
         *,
         transports: Sequence[Transport],
-        inventory: Inventory,
-        memory_to_fill: Callable[[], Memory],
-        may_be_left: Callable[[], bool],
+        intake: Intake,
+        may_leave: Callable[[], bool],
         phases: Phases,
     ) -> None:
+        """`transports` are offered in this order; `intake` takes in what they bring.
+
+        `may_leave` says whether there is another way to the weights, so that a source that is too slow can be left.
+        """
         self.candidate = candidate
         self.transport: Transport | None = None
-        self.delivery: Delivery | None = None
-        self.address: Endpoint | None = None
-        """Where the source was reached."""
+        """The transport that the source has chosen, None before it has."""
         self.broken_off = False
-        self._begun = time.perf_counter()
         self._options = options
-        self.transports = transports
-        self._inventory = inventory
-        self._memory_to_fill = memory_to_fill
-        self._may_be_left = may_be_left
+        self._transports = tuple(transports)
+        self._intake = intake
+        self._may_leave = may_leave
         self._phases = phases
-        self._lock = threading.Lock()
-        self._channels: list[Channel] = []
-        self._control: Channel | None = None
+        self._connections = Connections(candidate.endpoint, options.access, options.timeouts.connect)
         self._accept: Accept | None = None
+        self._delivery: Delivery | None = None
+        self._begun = time.perf_counter()
 
     @property
-    def transport_name(self) -> str | None:
-        return self.transport.name if self.transport else None
+    def address(self) -> Endpoint:
+        """Where the source was reached, or is to be reached."""
+        return self._connections.address
 
     @property
     def age(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the session was made."""
         return time.perf_counter() - self._begun
 
     @property
@@ -142,41 +129,92 @@ class ClientSession:
 
     @property
     def received(self) -> int:
-        """Bytes that came over the network."""
-        return self.delivery.received if self.delivery else 0
+        """Bytes that came over the network, those of damaged chunks included."""
+        return self._delivery.received if self._delivery is not None else 0
+
+    @property
+    def untried_transports(self) -> tuple[str, ...]:
+        """The names of the transports that were offered beside the chosen one; none where the source chose none."""
+        if self.transport is None:
+            return ()
+        return tuple(each.name for each in self._transports if each is not self.transport)
 
     def ask(self) -> Wait | None:
-        """Joins. What the source says to a client that has to wait, None where the turn has come.
+        """Joins. Returns None where it is this client's turn, else what the source says to those who have to wait.
 
-        Raises SourceUnreachable, SourceRefused or SourceFailed.
+        Raises SourceUnreachable, SourceRefused, SourceFailed or TransportError.
         """
         with self._phases("connect"):
-            self._control = self._connect(self.candidate.endpoint)
-        with self._phases("join"), self._failures_translated():
-            self.address = self._control.peer
+            control = self._connections.open()
+
+        with self._phases("join"), self._connections.failures_translated():
             if self.candidate.is_replica:
-                self._control.limit_frames(STRANGER_REPLY_LIMIT)
-            request, timeouts = self._options.request, self._options.timeouts
-            offers = tuple(transport.offer() for transport in self.transports)
+                control.limit_frames(STRANGER_REPLY_LIMIT)
+            request = self._options.request
+            offers = tuple(transport.offer() for transport in self._transports)
             join = Join(request.identity, request.coordinates, request.manifest.digest, offers)
-            self._control.send(join, timeouts.connect)
+            control.send(join, self._options.timeouts.connect)
             return self._next_answer()
 
     def await_turn(self, told: Callable[[Wait], None]) -> None:
-        """Returns when the turn has come; `told` hears what the source says meanwhile. Raises as `ask`."""
-        with self._failures_translated():
+        """Returns when the turn has come; `told` hears what the source says until then. Raises as `ask`."""
+        with self._connections.failures_translated():
             while (wait := self._next_answer()) is not None:
                 told(wait)
 
+    def take(self) -> Fetched:
+        """Brings the weights, once it is this client's turn. Raises SourceError or TransportError."""
+        accept = self._accepted()
+        with self._connections.failures_translated():
+            match self.transport:
+                case CopyingTransport() as transport:
+                    memory, evidence = self._copy(transport)
+                case MappingTransport() as transport:
+                    memory, evidence = self._map(transport)
+                case _:
+                    raise AssertionError("a transport either copies or maps")
+
+        contents = self.candidate.contents
+        return Fetched(
+            memory=memory,
+            source=self.candidate.endpoint,
+            address=self.address,
+            transport=accept.transport,
+            session=accept.session,
+            attributes=accept.attributes,
+            fingerprint=accept.fingerprint if contents is None else contents.fingerprint,
+            evidence=evidence,
+        )
+
+    def break_off(self) -> None:
+        """Ends the session from another thread, which must call `shut_down` next; does not block."""
+        self.broken_off = True
+        if self._delivery is not None:
+            self._delivery.break_off()
+
+    def shut_down(self, patience: float = 0.0) -> None:
+        """Ends whatever the session still waits for. Chunks that arrive within `patience` seconds are taken in.
+
+        From another thread than the session's own.
+        """
+        if self._delivery is None or not self._delivery.over.wait(patience):
+            self._connections.shut_down()
+
+    def close(self) -> None:
+        """Gives up the turn, or the place in the queue. Idempotent."""
+        self._connections.close()
+
     def _next_answer(self) -> Wait | None:
-        """Notes what the source accepts. A source that was named by another has to answer at once."""
-        timeouts, control = self._options.timeouts, self._opened()
+        """What the source says to those who have to wait; None where it has accepted, which is noted."""
+        timeouts = self._options.timeouts
+        # A replica has to answer at once: it has nothing to do for a client before that.
         seconds = timeouts.connect if self.candidate.is_replica else max(timeouts.connect, timeouts.stall)
-        answer = control.receive(Deadline(seconds))
+        answer = self._connections.control.receive(Deadline(seconds))
         if isinstance(answer, Wait):
             return answer
+
         accept = _granted(answer, self._options.request.manifest)
-        self.transport = next((each for each in self.transports if each.name == accept.transport), None)
+        self.transport = next((each for each in self._transports if each.name == accept.transport), None)
         if self.transport is None:
             raise ProtocolError(f"the source chose the transport {accept.transport!r}, which was not offered")
         ours = self._options.request.identity.fingerprint
@@ -185,197 +223,110 @@ class ClientSession:
         try:
             self._options.check_attributes(accept.attributes)
         except SourceRefused as refusal:
-            self._leave(refusal)
+            self._connections.leave(refusal)
             raise
+
         self._accept = accept
         return None
 
-    def take(self) -> Fetched:
-        """Brings the weights, once the turn has come. Raises SourceError or TransportError."""
-        with self._failures_translated():
-            accept, control, transport = self._accept, self._opened(), self.transport
-            assert accept is not None, "it is not this client's turn"
-            assert transport is not None
-            evidence: Evidence | None = None
-            if transport.traits.copies and (self._options.verify or self.candidate.is_replica):
-                with self._phases("join"):
-                    evidence = self._evidence(control, accept)
-            with self._phases("transfer"):
-                memory = self._receive(control, accept, evidence)
-            with self._phases("verify"):
-                if not transport.traits.copies and self.candidate.is_replica:
-                    evidence = self._verify_adopted(control, accept, memory)
-                self._confirm(control, accept, memory, evidence)
+    def _accepted(self) -> Accept:
+        assert self._accept is not None, "it is not this client's turn"
+        return self._accept
 
-        contents = self.candidate.contents
-        return Fetched(
-            memory=memory,
-            source=self.candidate.endpoint,
-            address=self.address or self.candidate.endpoint,
-            transport=accept.transport,
+    def _copy(self, transport: CopyingTransport) -> tuple[Memory, Evidence | None]:
+        """Fills the client's own memory. Where that fails, what has passed stays there for the next source."""
+        evidence: Evidence | None = None
+        if self._options.verify or self.candidate.is_replica:
+            with self._phases("join"):
+                evidence = self._obtain_evidence()
+
+        with self._phases("transfer"), contextlib.closing(self._open_delivery(evidence)) as delivery:
+            with self._farewell():
+                transport.receive(self._reception(), delivery)
+        self._intake.require_complete()
+
+        with self._phases("verify"):
+            self._confirm(evidence)
+        return delivery.memory, evidence
+
+    def _map(self, transport: MappingTransport) -> tuple[Memory, Evidence | None]:
+        """Adopts the source's own pages, which no other source can fill: where that fails, they are given up."""
+        with self._phases("transfer"):
+            with self._farewell():
+                memory = transport.adopt(self._reception())
+            self._intake.progress.set(memory.nbytes)
+
+        evidence: Evidence | None = None
+        with self._phases("verify"), _closed_on_failure(memory):
+            if self.candidate.is_replica:
+                evidence = self._obtain_evidence()
+                verify(memory, self._intake.chunks, evidence)
+            self._confirm(evidence)
+        return memory, evidence
+
+    def _reception(self) -> Reception:
+        accept = self._accepted()
+        return Reception(
+            parameters=accept.parameters,
+            nbytes=self._options.request.manifest.nbytes,
             session=accept.session,
-            attributes=accept.attributes,
-            fingerprint=accept.fingerprint if contents is None else contents.fingerprint,
-            evidence=evidence,
+            control=self._connections.control,
+            connect=self._connections.connect,
+            timeouts=self._options.timeouts,
         )
 
-    def break_off(self, patience: float = 0.0) -> None:
-        """Ends it from another thread: chunks that arrive within `patience` seconds are still taken in."""
-        self.broken_off = True
-        delivery = self.delivery
-        if delivery is not None and patience:
-            delivery.break_off()
-            if delivery.over.wait(patience):
-                return
-        with self._lock:
-            for channel in self._channels:
-                channel.shut_down()
+    def _open_delivery(self, evidence: Evidence | None) -> Delivery:
+        least = LeastRate(self._options.min_bandwidth, self._options.timeouts.stall, self._may_leave)
+        digests = None if evidence is None else evidence.digests
+        # Whoever breaks the session off sets the flag first, so one of both sees what the other has done.
+        self._delivery = self._intake.delivery(digests, str(self.candidate.endpoint), least)
+        if self.broken_off:
+            self._delivery.break_off()
+        return self._delivery
 
-    def close(self) -> None:
-        """Gives up the place in the queue, or the turn. Idempotent."""
-        if self._control is not None:
-            self._control.close()
-
-    def _evidence(self, control: Channel, accept: Accept) -> Evidence:
+    def _obtain_evidence(self) -> Evidence:
+        manifest, timeouts = self._options.request.manifest, self._options.timeouts
+        making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
         try:
-            manifest, timeouts = self._options.request.manifest, self._options.timeouts
-            making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
             evidence = obtain(
-                control,
-                accept,
+                self._connections.control,
+                self._accepted(),
                 manifest,
-                count=len(self._inventory.chunks),
+                count=len(self._intake.chunks),
                 send_timeout=timeouts.connect,
                 deadline=Deadline(timeouts.stall + making),
             )
             require_promised(evidence, self.candidate)
         except SourceRefused as refusal:
-            self._leave(refusal)
+            self._connections.leave(refusal)
             raise
         return evidence
 
-    def _receive(self, control: Channel, accept: Accept, evidence: Evidence | None) -> Memory:
-        assert self.transport is not None
-        reception = Reception(
-            parameters=accept.parameters,
-            nbytes=self._options.request.manifest.nbytes,
-            control=control,
-            connect=self._connect_further,
-            session=accept.session,
-            deliver=lambda: self._deliver(evidence),
-            progress=self._progress_at_once,
-            timeouts=self._options.timeouts,
-        )
-        try:
-            memory = self.transport.receive(reception)
-        except TransportError as error:
-            self._leave(error)
-            raise
-        finally:
-            if self.delivery is not None:
-                self.delivery.close()
-        if self.delivery is not None:
-            self._inventory.require_complete()
-        return memory
-
-    def _verify_adopted(self, control: Channel, accept: Accept, memory: Memory) -> Evidence:
-        """Pages that somebody else has filled are taken as they are from a source that is trusted, and only from it."""
-        with closed_on_failure(memory):
-            evidence = self._evidence(control, accept)
-            verify(memory, self._inventory.chunks, evidence)
-        return evidence
-
-    def _deliver(self, evidence: Evidence | None) -> Delivery:
-        memory, options = self._memory_to_fill(), self._options
-        digests = None if evidence is None else evidence.digests
-        may_be_left = (lambda: True) if self.candidate.is_replica else self._may_be_left
-        least = LeastRate(options.min_bandwidth, options.timeouts.stall, may_be_left)
-        delivery = self.delivery = Delivery(
-            memory,
-            self._inventory,
-            digests,
-            progress=options.progress,
-            source=str(self.candidate.endpoint),
-            least_rate=least,
-        )
-        if self.broken_off:
-            delivery.break_off()
-        return delivery
-
-    def _progress_at_once(self, nbytes: int) -> None:
-        """For bytes that come without a delivery; some may have come from another source before."""
-        self._options.progress(nbytes - self._inventory.shown)
-        self._inventory.shown = nbytes
-
-    def _connect(self, endpoint: Endpoint) -> Channel:
-        channel = greet(endpoint, self._options.access, self._options.timeouts.connect)
-        with self._lock:
-            self._channels.append(channel)
-            broken_off = self.broken_off
-        if broken_off:
-            channel.shut_down()
-        return channel
-
-    def _connect_further(self) -> Channel:
-        """To the address that the control connection has reached: a name may stand for several servers."""
-        try:
-            return self._connect(self.address or self.candidate.endpoint)
-        except SourceError as error:  # it answered a moment ago, so it may do so again
-            raise ConnectionLost(f"it takes no data connection: {error}") from error
-
-    def _confirm(self, control: Channel, accept: Accept, memory: Memory, evidence: Evidence | None) -> None:
-        timeouts = self._options.timeouts
-        # The source's own pages, which no other transport can fill; what a session fills stays for the next.
-        with closed_on_failure(memory) if memory.servable else contextlib.nullcontext():
-            control.send(Done(), timeouts.connect)
-            confirm = not_ended(control.receive(Deadline(timeouts.stall)))
-            assert isinstance(confirm, Confirm)
-            if confirm.generation != accept.generation:
-                raise PeerError(
-                    f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
-                )
-            if evidence is not None and evidence.digests and confirm.root != evidence.root:
-                raise ProtocolError("the root digest that it confirms is not the one of its chunks")
-
-    def _opened(self) -> Channel:
-        assert self._control is not None, "the source has not been asked"
-        return self._control
-
-    def _leave(self, reason: Exception) -> None:
-        control = self._opened()
-        if not control.may_send(Leave):
-            return
-        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
-            control.send(Leave(one_line(str(reason))), self._options.timeouts.connect)
+    def _confirm(self, evidence: Evidence | None) -> None:
+        """Ends the session. Raises PeerError where the source's weights have changed since it accepted."""
+        accept, control, timeouts = self._accepted(), self._connections.control, self._options.timeouts
+        control.send(Done(), timeouts.connect)
+        confirm = not_ended(control.receive(Deadline(timeouts.stall)))
+        assert isinstance(confirm, Confirm)
+        if confirm.generation != accept.generation:
+            raise PeerError(
+                f"its weights changed during the transfer (generation {accept.generation} -> {confirm.generation})"
+            )
+        if evidence is not None and evidence.digests and confirm.root != evidence.root:
+            raise ProtocolError("the root digest that it confirms is not the one of its chunks")
 
     @contextlib.contextmanager
-    def _failures_translated(self) -> Iterator[None]:
-        """What the source has done wrong becomes SourceError; what this process lacks is nobody else's fault."""
+    def _farewell(self) -> Iterator[None]:
+        """Tells the source when its transport does not work here, since nothing is wrong with the source."""
         try:
             yield
-        except SourceTooSlow as error:
-            self._leave(error)
+        except TransportError as error:
+            self._connections.leave(error)
             raise
-        except PeerError as error:
-            raise SourceFailed(self._explanation(error)) from error
-        except OSError as error:
-            self._leave(error)
-            raise TransportError(f"this process cannot go on: {error}") from error
-
-    def _explanation(self, error: PeerError) -> str:
-        """Why the source ended the session, if it did: it breaks the transfer off first, and then says so."""
-        if not isinstance(error, ConnectionLost):
-            self._leave(error)
-            return str(error)
-        with contextlib.suppress(PeerError, OSError):
-            last = self._opened().receive(Deadline(_EXPLANATION_SECONDS))
-            if isinstance(last, End):
-                return f"it ended the session: {one_line(last.reason)}"
-        return str(error)
 
 
 @contextlib.contextmanager
-def closed_on_failure(memory: Memory) -> Iterator[None]:
+def _closed_on_failure(memory: Memory) -> Iterator[None]:
     try:
         yield
     except BaseException:

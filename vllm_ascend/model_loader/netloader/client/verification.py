@@ -1,11 +1,11 @@
-"""What a client verifies a session's bytes by: the digests of the source's chunks, and the root over them."""
+"""What a client verifies bytes by: the digests of the source's chunks, and the root digest over all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_ascend.model_loader.netloader.client.route import Candidate
+from vllm_ascend.model_loader.netloader.client.order import Candidate
 from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, ProtocolError, SourceRefused, one_line
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
@@ -17,7 +17,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import DIGESTS_LIMIT, Acce
 
 @dataclass(frozen=True)
 class Evidence:
-    """The digests of all chunks in order, and the root digest."""
+    """The digests of all chunks, in order, and the root digest of the contents, in hexadecimal."""
 
     digests: tuple[bytes, ...]
     root: str
@@ -26,13 +26,15 @@ class Evidence:
 def obtain(
     control: Channel, accept: Accept, manifest: Manifest, *, count: int, send_timeout: float, deadline: Deadline
 ) -> Evidence:
-    """Asks the source for the digests of its `count` chunks, which all have to be there by `deadline`.
+    """Asks the source for the digests of its `count` chunks, all of which have to come before `deadline`.
 
-    Raises SourceRefused where it has none of the kind that is wanted, PeerError where it fails.
+    `send_timeout` is how many seconds one request may take. Raises SourceRefused where the source has no digests of the
+    kind that is wanted, PeerError where it fails.
     """
     if accept.digest != BLAKE3:
         kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
         raise SourceRefused(f'{one_line(kind)}, and VERIFY is "on" here')
+
     digests: list[bytes] = []
     for first, number in chunks(count, DIGESTS_LIMIT):
         control.send(AskDigests(first, number), send_timeout)
@@ -47,7 +49,7 @@ def obtain(
 
 
 def require_promised(evidence: Evidence, candidate: Candidate) -> None:
-    """Raises SourceRefused where a replica holds something else than its referrer has promised."""
+    """Raises SourceRefused where the replica `candidate` holds something else than its referrer has promised."""
     promised = candidate.contents
     if promised is not None and promised.root != evidence.root:
         raise SourceRefused(
@@ -57,7 +59,10 @@ def require_promised(evidence: Evidence, candidate: Candidate) -> None:
 
 
 def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
-    """Reads memory that somebody else has filled. Raises Damaged where it is not what the digests say."""
+    """Reads `memory`, which somebody else has filled, chunk by chunk.
+
+    Raises Damaged where a chunk is not the one of its digest.
+    """
     data = memory.contents()
     for chunk in parts:
         if digest_of(data[chunk.offset : chunk.offset + chunk.length]) != evidence.digests[chunk.number]:
@@ -65,7 +70,10 @@ def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
 
 
 def not_ended(message: Message) -> Message:
-    """`message`, unless the source ends the session by it. Raises PeerError with the source's reason."""
+    """`message`, unless it is the one by which a source ends the session.
+
+    Raises PeerError with the source's reason then.
+    """
     if isinstance(message, End):
         raise PeerError(f"it ended the session: {one_line(message.reason)}")
     return message

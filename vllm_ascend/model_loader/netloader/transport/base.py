@@ -1,9 +1,14 @@
-"""What a transport is: one way to bring an address space of bytes from a server's memory into a client's.
+"""What a transport is: one way to bring a manifest's address space from a server's memory into a client's.
 
-A transport has two halves. The client says in Join what it can use (`offer`); the server makes a `Sender` for the
-session, whose `parameters` travel in Accept; the client calls `receive` with them. Whether the client pulls
-(`Sender.attach`), is sent what it asks for (`Sender.push`), or is handed everything (`Sender.run`) is the transport's
-own affair.
+A transport has two halves. In Join the client offers what it can use (`Transport.offer`). The server makes a `Sender`
+for the session, and the sender's `parameters` travel to the client in Accept.
+
+What the client's half does depends on whether bytes move. A `CopyingTransport` fills memory of the client's own with
+the chunks that are still missing there, and every chunk is verified as it arrives. A `MappingTransport` hands over the
+server's own pages, so there is nothing to fill.
+
+Whether a client pulls chunks over data connections (`Sender.attach`), is sent each chunk that it asks for
+(`Sender.push`), or is handed everything at once (`Sender.run`) is up to the transport.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from vllm_ascend.model_loader.netloader.traits import Traits
 from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.weights.memory import Memory
+from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
@@ -25,7 +30,10 @@ from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds: to reach and greet a peer, and without any progress in a transfer."""
+    """How long a peer may take, in seconds.
+
+    `connect` is for reaching and greeting it, and for one message. `stall` is for a transfer without any progress.
+    """
 
     connect: float = 10.0
     stall: float = 30.0
@@ -33,30 +41,22 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Reception:
-    """All that a client's half needs.
+    """What the client's half of a transport knows of its session.
 
-    `control` is the session's own connection and `connect` makes further ones to the same source. `deliver` makes the
-    memory to fill and says which chunks of it are missing; `progress` is told the bytes that come without it.
+    `parameters` are those of the server's `Sender`, `nbytes` is the size of the whole address space, and `session` is
+    the identifier that a data connection must show. `control` is the session's own connection; `connect` opens another
+    one to the same server, which the caller closes, and raises PeerError where there is none.
     """
 
     parameters: Mapping[str, str | int]
     nbytes: int
+    session: bytes
     control: Channel
     connect: Callable[[], Channel]
-    session: bytes
-    deliver: Callable[[], Delivery]
-    progress: Callable[[int], None]
     timeouts: Timeouts
 
-    def number(self, name: str) -> int:
-        """An integer parameter. Raises ProtocolError where the server did not send one."""
-        value = self.parameters.get(name)
-        if not isinstance(value, int):
-            raise ProtocolError(f"the transport parameter {name!r} is {value!r}: expected an integer")
-        return value
-
     def text(self, name: str) -> str:
-        """A text parameter. Raises ProtocolError where the server did not send one."""
+        """The text parameter `name`. Raises ProtocolError where the server did not send one."""
         value = self.parameters.get(name)
         if not isinstance(value, str):
             raise ProtocolError(f"the transport parameter {name!r} is {value!r}: expected a string")
@@ -64,31 +64,51 @@ class Reception:
 
 
 class Transport(ABC):
-    """Stateless; one object serves all sessions of a process."""
+    """One way to move weights. It keeps no state: one object serves all sessions of a process.
+
+    Derive from `CopyingTransport` or from `MappingTransport`; `traits.copies` says which of the two a transport is.
+    """
 
     traits: Traits
     """Its row of the table, or one of its own where no configuration can name it."""
 
     @property
     def name(self) -> str:
+        """The name by which the configuration and the two peers know it."""
         return self.traits.name
 
     def offer(self) -> Offer:
-        """What a client says of it in Join."""
+        """What a client says of this transport in Join."""
         return Offer(self.name)
 
     def accepts(self, offer: Offer) -> bool:
-        """Whether a server can use it with the client that made `offer`."""
+        """Whether a server can use this transport with the client that made `offer`."""
         return offer == self.offer()
 
     @abstractmethod
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
-        """The server's half."""
+        """The server's half of one session, which sends the contents of `store`. The caller closes it."""
+
+
+class CopyingTransport(Transport):
+    """A transport that copies bytes from the server into memory of the client's own."""
 
     @abstractmethod
-    def receive(self, reception: Reception) -> Memory:
-        """Returns memory that holds all bytes.
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
+        """Brings the chunks of `delivery` until there are none left to take; there may be none from the beginning.
 
-        Raises TransportError where this way does not work between these machines, PeerError or OSError where the
-        source failed. On failure, nothing writes into the allocated memory any more.
+        Raises TransportError where this way does not work between these two machines, PeerError or OSError where the
+        source failed. Once it has returned or raised, nothing writes into the delivery's memory any more.
+        """
+
+
+class MappingTransport(Transport):
+    """A transport by which the client maps the server's own pages, so that nothing is copied."""
+
+    @abstractmethod
+    def adopt(self, reception: Reception) -> Arena:
+        """The server's arena, sealed, with all `reception.nbytes` bytes. The caller closes it.
+
+        Raises TransportError where this way does not work between these two processes, PeerError where the source
+        failed.
         """

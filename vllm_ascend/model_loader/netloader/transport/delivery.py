@@ -1,8 +1,8 @@
-"""What a client still needs: the chunks that are missing in its memory, handed out, verified, and kept across sources.
+"""Which chunks a client still needs: handed out to a transport, verified as they arrive, and kept across sources.
 
-The `Inventory` outlives a source that fails; a `Delivery` is what one session brings. A chunk whose digest is not the
-one that the source has told goes back to the queue; when that happens to a chunk too often, the source is given up.
-So is one that sends next to nothing while there is another way to the weights (`LeastRate`).
+The `Inventory` of a client outlives a source that fails; a `Delivery` is what one session brings. A chunk whose digest
+is not the one that the source has told goes back to the queue, and a source that delivers the same chunk damaged too
+often is given up. So is a source that sends next to nothing while there is another way to the weights (`LeastRate`).
 """
 
 from __future__ import annotations
@@ -27,27 +27,50 @@ TRIES_PER_CHUNK: Final = 3
 
 
 class Chunk(NamedTuple):
-    """Bytes [offset, offset + length) of the manifest's address space."""
+    """Bytes [offset, offset + length) of the manifest's address space, the `number`th of its chunks."""
 
     number: int
     offset: int
     length: int
 
 
+class Progress:
+    """How many bytes of the weights a client has, told to a progress bar as differences.
+
+    The figure falls where bytes turn out to be damaged or to be other ones than the next source holds. Thread-safe.
+    """
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        """`show` is called with each difference, by one thread at a time."""
+        self._show = show
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """Notes that `nbytes` more bytes have come, or fewer where it is negative."""
+        with self._lock:
+            self._nbytes += nbytes
+            self._show(nbytes)
+
+    def set(self, nbytes: int) -> None:
+        """Notes that the client has `nbytes` bytes in all."""
+        with self._lock:
+            difference, self._nbytes = nbytes - self._nbytes, nbytes
+            self._show(difference)
+
+
 class Inventory:
-    """Which chunks of a memory of `nbytes` have arrived and passed."""
+    """Which chunks of a memory of `nbytes` bytes have arrived and passed, and by which digests."""
 
     def __init__(self, nbytes: int) -> None:
         self.chunks = tuple(Chunk(number, *place) for number, place in enumerate(chunks(nbytes, CHUNK_BYTES)))
-        self.shown = 0
-        """Bytes of which the progress bar knows."""
         self._held: dict[int, bytes | None] = {}
 
     def missing(self, expected: Sequence[bytes] | None) -> list[Chunk]:
         """The chunks to fetch from a source: those not held, and those that the source holds differently.
 
         `expected` are the source's digests by chunk. Without them, what another session brought cannot be compared,
-        and everything is fetched.
+        so everything is fetched.
         """
         if expected is None:
             self._held.clear()
@@ -56,12 +79,12 @@ class Inventory:
         return [chunk for chunk in self.chunks if chunk.number not in self._held]
 
     def add(self, chunk: Chunk, digest: bytes | None) -> None:
-        """Notes that `chunk` has arrived and passed by `digest`."""
+        """Notes that `chunk` has arrived and passed by `digest`, which is None where nothing is verified."""
         self._held[chunk.number] = digest
 
     @property
     def nbytes_held(self) -> int:
-        """Bytes of the chunks that have passed."""
+        """The size of all chunks that have passed, in bytes."""
         return sum(self.chunks[number].length for number in self._held.copy())
 
     def require_complete(self) -> None:
@@ -72,7 +95,11 @@ class Inventory:
 
 
 class Delivery:
-    """The missing chunks of one session. Thread-safe: `take` a chunk, `begin` it, `finish` it."""
+    """The chunks that one session has to bring into `memory`.
+
+    A transport takes a chunk (`take`), begins it, tells its `Arrival` of the bytes that have landed, and finishes it.
+    Thread-safe, so that several connections can share one delivery. Whoever made it closes it.
+    """
 
     def __init__(
         self,
@@ -80,61 +107,67 @@ class Delivery:
         inventory: Inventory,
         expected: Sequence[bytes] | None,
         *,
-        progress: Callable[[int], None],
+        progress: Progress,
         source: str,
         least_rate: LeastRate | None = None,
     ) -> None:
-        """`expected` are the digests by chunk, None where nothing is verified."""
+        """`expected` are the digests by chunk, or None where nothing is verified; `source` is named in messages."""
         self.memory = memory
         self.received = 0
-        """Bytes, the damaged ones included."""
+        """Bytes that have arrived, those of damaged chunks included."""
         self.over = threading.Event()
         """Set when nothing may arrive any more."""
-        self._broken_off = False
         self._inventory = inventory
         self._expected = expected
-        self._least_rate = least_rate
         self._progress = progress
         self._source = source
+        self._least_rate = least_rate
         self._lock = threading.Lock()
         self._damaged: Counter[int] = Counter()
-        missing = inventory.missing(expected)
-        held = sum(chunk.length for chunk in inventory.chunks) - sum(chunk.length for chunk in missing)
-        self._show(held - inventory.shown)
-        self._queue = deque(missing)
+        self._broken_off = False
+
+        self._queue = deque(inventory.missing(expected))
+        progress.set(inventory.nbytes_held)
 
     @property
     def remaining(self) -> int:
-        """Chunks that nobody has taken yet."""
+        """The number of chunks that nobody has taken yet."""
         return len(self._queue)
 
+    @property
+    def damaged(self) -> int:
+        """How many chunks arrived damaged; one that did so twice counts twice."""
+        return self._damaged.total()
+
     def take(self) -> Chunk | None:
-        """The next chunk to fetch, None where there is no other."""
+        """The next chunk to fetch, or None where there is none left."""
         try:
             return None if self._broken_off else self._queue.popleft()
         except IndexError:
             return None
 
-    def break_off(self) -> None:
-        """From now on there is nothing more to take; what is on its way may still arrive. From any thread."""
-        self._broken_off = True
-
     def begin(self, chunk: Chunk) -> Arrival:
+        """Where the bytes of `chunk`, which was taken, are to land. Raises ValueError where the delivery is over."""
         if self.over.is_set():
             raise ValueError("the delivery is over")
         landing = self.memory.landing(chunk.offset, chunk.length)
         return Arrival(chunk, landing, self._expected[chunk.number] if self._expected else None, self._advance)
 
     def finish(self, arrival: Arrival) -> None:
-        """Takes in a chunk of which all bytes have arrived. Raises Damaged when it was so once too often."""
+        """Takes in a chunk of which all bytes have landed, or puts it back into the queue where it is damaged.
+
+        Raises Damaged where that happened to this chunk once too often.
+        """
         chunk = arrival.chunk
         if arrival.passes():
+            # The bytes must be where they belong before another source, or the end, counts on them.
             arrival.landing.settle()
             with self._lock:
                 self._inventory.add(chunk, arrival.expected)
             return
+
         with self._lock:
-            self._show(-arrival.nbytes)
+            self._progress.add(-arrival.nbytes)
             self._damaged[chunk.number] += 1
             times = self._damaged[chunk.number]
         place = f"chunk {chunk.number} (bytes {chunk.offset} to {chunk.offset + chunk.length - 1})"
@@ -143,56 +176,52 @@ class Delivery:
         logger.warning("%s from %s arrived damaged: its digest differs; fetching it again", place, self._source)
         self._queue.append(chunk)
 
-    @property
-    def damaged(self) -> int:
-        """How many chunks arrived damaged, each time counted."""
-        return self._damaged.total()
+    def break_off(self) -> None:
+        """Hands out no further chunk. Those that are on their way may still arrive. For any thread."""
+        self._broken_off = True
 
     def close(self) -> None:
-        """Nothing may arrive any more."""
+        """Ends the delivery: no chunk can begin any more. Idempotent."""
         self.over.set()
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
             self.received += nbytes
-            self._show(nbytes)
+            self._progress.add(nbytes)
             if self._least_rate is not None:
                 self._least_rate.note(nbytes)
 
-    def _show(self, nbytes: int) -> None:
-        self._inventory.shown += nbytes
-        self._progress(nbytes)
-
 
 class Arrival:
-    """One chunk on its way in, digested as it comes."""
+    """One chunk on its way in, digested as its bytes land. For one thread."""
 
-    def __init__(self, chunk: Chunk, landing: Landing, expected: bytes | None, progress: Callable[[int], None]) -> None:
+    def __init__(self, chunk: Chunk, landing: Landing, expected: bytes | None, advanced: Callable[[int], None]) -> None:
+        """`expected` is the digest of the chunk, or None where it is not verified; `advanced` hears of its bytes."""
         self.chunk = chunk
         self.landing = landing
         self.expected = expected
-        """Its digest, None where it is not verified."""
-        self._digest = digests.start() if expected is not None else None
-        self._progress = progress
         self.nbytes = 0
-        """That have arrived."""
+        """How many bytes of the chunk have landed."""
+        self._advanced = advanced
+        self._digest = digests.start() if expected is not None else None
         self._digested = 0
 
     def advance(self, nbytes: int) -> None:
-        """Notes that the next `nbytes` of the chunk have landed."""
+        """Notes that the next `nbytes` bytes of the chunk have landed. Raises SourceTooSlow where its source is."""
         self.nbytes += nbytes
-        self._progress(nbytes)
+        self._advanced(nbytes)
         if self.nbytes - self._digested >= PIECE_BYTES:
             self._catch_up()
 
     def passes(self) -> bool:
-        """Whether all bytes are there and are the ones that the source has told of."""
+        """Whether all bytes of the chunk are there and have the digest that is expected."""
         self._catch_up()
         if self.nbytes != self.chunk.length:
             return False
         return self._digest is None or self._digest.digest() == self.expected
 
     def _catch_up(self) -> None:
+        """Digests what has landed since the last time, while the processor's cache still has it."""
         if self._digest is not None and self.nbytes > self._digested:
             self._digest.update(self.landing.arrived(self._digested, self.nbytes))
         self._digested = self.nbytes

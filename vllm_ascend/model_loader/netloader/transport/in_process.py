@@ -1,7 +1,6 @@
-"""Within one process: the server's bytes are copied by the client's half. The test double of all transports.
+"""Within one process: the client's half copies the server's bytes itself. It is the tests' double of all transports.
 
-It is not in the registry; whoever wants it hands it to server and client. `tamper` sees every chunk on its way and may
-change, cut or replace it, or raise what a failing source raises.
+No configuration can name it: whoever wants it hands it to both the server and the client.
 """
 
 from __future__ import annotations
@@ -12,18 +11,23 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost
 from vllm_ascend.model_loader.netloader.traits import ANY, Traits
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.messages import Fetch
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 _senders: Final[dict[str, _InProcessSender]] = {}
 
 
-class InProcessTransport(Transport):
+class InProcessTransport(CopyingTransport):
+    """Copies from a server in the same process.
+
+    `tamper` sees every chunk on its way and returns what is to arrive: the same bytes, others or fewer. It may raise
+    what a failing source raises.
+    """
+
     traits = Traits("in_process", ANY)
 
     def __init__(self, tamper: Callable[[Chunk, bytes], bytes] = lambda _, content: content) -> None:
@@ -32,11 +36,10 @@ class InProcessTransport(Transport):
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _InProcessSender(store)
 
-    def receive(self, reception: Reception) -> Memory:
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
         source = _senders.get(reception.text("key"))
         if source is None:
             raise ConnectionLost("the sender is gone")
-        delivery = reception.deliver()
         while chunk := delivery.take():
             with source.sending(Fetch(chunk.offset, chunk.length)):
                 content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
@@ -45,7 +48,6 @@ class InProcessTransport(Transport):
                 arrival.advance(len(content))
             delivery.finish(arrival)
             source.note_progress(len(content))
-        return delivery.memory
 
 
 class _InProcessSender(Sender):

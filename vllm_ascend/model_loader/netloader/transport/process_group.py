@@ -1,13 +1,14 @@
-"""Between accelerators, and wherever a collective library knows the best way: send and receive in a process group.
+"""Between accelerators, or wherever a collective library knows the best way: send and receive in a process group.
 
-With Gather the client begins to make a group of two, and so does the server. What their libraries have to tell each
-other travels on the control connection, which knows who is there, by Publish; the library's own connections follow.
-When a byte has passed at both ends they say so, and the transfer begins. Each Fetch is answered by one send of a chunk,
-which small tensors share and large ones span; several are in flight at once, so that neither side waits for the other
-after each tensor.
+When the client sends Gather, both sides begin to make a group of two. What their libraries have to tell each other
+travels in Publish messages on the control connection, whose peer is known and authenticated; only then does the library
+open connections of its own. Each side sends Gathered once a byte has passed at its end, and the transfer begins.
 
-Between NPUs the bytes never touch host memory, except to be digested. What a session takes there is IN_FLIGHT buckets
-of a chunk on each side, and what HCCL itself takes for a group.
+Each Fetch is answered by one send of a chunk, which small tensors share and large ones span. Several chunks are in
+flight at once, so that neither side waits for the other after each of them.
+
+Between NPUs the bytes never touch host memory, except to be digested. A session takes IN_FLIGHT buckets of one chunk on
+each side, and what HCCL itself takes for a group.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError,
 from vllm_ascend.model_loader.netloader.model.device_memory import chunk_in, landing_tensor
 from vllm_ascend.model_loader.netloader.model.streams import own_stream
 from vllm_ascend.model_loader.netloader.traits import traits_of
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import (
     KEY_LIMIT,
@@ -48,12 +48,14 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 IN_FLIGHT: Final = 4
+"""Chunks that are asked for or on their way at any moment."""
 
 
-class ProcessGroupTransport(Transport):
-    """`device` is where the weights are computed with, so that the backend is the one that reaches it."""
+class ProcessGroupTransport(CopyingTransport):
+    """Sends and receives chunks in a process group of two, which is made for each session."""
 
     def __init__(self, device: str) -> None:
+        """`device`, named as torch does, computes with the weights; the library is the one that reaches it."""
         self._device = torch.device(device)
         self.traits = traits_of("process_group", self._device.type)
 
@@ -63,16 +65,15 @@ class ProcessGroupTransport(Transport):
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _GroupSender(store, self._device, timeouts, pacer)
 
-    def receive(self, reception: Reception) -> Memory:
-        delivery = reception.deliver()
-        if delivery.remaining:
-            with own_stream(self._device):
-                _Receiver(reception, delivery, self._device).run()
-        return delivery.memory
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
+        if not delivery.remaining:
+            return  # a group is dear, and nothing would go through it
+        with own_stream(self._device):
+            _Receiver(reception, delivery, self._device).run()
 
 
 class _Exchange:
-    """What the two ends tell each other on the control connection until their group has come about."""
+    """The messages of both ends on the control connection, from Gather to the moment when their group works."""
 
     def __init__(self, control: Channel, timeout: float) -> None:
         self._control = control
@@ -80,9 +81,9 @@ class _Exchange:
         self._deadline = Deadline(timeout)
 
     def meet(self, rank: int, device: torch.device, aborted: threading.Event) -> process_group.Pair:
-        """The group; the caller leaves it.
+        """The group of both ends, which the caller leaves.
 
-        Raises TransportError where none comes about, PeerError or OSError where the peer failed.
+        Raises TransportError where no group comes about, PeerError or OSError where the peer failed.
         """
         rendezvous = process_group.Rendezvous(self._publish, self._published)
         route = process_group.Route(self._control.local_host, self._control.peer_host)
@@ -96,9 +97,10 @@ class _Exchange:
 
     def finish(self) -> None:
         """Returns when the peer says that the group works. Raises PeerError, OSError or TransportError."""
+        # Values that came too late to be asked for may stand before Gathered.
         for _ in range(process_group.VALUES_LIMIT + 1):
             if isinstance(self._receive(), Gathered):
-                return  # else it is a value that came too late to be asked for
+                return
         raise ProtocolError("the peer publishes without end")
 
     def _publish(self, key: str, value: bytes) -> None:
@@ -122,7 +124,7 @@ class _Exchange:
 
 
 class _Incoming(NamedTuple):
-    """A chunk on its way into `buffer`, which is where it lands unless that is on another device."""
+    """A chunk on its way into `buffer`: where it is to land, or a tensor beside it where that is on another device."""
 
     arrival: Arrival
     buffer: torch.Tensor
@@ -130,7 +132,7 @@ class _Incoming(NamedTuple):
 
 
 class _Receiver:
-    """The client's half of one session."""
+    """The client's half of one session: makes the group, and takes chunks through it until none is left."""
 
     def __init__(self, reception: Reception, delivery: Delivery, device: torch.device) -> None:
         self._reception = reception
@@ -142,10 +144,12 @@ class _Receiver:
 
     def run(self) -> None:
         with contextlib.ExitStack() as group_scope:
-            # The last: until the group is left, an operation could still write into its buffer.
+            # Callbacks run in reverse: the group is left first, since until then an operation of it could still write
+            # into a buffer.
             group_scope.callback(self._receiving.clear)
             pair = self._gather()
             group_scope.callback(pair.leave)
+
             self._request_ahead()
             try:
                 self._receive_chunks(pair)
@@ -174,13 +178,17 @@ class _Receiver:
         while self._requested or self._receiving:
             while self._requested:
                 self._receiving.append(self._begin(pair, self._delivery.begin(self._requested.popleft())))
+
+            # The server sends chunks in the order in which they were asked for.
             arrival, buffer, work = self._receiving.popleft()
             pair.finish(work)
+
             landing = landing_tensor(arrival.landing)
             if buffer.device != landing.device:
                 landing.copy_(buffer)
             arrival.advance(arrival.chunk.length)
             self._delivery.finish(arrival)
+
             self._request_ahead()
 
     def _begin(self, pair: process_group.Pair, arrival: Arrival) -> _Incoming:
@@ -191,11 +199,15 @@ class _Receiver:
 
 
 class _Outgoing(NamedTuple):
+    """A chunk that is being sent from `content`, which must stay as it is until `work` is finished."""
+
     content: torch.Tensor
     work: Work
 
 
 class _GroupSender(Sender):
+    """The server's half of one session. Every chunk is sent in the session's own thread."""
+
     def __init__(self, store: WeightStore, device: torch.device, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__(store.manifest.nbytes)
         self._memory, self._served = store.memory, store.bytes
@@ -231,10 +243,12 @@ class _GroupSender(Sender):
         self._pacer.wait_for(fetch.length, self._aborted)
         if self._aborted.is_set():
             raise RuntimeError("the session has ended")
+
         with own_stream(self._device):
             chunk = chunk_in(self._memory, self._served, fetch.offset, fetch.length)
             content = chunk.to(self._device)
             self._sending.append(_Outgoing(content, pair.send(content)))
+
             if len(self._sending) >= IN_FLIGHT:
                 content, work = self._sending.popleft()
                 pair.finish(work, self._aborted)
@@ -248,11 +262,13 @@ class _GroupSender(Sender):
         if pair is not None:
             with own_stream(self._device):
                 pair.leave()
-        self._sending.clear()  # not before: the device reads the content for as long as there is a group
+
+        # The device may read what is being sent for as long as there is a group.
+        self._sending.clear()
 
 
 def _explained(rendezvous: process_group.Rendezvous, error: RuntimeError, peer: str) -> Exception:
-    """What to raise where no group came about."""
+    """The error to raise where no group came about: the failure of the rendezvous, if that was the reason."""
     failure = rendezvous.take_failure()
     if isinstance(failure, PeerError | OSError | TransportError):
         return failure

@@ -1,4 +1,8 @@
-"""How fast bytes go: what a server decides by whether a client is slow, and a client whether to leave a source."""
+"""How fast bytes go.
+
+By its `Rate` a server decides whether a client is so slow that others come first; by a `LeastRate` a client decides
+whether to leave a source.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,14 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.errors import SourceTooSlow
 
 RATE_SECONDS: Final = 5.0
+"""Seconds over which a server measures how fast a client has been lately."""
 
 
 class Rate:
-    """How fast bytes go. Threads may lose an update to one another: nothing is decided by a single one."""
+    """How fast one client takes bytes.
+
+    It is not locked, so threads may lose an update to one another; no decision depends on a single update.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -22,6 +30,7 @@ class Rate:
         self._before = math.inf
 
     def note(self, nbytes: int) -> None:
+        """Notes that `nbytes` bytes have just gone."""
         self._last = now = self._clock()
         self._bytes += nbytes
         self._total += nbytes
@@ -30,24 +39,26 @@ class Rate:
             self._begin, self._bytes = now, 0
 
     def idle_seconds(self) -> float:
+        """Seconds since bytes last went, or since the beginning."""
         return self._clock() - self._last
 
     def lately(self) -> float:
-        """Bytes per second over the last RATE_SECONDS or more; infinite before that."""
-        if self.idle_seconds() >= RATE_SECONDS:  # what filled the buffers at once before does not count
+        """Bytes per second over the last RATE_SECONDS or a little longer; infinite until so much time has passed."""
+        # What filled the buffers at once before a client fell silent says nothing about the client.
+        if self.idle_seconds() >= RATE_SECONDS:
             return 0.0
         elapsed = self._clock() - self._begin
         return self._before if elapsed < RATE_SECONDS else self._bytes / elapsed
 
     def overall(self) -> float:
-        """Bytes per second since the beginning."""
+        """Bytes per second on average since the beginning."""
         return self._total / max(self._clock() - self._created, 1e-3)
 
 
 class LeastRate:
-    """Gives up a source by SourceTooSlow when less than `rate` bytes per second have come over `window` seconds.
+    """The rate below which a client leaves a source: `rate` bytes per second, measured over `window` seconds.
 
-    It is given up only while `applies` says so.
+    `applies` says whether a source that is too slow is to be left; it is asked whenever one is.
     """
 
     def __init__(
@@ -65,7 +76,10 @@ class LeastRate:
         self._bytes = 0
 
     def note(self, nbytes: int) -> None:
-        """Notes that so many bytes have come. Raises SourceTooSlow. For one thread at a time."""
+        """Notes that `nbytes` bytes have come. Raises SourceTooSlow at the end of a window in which too few came.
+
+        For one thread at a time.
+        """
         self._bytes += nbytes
         elapsed = self._clock() - self._begin
         if elapsed < self._window:

@@ -1,4 +1,8 @@
-"""The server's half of one session: sends the chunks that a client asks for, and counts what was delivered."""
+"""The server's half of a transport, for one session.
+
+It sends each chunk that the client asks for, but none more often than any client needs, and knows what was delivered
+and how fast the client takes it.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,21 @@ from vllm_ascend.model_loader.netloader.wire.messages import Fetch
 
 
 class Sender(ABC):
-    """The server's half of one session. The session's thread runs and closes it."""
+    """The server's half of one session. The session's own thread runs it and closes it.
+
+    A transport overrides what it needs of `run`, `gather`, `push` and `attach`; whatever it leaves alone, its clients
+    may not ask for.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        """`nbytes` is the size of what may be sent."""
-        self._nbytes = nbytes
+        """`nbytes` is the size of the whole address space that may be sent."""
         self.rate = Rate()
-        """At which the client takes bytes."""
+        """How fast the client takes bytes."""
+        self._nbytes = nbytes
         self._asked_for: Counter[int] = Counter()
+        """How often the client has asked for the chunk at each offset."""
         self._sent: dict[int, int] = {}
+        """The length of each chunk that was delivered, by its offset."""
         self._being_sent = 0
         self._chunk_over = threading.Condition()
 
@@ -39,37 +49,43 @@ class Sender(ABC):
     @property
     @abstractmethod
     def parameters(self) -> Mapping[str, str | int]:
-        """What the client's half must know."""
+        """What the client's half must know: it travels in Accept, as `Reception.parameters`."""
 
     def run(self) -> None:
-        """Does what the server must do by itself; returns when that is done. Raises PeerError or OSError."""
+        """Does what the server does without being asked, and returns when that is done.
+
+        Raises PeerError or OSError.
+        """
         return
 
     def gather(self, control: Channel) -> None:
-        """Makes a process group with the client, which has asked for it on the control connection.
+        """Makes a process group with the client, which has sent Gather on the `control` connection.
 
-        Raises TransportError where none comes about, PeerError or OSError where the client failed.
+        Raises TransportError where no group comes about, PeerError or OSError where the client failed.
         """
         raise ProtocolError("this session's transport makes no process group")
 
     def push(self, fetch: Fetch) -> None:
-        """Sends what the client asks for on the control connection. Raises PeerError."""
+        """Sends the chunk that the client asks for by `fetch` on the control connection. Raises PeerError."""
         raise ProtocolError("this session's transport does not push")
 
     def attach(self, channel: Channel) -> None:
-        """Serves a data connection of this session in the connection's own thread. Raises PeerError."""
+        """Serves the data connection `channel` until the client or the session ends it. Raises PeerError.
+
+        It runs in the connection's own thread, beside the session's.
+        """
         raise ProtocolError("this session's transport has no data connections")
 
     def idle_seconds(self) -> float:
-        """Time since the client last took bytes."""
+        """Seconds since the client last took bytes or made other progress."""
         return self.rate.idle_seconds()
 
     @contextlib.contextmanager
     def sending(self, fetch: Fetch) -> Iterator[None]:
-        """Within it, the chunk that `fetch` asks for is sent, and counts as delivered when that has succeeded.
+        """A scope within which the chunk that `fetch` asks for is sent; without an exception it counts as delivered.
 
-        Raises ProtocolError for what is not a whole chunk, and for one that was asked for more often than any client
-        needs: others want their turn.
+        Raises ProtocolError for anything but one whole chunk, and for a chunk that was asked for more often than any
+        client needs it, since others wait for their turn.
         """
         offset, length = fetch.offset, fetch.length
         whole = min(digests.CHUNK_BYTES, self._nbytes - offset)
@@ -83,6 +99,7 @@ class Sender(ABC):
             if self._asked_for[offset] > TRIES_PER_CHUNK:
                 raise ProtocolError(f"the client asks for the chunk at {offset} more than {TRIES_PER_CHUNK} times")
             self._being_sent += 1
+
         sent = False
         try:
             yield
@@ -95,30 +112,32 @@ class Sender(ABC):
                 self._chunk_over.notify_all()
 
     def settle(self, seconds: float) -> None:
-        """Waits so long for what is being sent.
+        """Waits up to `seconds` for chunks that are being sent.
 
-        A client may have the last byte, and say so, before the thread that sent it runs.
+        A client may have the last byte, and say so, before the thread that sent it runs again.
         """
         with self._chunk_over:
             self._chunk_over.wait_for(lambda: not self._being_sent, seconds)
 
     @property
     def delivered(self) -> int:
-        """Bytes that were sent to the client, those that were sent twice counted once."""
+        """Bytes that were sent to the client; those that were sent twice count once."""
         with self._chunk_over:
             return sum(self._sent.values())
 
     @property
     def has_delivered_all(self) -> bool:
+        """Whether every byte was sent to the client at least once."""
         return self.delivered == self._nbytes
 
     def note_progress(self, nbytes: int = 0) -> None:
+        """Notes that the client has just taken `nbytes` bytes, or has made progress without any."""
         self.rate.note(nbytes)
 
     def abort(self) -> None:
-        """Ends all that `attach` still serves, from any thread."""
+        """Ends whatever this sender still does in any thread. From any thread; idempotent."""
         return
 
     @abstractmethod
     def close(self) -> None:
-        """Aborts and lets go of everything. For the session's own thread; idempotent."""
+        """Aborts, and releases everything that the sender holds. For the session's own thread; idempotent."""

@@ -1,9 +1,9 @@
-"""Same host: the server hands over the descriptor of its arena, the client maps the same pages. Nothing is copied.
+"""On one host: the server hands over the descriptor of its arena, and the client maps the same pages.
 
-The descriptor goes over a Unix socket in the abstract namespace, which leaves no file behind and is reachable exactly
-within one network namespace; so the offer's scope is the machine's boot and the network namespace. Both sides check
-that the peer has their own user id. The client's arena is the server's: it stays when the server exits, and the client
-serves it in turn.
+The descriptor goes over a Unix socket in the abstract namespace, which leaves no file behind and can be reached from
+within the server's network namespace only. So the scope of an offer names the machine's boot and the network
+namespace. Both sides check that their peer has their own user id. The pages stay when the server exits, and the client
+serves them in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, Stalled, TransportError
 from vllm_ascend.model_loader.netloader.traits import SHARED_MEMORY
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import MappingTransport, Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
@@ -29,12 +29,14 @@ from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 _ABORT_SECONDS: Final = 0.1
-"""Within which a session that is waiting notices its end."""
+"""How soon a session that waits for its client notices that it has been ended."""
 _DESCRIPTOR: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
-class SharedMemoryTransport(Transport):
+class SharedMemoryTransport(MappingTransport):
+    """Hands the descriptor of the server's arena to a client on the same host, which maps its pages."""
+
     traits = SHARED_MEMORY
 
     def offer(self) -> Offer:
@@ -43,7 +45,7 @@ class SharedMemoryTransport(Transport):
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _DescriptorSender(store, timeouts)
 
-    def receive(self, reception: Reception) -> Arena:
+    def adopt(self, reception: Reception) -> Arena:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(reception.timeouts.connect)
             try:
@@ -52,14 +54,15 @@ class SharedMemoryTransport(Transport):
                 descriptors = _receive_descriptors(sock)
             except OSError as error:
                 raise TransportError(f"the source's Unix socket gave no descriptor: {error}") from error
+
         if len(descriptors) != 1:
             raise TransportError("the source closed its Unix socket without a descriptor (another user id?)")
-        arena = Arena.adopt(descriptors[0], reception.nbytes)
-        reception.progress(reception.nbytes)
-        return arena
+        return Arena.adopt(descriptors[0], reception.nbytes)
 
 
 class _DescriptorSender(Sender):
+    """Hands one descriptor to one client, over a socket whose random name only that client is told."""
+
     def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
         super().__init__(store.manifest.nbytes)
         self._handed_over = False
@@ -89,7 +92,9 @@ class _DescriptorSender(Sender):
             raise ConnectionLost(f"the descriptor could not be handed over: {error}") from error
 
     def _accept(self) -> socket.socket:
-        """Looks up now and then: nothing portable wakes who waits for a connection."""
+        """The client's connection. Looks up now and then whether the session has ended, since nothing portable wakes a
+        thread that waits for a connection.
+        """
         deadline = Deadline(self._timeout)
         while not self._aborted.is_set():
             self._listener.settimeout(min(_ABORT_SECONDS, deadline.remaining() or 1e-6))
@@ -115,7 +120,10 @@ class _DescriptorSender(Sender):
 
 
 def _receive_descriptors(sock: socket.socket) -> list[int]:
-    """Those that come with the next byte, closed in children from the first moment: recv_fds of CPython drops flags."""
+    """The descriptors that come with the next byte.
+
+    They are closed in child processes from the first moment; `socket.recv_fds` cannot do that, as it drops the flag.
+    """
     _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC)
     return [
         _DESCRIPTOR.unpack_from(data)[0]
@@ -125,7 +133,10 @@ def _receive_descriptors(sock: socket.socket) -> list[int]:
 
 
 def host_scope() -> str:
-    """Names the set of processes that reach each other's abstract Unix sockets; unique where it cannot be told."""
+    """Names the set of processes that reach each other's abstract Unix sockets.
+
+    Where this host does not tell, the name is random, so that no other process has the same one.
+    """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/net")

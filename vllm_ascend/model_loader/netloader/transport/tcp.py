@@ -1,9 +1,10 @@
-"""Other hosts: the client pulls chunks over several connections, straight into the pages of its arena,
-or by way of a bucket onto its accelerator.
+"""Between hosts: the client pulls chunks over several connections, straight into the pages of its arena.
 
-All connections go to the port of the server's listener, so one open port is enough. The missing chunks are a queue that
-the connections share: a slow one takes fewer. Each asks for its next chunk before the current one has arrived, so that
-no round trip stands between them.
+On an accelerator the chunks land in a bucket in host memory, from which they are copied to the device.
+
+All connections go to the port of the server's listener, so one open port is enough. They share the queue of missing
+chunks, so a slow connection takes fewer of them. Each asks for its next chunk before the current one has arrived, so
+that the line is never idle for a round trip.
 """
 
 from __future__ import annotations
@@ -16,35 +17,41 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.traits import TCP
-from vllm_ascend.model_loader.netloader.transport.base import Reception, Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, FileRange
 from vllm_ascend.model_loader.netloader.wire.messages import Attach, Fetch, Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 CONNECTIONS: Final = min(4, os.cpu_count() or 1)
+"""Data connections that a client opens: each takes a thread, and much of a processor to receive and digest."""
 MAX_DATA_CONNECTIONS: Final = 32
-"""Data connections that a server takes for one session."""
+"""Data connections that a server serves at once for one session."""
 _REQUESTED_AHEAD: Final = 2
+"""Chunks that a connection has asked for at any moment, the one that arrives included."""
 
 
-class TcpTransport(Transport):
+class TcpTransport(CopyingTransport):
+    """Pulls chunks over TCP connections to the server's listener, by way of host memory."""
+
     traits = TCP
 
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
         return _ChunkSender(store, timeouts, pacer)
 
-    def receive(self, reception: Reception) -> Memory:
-        delivery = reception.deliver()
-        if delivery.remaining:
-            _Pull(reception, delivery).run()
-        return delivery.memory
+    def receive(self, reception: Reception, delivery: Delivery) -> None:
+        _Pull(reception, delivery).run()
 
 
 class _ChunkSender(Sender):
+    """Serves the data connections of one session, each in a thread of its own.
+
+    Where the store has a file, the kernel sends from a duplicate of its descriptor. The connections may still use it
+    when the session is over, so whoever is the last closes it.
+    """
+
     def __init__(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> None:
         super().__init__(store.manifest.nbytes)
         self._bytes = store.bytes
@@ -66,6 +73,7 @@ class _ChunkSender(Sender):
             if self._aborted.is_set() or len(self._channels) >= MAX_DATA_CONNECTIONS:
                 raise ProtocolError(f"the session is over or has {MAX_DATA_CONNECTIONS} data connections already")
             self._channels.add(channel)
+
         try:
             self._serve(channel)
         finally:
@@ -81,14 +89,21 @@ class _ChunkSender(Sender):
                 channel.shut_down()
 
     def close(self) -> None:
+        # First no connection may go on: only then do those that are left come to their end by themselves.
         self.abort()
+
         with self._lock:
-            if self._descriptor is None:  # what has no file is read where inference has it, and may be gone soon
+            # Memory without a file is read where inference uses it, and its owner may free it when this returns.
+            if self._descriptor is None:
                 self._channel_over.wait_for(lambda: not self._channels)
+
+            # A file stays as long as its descriptor, so nobody waits for the connections that still send from it.
             self._close_unused_descriptor()
 
     def _close_unused_descriptor(self) -> None:
-        """The last one out closes it: its number must not be reused while a connection still sends from it."""
+        """Closes the descriptor once the session is over and no connection is left, so that its number is not reused
+        while a connection still sends from it.
+        """
         if self._aborted.is_set() and not self._channels and self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -103,7 +118,7 @@ class _ChunkSender(Sender):
 
 
 class _Pull:
-    """One transfer: a thread per connection, and one queue of chunks between them."""
+    """One transfer: a thread for each connection, and one queue of chunks that they share."""
 
     def __init__(self, reception: Reception, delivery: Delivery) -> None:
         self._reception = reception
@@ -116,14 +131,18 @@ class _Pull:
         count = min(CONNECTIONS, self._delivery.remaining)
         threads = [threading.Thread(target=self._connection, name=f"netloader-tcp-{n}") for n in range(count)]
         started: list[threading.Thread] = []
+
         try:
             for thread in threads:
                 thread.start()
                 started.append(thread)
         except RuntimeError as error:
             self._fail(TransportError(f"this process cannot start threads: {error}"))
+
+        # Whatever has failed, no thread may write into the memory when this returns.
         for thread in started:
             thread.join()
+
         failure, self._failure = self._failure, None
         if failure is not None:
             try:
@@ -157,6 +176,8 @@ class _Pull:
                 requested.append(chunk)
             if not requested:
                 return
+
+            # Chunks arrive in the order in which this connection has asked for them.
             chunk = requested.popleft()
             arrival = self._delivery.begin(chunk)
             channel.receive_into(arrival.landing.host, timeout, arrival.advance)

@@ -1,0 +1,129 @@
+"""The connections of one session with a source, and what becomes of their failures.
+
+All of them go to the address that the first has reached, since a name may stand for several servers. Another thread may
+shut them down at any moment, including those that are not open yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import (
+    ConnectionLost,
+    PeerError,
+    SourceError,
+    SourceFailed,
+    SourceTooSlow,
+    TransportError,
+    one_line,
+)
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.greeting import greet
+from vllm_ascend.model_loader.netloader.wire.messages import End, Leave
+
+EXPLANATION_SECONDS: Final = 1.0
+"""How long a client listens for the reason of a source that has broken a transfer off."""
+
+
+class Connections:
+    """The control connection to `source`, and the data connections that follow it. Whoever made it closes it."""
+
+    def __init__(self, source: Endpoint, access: Access, timeout: float) -> None:
+        """`timeout` is how many seconds connecting, greeting and one message may take."""
+        self._source = source
+        self._access = access
+        self._timeout = timeout
+        self._control: Channel | None = None
+        self._address = source
+        self._lock = threading.Lock()
+        self._channels: list[Channel] = []
+        self._is_shut_down = False
+
+    @property
+    def control(self) -> Channel:
+        """The connection on which the session speaks. Only after `open`."""
+        assert self._control is not None, "the source has not been asked"
+        return self._control
+
+    @property
+    def address(self) -> Endpoint:
+        """Where the source was reached; before that, where it is to be reached."""
+        return self._address
+
+    def open(self) -> Channel:
+        """Connects and greets. Returns the control connection. Raises SourceError, or TransportError if this process
+        cannot connect.
+        """
+        self._control = self._connect()
+        with self.failures_translated():
+            self._address = self._control.peer
+        return self._control
+
+    def connect(self) -> Channel:
+        """Another connection to the same server, which the caller closes. Raises ConnectionLost or TransportError."""
+        try:
+            return self._connect()
+        except SourceError as error:  # it answered a moment ago, so it may do so again
+            raise ConnectionLost(f"it takes no data connection: {error}") from error
+
+    def shut_down(self) -> None:
+        """Ends whatever waits on any of the connections, now or later. From any thread; idempotent."""
+        with self._lock:
+            self._is_shut_down = True
+            for channel in self._channels:
+                channel.shut_down()
+
+    def close(self) -> None:
+        """Closes the control connection, which ends the session for the source, too. Idempotent."""
+        if self._control is not None:
+            self._control.close()
+
+    def leave(self, reason: Exception) -> None:
+        """Tells the source why its client goes, where the protocol allows it."""
+        if not self.control.may_send(Leave):
+            return
+        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
+            self.control.send(Leave(one_line(str(reason))), self._timeout)
+
+    @contextlib.contextmanager
+    def failures_translated(self) -> Iterator[None]:
+        """What the source has done wrong becomes a SourceError; what this process lacks becomes a TransportError.
+
+        The source is told, unless it was the one that went.
+        """
+        try:
+            yield
+        except SourceTooSlow as error:
+            self.leave(error)
+            raise
+        except PeerError as error:
+            raise SourceFailed(self._explanation(error)) from error
+        except OSError as error:
+            self.leave(error)
+            raise TransportError(f"this process cannot go on: {error}") from error
+
+    def _connect(self) -> Channel:
+        channel = greet(self._address, self._access, self._timeout)
+        with self._lock:
+            self._channels.append(channel)
+            is_shut_down = self._is_shut_down
+        if is_shut_down:
+            channel.shut_down()
+        return channel
+
+    def _explanation(self, error: PeerError) -> str:
+        """Why the source has ended the session, if it has: it breaks the transfer off first, and then says so."""
+        if not isinstance(error, ConnectionLost):
+            self.leave(error)
+            return str(error)
+
+        with contextlib.suppress(PeerError, OSError):
+            last = self.control.receive(Deadline(EXPLANATION_SECONDS))
+            if isinstance(last, End):
+                return f"it ended the session: {one_line(last.reason)}"
+        return str(error)
