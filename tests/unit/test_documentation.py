@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ROOT / "docs/source"
@@ -118,5 +121,24 @@ def test_a_test_that_the_page_of_faults_names_is_in_the_files_of_its_section(fil
 
 @pytest.mark.parametrize("page", [*sorted(PAGES.glob("*.md")), ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_a_file_or_folder_of_tests_that_a_page_names_exists(page: Path) -> None:
-    named = [name for name in quoted(page.read_text()) if re.fullmatch(r"tests/[\w/.-]+|([\w/]+/)?test_\w+\.py", name)]
+    named = [
+        name
+        for name in quoted(page.read_text())
+        if re.fullmatch(r"(?:tests|csrc|support|tools|benchmarks)/[\w/.-]+|([\w/]+/)?test_\w+\.py", name)
+    ]
     assert [name for name in named if not matching(name.rstrip("/")) and not (ROOT / name).exists()] == []
+
+
+def test_every_key_of_the_configuration_has_its_section() -> None:
+    keys = {field.name.upper() for field in dataclasses.fields(NetLoaderConfig)} | {"CONFIG_FILE"}
+    sections = re.findall(r"^### (.+)$", (PAGES / "configuration.md").read_text(), re.MULTILINE)
+    assert {key for section in sections for key in re.split(r", | and ", section)} == keys
+
+
+def test_every_room_is_in_the_table_of_rooms() -> None:
+    page = (PAGES / "how_it_works.md").read_text()
+    rooms = {
+        path.parent.name for path in MODULES if path.name == "__init__.py" and path.parent.parent.name == "netloader"
+    }
+    named = re.findall(r"^\| \[`(\w+)`\]\(#(\w+)\) \|", page, re.MULTILINE)
+    assert {room for room, anchor in named if room == anchor and f"\n## {room.capitalize()}\n" in page} == rooms
