@@ -1,29 +1,27 @@
-"""A server that behaves except where it is told not to, and what it may be told to do."""
+"""A server that behaves except where it is told not to, what it may be told to do, and a client that outlives it."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+from support.logs import LINE_LIMIT
 from support.messages import SESSION, payload
-from support.sources import SMALL, Tensors
-from support.strangers import Line
+from support.sources import SMALL, Tensors, client_for
+from support.strangers import Line, netloader_threads
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, digest_of, root_of
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.wire.conversation import Role, frame
-from vllm_ascend.model_loader.netloader.wire.messages import (
-    Accept,
-    Attached,
-    Confirm,
-    Digests,
-    Message,
-    Welcome,
-)
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, Attached, Confirm, Digests, Message, Welcome
 
 Act = Callable[[Line, dict[str, Any]], object]
 """What an impostor does on a message that it has heard."""
@@ -177,3 +175,26 @@ def source_that_says(*messages: Message) -> Iterator[Endpoint]:
 
 CONTROL = "no\x1b[2J\r\nmemory\x00\u2028for \u202eit"
 """A reason or a name that would write elsewhere on a terminal, and into other lines of a log."""
+
+
+def accepting(transport: str = "tcp", digest: str = BLAKE3, **parameters: str | int) -> Accept:
+    """An answer to Join that accepts it."""
+    return Accept(SESSION, 1, transport, parameters, digest=digest)
+
+
+def outlives(
+    impostor: Impostor, tensors: Tensors = SMALL, kinds: Sequence[Transport] | None = None, **terms: Any
+) -> str:
+    """How a client ends that asks `impostor`: with every byte right, or with one line for each attempt."""
+    client = client_for(tensors, kinds or transports(["tcp"]), **{"timeouts": Timeouts(20.0, 20.0), **terms})
+    reasons: tuple[str, ...] = ()
+    try:
+        fetched = client.fetch([impostor.endpoint])
+    except SourcesExhausted as error:
+        reasons = error.reasons
+    else:
+        tensors.assert_in(fetched.memory)
+        fetched.memory.close()
+    assert not [reason[:200] for reason in reasons if len(reason) > LINE_LIMIT or not reason.isprintable()]
+    wait_until(lambda: not netloader_threads())
+    return "\n".join(reasons)

@@ -26,6 +26,7 @@ from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
@@ -35,6 +36,7 @@ from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 SHORT = Timeouts(connect=5.0, stall=5.0)
+PATIENT = Timeouts(connect=60.0, stall=60.0)
 
 IDENTITY = ModelIdentity(
     name="org/model",
@@ -152,6 +154,13 @@ def logged(caplog: pytest.LogCaptureFixture, beginning: str) -> str:
     """The only line in the log that has this beginning."""
     (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith(beginning))
     return line
+
+
+def assert_serves(source: Endpoint, tensors: Tensors = SMALL, **options: Any) -> None:
+    """A client that comes now gets everything from `source`, by tcp."""
+    _, fetched = fetch(tensors, transports(["tcp"]), source, **{"timeouts": PATIENT, **options})
+    tensors.assert_in(fetched.memory)
+    fetched.memory.close()
 
 
 @contextlib.contextmanager

@@ -29,12 +29,6 @@ TCP = transports(["tcp"])
 PATIENT = Timeouts(connect=60.0, stall=60.0)
 
 
-@pytest.fixture
-def opened() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
 @contextlib.contextmanager
 def limit(soft: int, hard: int | None = None) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

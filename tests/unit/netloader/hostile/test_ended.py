@@ -7,7 +7,7 @@ import dataclasses
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,12 +139,6 @@ CLINGING = (
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Access:
     directory: Path = tmp_path_factory.mktemp("certificates")
     return Authority(directory, "ours").identify("instance").access()
-
-
-@pytest.fixture
-def opened() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netloader.hostile.test_fuzz import accepting, assert_orderly, outlives
 
 from support.corpus import Corpus
-from support.impostor import Act, Impostor, answering, hanging_up, saying, sending, silent
+from support.impostor import Act, Impostor, accepting, answering, hanging_up, outlives, saying, sending, silent
+from support.logs import assert_orderly
 from support.messages import payload
 from support.sources import SMALL, fetch, serving
 from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
-from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -47,15 +46,12 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Publish,
 )
 
+pytestmark = pytest.mark.usefixtures("brief_explanations")
+
 GROUP = transports(["process_group"])
 BRIEF = Timeouts(connect=20.0, stall=0.3)
 PATIENT = Timeouts(connect=20.0, stall=20.0)
 STDOUT = "/proc/self/fd/1"
-
-
-@pytest.fixture(autouse=True)
-def brief_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 0.02)
 
 
 def rank_info(host: str, port: int, name: bytes = b"peer") -> bytes:

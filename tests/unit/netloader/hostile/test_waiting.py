@@ -8,7 +8,7 @@ import itertools
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -36,12 +36,6 @@ pytestmark = pytest.mark.timeout(60)
 TCP = transports(["tcp"])
 PATIENT = Timeouts(connect=60.0, stall=60.0)
 TOKEN = Access(b"a token of thirty-two bytes long")
-
-
-@pytest.fixture
-def opened() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 def queue(source: Endpoint, opened: contextlib.ExitStack, count: int, access: Access | None = None) -> list[Intruder]:

@@ -10,18 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.conversation import GREETING, KEY, WAYS, Pair, arrived, listener_for
-from support.messages import (
-    CLIENT,
-    EXAMPLES,
-    SERVER,
-    TAG_BYTES,
-    framed,
-    having,
-    other,
-    payload,
-    tagged,
-    with_length,
-)
+from support.messages import CLIENT, EXAMPLES, SERVER, TAG_BYTES, framed, having, other, payload, tagged, with_length
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State, frame
 from vllm_ascend.model_loader.netloader.wire.messages import (
