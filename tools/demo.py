@@ -10,13 +10,11 @@ import argparse
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from support.vllm.fetch_model import fetch_model
-from support.vllm.instance import Instance, InstanceFailed
+from support.vllm.instance import Instance, InstanceFailed, telling
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils at a temperature of", "Once upon a time,")
 
@@ -47,11 +45,11 @@ def demonstrate(model: str, transport: str, on_npus: bool) -> int:
         chosen: dict[str, Any] = {"TRANSPORT": [transport]} if transport else {}
         with Instance("server", model, directory, chosen, npus=ours) as server:
             say(f"server: vllm serve {model} --load-format netloader")
-            server.wait_until_ready(progress("server"))
+            server.wait_until_ready(telling("server"))
             say(f"server: ready, its weights are served on {server.address}")
             with Instance("client", model, directory, {"SOURCE": [server.address], **chosen}, npus=theirs) as client:
                 say(f'client: the same with --model-loader-extra-config \'{{"SOURCE": ["{server.address}"]}}\'')
-                client.wait_until_ready(progress("client"))
+                client.wait_until_ready(telling("client"))
                 say("client: ready; asking both the same prompts")
                 answers = [(prompt, server.complete(prompt), client.complete(prompt)) for prompt in PROMPTS]
                 return show(answers, server.report(), client.report(), with_times=not on_npus)
@@ -90,19 +88,6 @@ def shorten(text: str) -> str:
 
 def weight_seconds(report: dict[str, Any]) -> float:
     return float(sum(seconds for phase, seconds in report["seconds"].items() if phase != "serve"))
-
-
-def progress(name: str) -> Callable[[str], None]:
-    """Repeats the instance's latest log line every ten seconds, so that nobody waits in silence."""
-    begun = last = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            say(f"{name}: starting for {last - begun:.0f} s ... {line[-100:]}")
-
-    return tell
 
 
 def say(text: str) -> None:

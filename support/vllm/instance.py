@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
+
+from support.ports import free_port
 
 START_TIMEOUT = 300.0
 KV_CACHE_ON_NPU = 1 << 28
@@ -62,7 +63,7 @@ class Instance:
 
     def start(self) -> None:
         """Starts the process in a session of its own, so that `stop` reaches its children."""
-        self._port = _free_port()
+        self._port = free_port()  # vLLM's HTTP server takes no descriptor
         command = [
             *(str(Path(sys.executable).with_name("vllm")), "serve", self._model),
             *("--host", "127.0.0.1", "--port", str(self._port), "--served-model-name", "model"),
@@ -178,13 +179,20 @@ def _session(leader: int) -> Iterator[tuple[int, str]]:
                     yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ").strip()
 
 
-def _free_port() -> int:
-    """For vLLM's HTTP server, which takes no descriptor; Netloader itself binds before it tells its port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def _every_second_until(end: float) -> Iterator[None]:
     while time.monotonic() < end:
         yield
         time.sleep(1)
+
+
+def telling(name: str) -> Callable[[str], None]:
+    """For `wait_until_ready`: prints the latest log line every ten seconds, so that nobody waits in silence."""
+    begun = last = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            print(f"{name}: starting for {last - begun:.0f} s ... {line[-100:]}", flush=True)
+
+    return tell

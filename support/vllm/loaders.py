@@ -5,11 +5,9 @@ Importing vLLM takes longer than loading a small model, so processes are kept an
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
-import torch
-
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD_TIMEOUT = 180.0
 _REPLIES = (b'{"result":', b'{"error":')
+
+
+class LoadFailed(AssertionError):
+    """A load that should have succeeded failed, or gave no result; the message has the end of the process's log."""
 
 
 def processor(**features: str) -> dict[str, str]:
@@ -40,6 +39,8 @@ def processor(**features: str) -> dict[str, str]:
 
 def amx() -> str:
     """Whether vLLM finds AMX where nothing else is chosen: "on" or "off"."""
+    import torch
+
     return _chosen_features().get("amx_tile", "on" if torch.cpu._is_amx_tile_supported() else "off")
 
 
@@ -75,7 +76,7 @@ class VllmProcess:
         self.unanswered += 1
 
     def reply(self) -> dict[str, Any]:
-        """The next reply. Fails the test, with the log, when there is none."""
+        """The next reply. Raises LoadFailed when there is none within LOAD_TIMEOUT."""
         assert self.process.stdout is not None
         end = time.monotonic() + LOAD_TIMEOUT
         while True:
@@ -91,7 +92,7 @@ class VllmProcess:
             data = os.read(self.process.stdout.fileno(), 1 << 16) if readable else b""
             if not data:
                 self.process.kill()
-                pytest.fail(f"a load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
+                raise LoadFailed(f"a load gave no result:\n{self.log.read_text(errors='replace')[-4000:]}")
             self._output += data
 
     def ask_no_more(self) -> None:
@@ -199,10 +200,10 @@ class Loader:
         return self.log.read_bytes()[self._log_begins :].decode(errors="replace")
 
     def finish_loading(self) -> Loader:
-        """Waits for the result. Fails the test, with the log, when there is none."""
+        """Waits for the result. Raises LoadFailed when there is none."""
         reply = self.process.reply()
         if "error" in reply:
-            pytest.fail(f"the load failed with {reply['error']}:\n{self.log_text()[-4000:]}")
+            raise LoadFailed(f"the load failed with {reply['error']}:\n{self.log_text()[-4000:]}")
         self.result = reply["result"]
         return self
 
@@ -226,7 +227,7 @@ class Loader:
         self.process.ask({"reload": arguments, "replace_while_reading": replace_while_reading, **asking})
 
     def call(self, method: str, **arguments: Any) -> None:
-        """Of the engine that is held. Returns when that has returned; fails the test, with the log, if it failed."""
+        """Calls a method of the engine that is held. Raises AssertionError, with the log, if it failed."""
         self.process.ask({"call": method, "arguments": arguments})
         reply = self.process.reply()
         assert "result" in reply, f"{method} failed with {reply}:\n{self.log_text()[-4000:]}"
@@ -300,12 +301,3 @@ def loading(pool: Pool) -> Iterator[Load]:
 def generation(loader: Loader) -> int:
     holding = next(each for each in inquire(Endpoint.parse(loader.address), 10).holdings if each.role == "target")
     return holding.generation
-
-
-def two_free_ports() -> int:
-    """The first of two neighbouring ports that were free a moment ago."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first, contextlib.suppress(OSError, OverflowError):
-            port: int = first.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
-                return port

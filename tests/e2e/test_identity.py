@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from support.ports import two_free_ports
 from support.vllm.hub import Hub
-from support.vllm.loaders import Load, Loader, two_free_ports
+from support.vllm.loaders import Load, Loader
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity

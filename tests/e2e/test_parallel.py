@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from support.ports import two_free_ports
 from support.vllm import checkpoints
-from support.vllm.loaders import Load, Loader, generation, two_free_ports
+from support.vllm.loaders import Load, Loader, generation
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from support.ports import two_free_ports
 from support.vllm.instance import START_TIMEOUT, Instance
-from support.vllm.loaders import Pool, two_free_ports
+from support.vllm.loaders import Pool
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from support.ports import two_free_ports
 from support.vllm import checkpoints
-from support.vllm.loaders import Load, Loader, Pool, two_free_ports
+from support.vllm.loaders import Load, Loader, Pool
 from support.vllm.random_model import make_random_model
 
 CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")

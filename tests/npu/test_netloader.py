@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from support.ports import two_free_ports
 from support.vllm import checkpoints
 from support.vllm.fetch_model import fetch_model
-from support.vllm.loaders import Load, Loader, Pool, generation, two_free_ports
+from support.vllm.loaders import Load, Loader, Pool, generation
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
