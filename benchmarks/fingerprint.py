@@ -3,7 +3,7 @@
     python -m benchmarks.fingerprint                 # a sparse checkpoint, made on the spot: 20 files of 5 GB
     python -m benchmarks.fingerprint --model DIR     # a checkpoint of yours
 
-Measured `--rounds` times each:
+Two things are measured, `--rounds` times each:
 
     cold page cache    after the kernel was asked to drop the pages of the files; what then came from storage is
                        counted, and where that is nothing (a filesystem in memory), the cache cannot be dropped
@@ -12,10 +12,10 @@ Measured `--rounds` times each:
 The reference, in the same run, is SHA-256 over 1 GB of memory, scaled to the size of the checkpoint: what hashing the
 checkpoint would take if reading it took no time.
 
-The sparse checkpoint has headers as real ones have, and a page on the disk in the middle of each tensor, where samples
-are taken, so that these are read and not made up by the filesystem. Everything else is holes, which take no room.
-Inodes and the maps of the files stay cached: dropping them needs root. Absolute figures belong to the machine: quote
-the ratios.
+The sparse checkpoint has headers like those of real ones, and a page on the disk in the middle of each tensor, where
+samples are taken, so that they are read and not made up by the filesystem. Everything else is holes, which take no
+room. Inodes and the maps of the files stay cached: dropping them needs root. Absolute figures belong to the machine:
+quote the ratios.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.benchmark import Benchmark, progress
+from benchmarks.harness.plot import REFERENCE, Bar, Panel
+from benchmarks.harness.tables import GIGABYTE, print_table
 from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import checkpoint_fingerprint, files_in
 
-GIGABYTE = 1e9
 FILES = 20
 FILE_BYTES = 5 * 10**9
 TENSORS_PER_FILE = 50
@@ -54,35 +56,45 @@ class Round:
     fingerprint: str
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True)
+class Figures:
+    """Fingerprints of `files` with `bytes` of weights, and the time that SHA-256 takes for HASHED_BYTES."""
+
+    bytes: int
+    files: int
+    seconds_to_hash_1_gb: float
+    cold: list[Round]
+    warm: list[Round]
+
+    @property
+    def seconds_to_hash(self) -> float:
+        """What hashing all weights would take if reading them took no time."""
+        return self.seconds_to_hash_1_gb * self.bytes / HASHED_BYTES
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint directory; default: a sparse checkpoint of 100 GB")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="where the sparse checkpoint is made; default: TMPDIR")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory(prefix="fingerprint-", dir=options.directory) as scratch:
         model = options.model or make_sparse_checkpoint(Path(scratch))
         files = weight_files(model)
         if not files:
-            parser.error(f"there are no weights in {model}")
-        cold, warm = measure(model, files, options.rounds)
-    nbytes, hashing = sum(files.values()), seconds_to_hash()
-    print_table(nbytes, len(files), cold, warm, hashing)
-    if options.json:
-        rounds = {"cold": [asdict(each) for each in cold], "warm": [asdict(each) for each in warm]}
-        figures = {"bytes": nbytes, "files": len(files), "seconds_to_hash_1_gb": hashing, **rounds}
-        options.json.write_text(json.dumps(figures, indent=2))
+            sys.exit(f"there are no weights in {model}")
+        cold, warm = take_fingerprints(model, files, options.rounds)
+    return Figures(sum(files.values()), len(files), seconds_to_hash(), cold, warm)
 
 
-def measure(model: Path, files: dict[Path, int], rounds: int) -> tuple[list[Round], list[Round]]:
+def take_fingerprints(model: Path, files: dict[Path, int], rounds: int) -> tuple[list[Round], list[Round]]:
     """With a cold page cache and with a warm one."""
     cold, warm = [], []
     for number in range(rounds):
         drop_page_cache(files)
         cold.append(take_fingerprint(model))
         warm.append(take_fingerprint(model))
-        _say(f"round {number + 1}: cold {cold[-1].seconds * 1e3:.1f} ms, warm {warm[-1].seconds * 1e3:.1f} ms")
+        progress(f"round {number + 1}: cold {cold[-1].seconds * 1e3:.1f} ms, warm {warm[-1].seconds * 1e3:.1f} ms")
     if len({each.fingerprint for each in (*cold, *warm)}) != 1:
         raise RuntimeError(f"the weights in {model} change while they are fingerprinted")
     return cold, warm
@@ -95,24 +107,6 @@ def take_fingerprint(model: Path) -> Round:
     seconds = time.perf_counter() - begun
     read, storage = (after - earlier for after, earlier in zip(_bytes_read(), before, strict=True))
     return Round(seconds, read, storage, fingerprint)
-
-
-def print_table(nbytes: int, files: int, cold: list[Round], warm: list[Round], hashing: float) -> None:
-    """`hashing` is the time for HASHED_BYTES."""
-    hashing_all = hashing * nbytes / HASHED_BYTES
-    print(f"\nweights: {nbytes / GIGABYTE:.2f} GB in {files} files, {len(cold)} rounds\n")
-    print(f"{'page cache':<12}{'median ms':>11}{'worst ms':>11}{'kB read':>11}{'kB from storage':>17}{'x sha256':>11}")
-    for page_cache, rounds in (("cold", cold), ("warm", warm)):
-        median = statistics.median(each.seconds for each in rounds)
-        worst = max(each.seconds for each in rounds)
-        read = max(each.read_bytes for each in rounds)
-        storage = max(each.storage_bytes for each in rounds)
-        times = f"{page_cache:<12}{median * 1e3:>11.1f}{worst * 1e3:>11.1f}"
-        print(f"{times}{read / 1e3:>11.0f}{storage / 1e3:>17.0f}{hashing_all / median:>11.0f}")
-    print(f"\nx sha256: times faster than hashing the checkpoint, which would take {hashing_all:.1f} s here,")
-    print(f"at {HASHED_BYTES / GIGABYTE / hashing:.2f} GB/s from memory")
-    if not any(each.storage_bytes for each in cold):
-        print("nothing came from storage: the page cache could not be dropped, so the cold figures are warm ones")
 
 
 def make_sparse_checkpoint(directory: Path) -> Path:
@@ -175,9 +169,46 @@ def _bytes_read() -> tuple[int, int]:
     return int(counters["rchar"]), int(counters["read_bytes"])
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def show(figures: Figures) -> None:
+    print(f"\nweights: {figures.bytes / GIGABYTE:.2f} GB in {figures.files} files, {len(figures.cold)} rounds\n")
+    rows = []
+    for page_cache, rounds in (("cold", figures.cold), ("warm", figures.warm)):
+        median = statistics.median(each.seconds for each in rounds)
+        rows.append(
+            (
+                page_cache,
+                f"{median * 1e3:.1f}",
+                f"{max(each.seconds for each in rounds) * 1e3:.1f}",
+                f"{max(each.read_bytes for each in rounds) / 1e3:.0f}",
+                f"{max(each.storage_bytes for each in rounds) / 1e3:.0f}",
+                f"{figures.seconds_to_hash / median:.0f}",
+            )
+        )
+    print_table(("page cache", "median ms", "worst ms", "kB read", "kB from storage", "x sha256"), rows)
+
+    hashing, speed = figures.seconds_to_hash, 1 / figures.seconds_to_hash_1_gb
+    print("\nx sha256: times faster than hashing the checkpoint, which would take ", end="")
+    print(f"{hashing:.1f} s here, at {speed:.2f} GB/s from memory")
+    if not any(each.storage_bytes for each in figures.cold):
+        print("nothing came from storage: the page cache could not be dropped, so the cold figures are warm ones")
+
+
+def panels(figures: Figures) -> list[Panel]:
+    def bar(rounds: list[Round]) -> Bar:
+        seconds = [each.seconds for each in rounds]
+        median = statistics.median(seconds)
+        return Bar(seconds, f"{median * 1e3:.0f} ms, 1/{figures.seconds_to_hash / median:.0f}", "fingerprint")
+
+    hashing = figures.seconds_to_hash
+    rows = {
+        "SHA-256 of everything, from memory": [Bar([hashing], f"{hashing:.0f} s", REFERENCE)],
+        "fingerprint, cold page cache": [bar(figures.cold)],
+        "fingerprint, warm page cache": [bar(figures.warm)],
+    }
+    title = f"Recognising a checkpoint of {figures.bytes / GIGABYTE:.0f} GB"
+    axis = f"seconds, on a logarithmic scale; median of {len(figures.cold)} rounds, each of which is a small dot"
+    return [Panel(title, axis, rows, logarithmic=True)]
 
 
 if __name__ == "__main__":
-    main()
+    Benchmark(__doc__, Figures, 5, measure, show, panels, add_options).run()

@@ -36,27 +36,31 @@ import itertools
 import json
 import logging
 import os
-import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.many_clients import HOST, MEGABYTE, Child, Server, say
+from benchmarks.harness.benchmark import Benchmark, progress
+from benchmarks.harness.fetches import digested_publication, synthetic_arena
+from benchmarks.harness.plot import Bar, Panel
+from benchmarks.harness.raw_sockets import HOST
+from benchmarks.harness.tables import MEGABYTE, print_table, ratios_to
+from support.child import Child
 from support.vllm.fetch_model import fetch_model
-from support.vllm.instance import Instance
-from tools.demo import progress
+from support.vllm.instance import Instance, telling
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.config import LEAST_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
@@ -104,50 +108,57 @@ class Round:
 
 Rounds = dict[str, list[Round]]
 STATISTICS: dict[str, Callable[[Round], float]] = {
-    "mean ms": lambda each: each.mean,
-    "p50 ms": lambda each: each.median,
-    "p99 ms": lambda each: each.p99,
+    "mean": lambda each: each.mean,
+    "p50": lambda each: each.median,
+    "p99": lambda each: each.p99,
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@dataclass(frozen=True)
+class Figures:
+    """All rounds of both instances; `link` and `paced_without_requests` are bytes per second that one client gets."""
+
+    model: str
+    tokens: int
+    bytes: int
+    link: float
+    max_bandwidth: int
+    paced_without_requests: float
+    uncapped: Rounds
+    capped: Rounds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="a directory or a hub name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--tokens", type=int, default=600, help="for each case and round (default: 600)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4], metavar="N", help="default: 1 4")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--client-cpus", type=_cpus, default=(), help="such as 2,3; default: all")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    model = fetch_model(options.model)
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    model, most = fetch_model(options.model), max(options.clients)
     with contextlib.ExitStack() as running:
         directory = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="neighbours-")))
-        pullers = [running.enter_context(Child(Puller, options.client_cpus)) for _ in range(max(options.clients))]
+        pullers = [running.enter_context(Child(Puller, options.client_cpus, name="a client")) for _ in range(most)]
+        for puller in pullers:
+            puller.answer()
+
         with Streaming("uncapped", model, directory) as instance:
-            instance.wait_until_ready(progress("without MAX_BANDWIDTH"))
+            instance.wait_until_ready(telling("without MAX_BANDWIDTH"))
             nbytes, link = probe(pullers[0], instance.address)
-            with Child(OtherServer, nbytes, max(options.clients), options.client_cpus) as other:
-                cases = [*cases_of(options.clients, instance.address, "")]
-                cases += cases_of(options.clients, f"{HOST}:{other.do('ports')['netloader']}", ", another process")
-                uncapped = measure(instance, [Case(IDLE, 0, ""), *cases], pullers, options.tokens, options.rounds)
+            with Child(OtherServer, nbytes, most, options.client_cpus, name="another process") as other:
+                other.answer()
+                cases = cases_of(options.clients, instance.address, "")
+                cases += cases_of(options.clients, f"{HOST}:{other.do('port')}", ", another process")
+                uncapped = measure_all(instance, cases, pullers, options.tokens, options.rounds)
+
         limit = max(int(link / 4), LEAST_LIMIT)
         with Streaming("capped", model, directory, {"MAX_BANDWIDTH": limit}) as instance:
-            instance.wait_until_ready(progress("with MAX_BANDWIDTH"))
+            instance.wait_until_ready(telling("with MAX_BANDWIDTH"))
             _, paced = probe(pullers[0], instance.address)
             cases = cases_of(options.clients, instance.address, "")
-            capped = measure(instance, [Case(IDLE, 0, ""), *cases], pullers, options.tokens, options.rounds)
-    print(f"\n{model}: {nbytes / MEGABYTE:.0f} MB of weights, {options.tokens} tokens per case, ", end="")
-    print(f"medians of {options.rounds} rounds; one client alone gets {link / MEGABYTE:.0f} MB/s")
-    print_table("without MAX_BANDWIDTH", uncapped, None)
-    print_table(f"MAX_BANDWIDTH {limit} ({limit / MEGABYTE:.0f} MB/s)", capped, limit)
-    print(
-        f"\nwithout requests, one client gets {paced / MEGABYTE:.0f} MB/s in transfer: {paced / limit:.3f} of the limit"
-    )
-    if options.json:
-        figures = {"bytes": nbytes, "link": link, "max_bandwidth": limit, "paced_without_requests": paced}
-        rounds = {"uncapped": as_json(uncapped), "capped": as_json(capped)}
-        options.json.write_text(json.dumps({**figures, **rounds}, indent=2))
+            capped = measure_all(instance, cases, pullers, options.tokens, options.rounds)
+    return Figures(Path(model).name, options.tokens, nbytes, link, limit, paced, uncapped, capped)
 
 
 def cases_of(clients: Sequence[int], address: str, where: str) -> list[Case]:
@@ -160,14 +171,18 @@ def probe(puller: Child, address: str) -> tuple[int, float]:
     return pulls[0].nbytes, statistics.median(pull.nbytes / pull.seconds for pull in pulls)
 
 
-def measure(instance: Streaming, cases: Sequence[Case], pullers: Sequence[Child], tokens: int, rounds: int) -> Rounds:
+def measure_all(
+    instance: Streaming, cases: Sequence[Case], pullers: Sequence[Child], tokens: int, rounds: int
+) -> Rounds:
+    """Measures the cases and, first of all, IDLE."""
+    cases = [Case(IDLE, 0, ""), *cases]
     found: Rounds = {case.name: [] for case in cases}
     instance.stream(min(tokens, 50))
     for number in range(1, rounds + 1):
         for case in cases:
             found[case.name].append(measure_case(instance, case, pullers[: case.clients], tokens))
             latest = found[case.name][-1]
-            say(f"{instance.name}, round {number}: {case.name}, p50 {latest.median * 1e3:.1f} ms")
+            progress(f"{instance.name}, round {number}: {case.name}, p50 {latest.median * 1e3:.1f} ms")
     return found
 
 
@@ -187,29 +202,6 @@ def measure_case(instance: Streaming, case: Case, pullers: Sequence[Child], toke
     )
     alone = statistics.median(pull.nbytes / pull.seconds for pull in pulls) if case.clients == 1 else 0.0
     return Round(gaps, mean, bandwidth, alone)
-
-
-def print_table(title: str, rounds: Rounds, limit: int | None) -> None:
-    print(f"\n{title}\n")
-    limits = f"{'/ limit':>9}{'in transfer / limit':>21}" if limit is not None else ""
-    times = "".join(f"{name:>9}{'/ idle':>8}" for name in STATISTICS)
-    print(f"{'case':<28}{times}{'MB/s':>8}{limits}")
-    for case, ours in rounds.items():
-        line = f"{case:<28}"
-        for statistic in STATISTICS.values():
-            ratios = [statistic(each) / statistic(idle) for each, idle in zip(ours, rounds[IDLE], strict=True)]
-            line += f"{statistics.median(map(statistic, ours)) * 1e3:>9.1f}{statistics.median(ratios):>8.2f}"
-        bandwidth = statistics.median(each.bandwidth for each in ours)
-        if bandwidth:
-            line += f"{bandwidth / MEGABYTE:>8.0f}"
-        if bandwidth and limit is not None:
-            alone = statistics.median(each.bandwidth_in_transfer for each in ours)
-            line += f"{bandwidth / limit:>9.3f}" + (f"{alone / limit:>21.3f}" if alone else "")
-        print(line)
-
-
-def as_json(rounds: Rounds) -> dict[str, Any]:
-    return {case: [asdict(each) for each in of_case] for case, of_case in rounds.items()}
 
 
 class Streaming(Instance):
@@ -341,19 +333,82 @@ def request_of(source: Endpoint) -> Request:
     return Request(holding.identity, holding.coordinates, Manifest.decode(refusal.manifest))
 
 
-class OtherServer(Server):
-    """Serves synthetic weights on some CPUs."""
+class OtherServer:
+    """Serves synthetic weights on some CPUs. The answer is the port."""
 
     def __init__(self, nbytes: int, max_clients: int, cpus: Sequence[int]) -> None:
         if cpus:
             os.sched_setaffinity(0, cpus)
         logging.getLogger("vllm_ascend").setLevel(logging.ERROR)  # each client is refused once, to get the manifest
-        super().__init__(nbytes, max_clients)
+        self._server = WeightServer(HOST, 0, Settings((TcpTransport(),), max_clients=max_clients))
+        self._server.start()
+        self._server.publish(digested_publication(synthetic_arena(nbytes)))
+
+    def __call__(self, _: Any) -> int:
+        return self._server.port
 
 
 def _cpus(text: str) -> tuple[int, ...]:
     return tuple(int(cpu) for cpu in text.split(","))
 
 
+def ratios_to_idle(rounds: Rounds, case: str, statistic: Callable[[Round], float]) -> list[float]:
+    return ratios_to([statistic(each) for each in rounds[IDLE]], [statistic(each) for each in rounds[case]])
+
+
+def show(figures: Figures) -> None:
+    limit, rounds = figures.max_bandwidth, len(figures.capped[IDLE])
+    print(
+        f"\n{figures.model}: {figures.bytes / MEGABYTE:.0f} MB of weights, {figures.tokens} tokens per case, ", end=""
+    )
+    print(f"medians of {rounds} rounds; one client alone gets {figures.link / MEGABYTE:.0f} MB/s")
+    print("\nwithout MAX_BANDWIDTH\n")
+    show_rounds(figures.uncapped, None)
+    print(f"\nMAX_BANDWIDTH {limit} ({limit / MEGABYTE:.0f} MB/s)\n")
+    show_rounds(figures.capped, limit)
+    paced = figures.paced_without_requests
+    print(
+        f"\nwithout requests, one client gets {paced / MEGABYTE:.0f} MB/s in transfer: {paced / limit:.3f} of the limit"
+    )
+
+
+def show_rounds(rounds: Rounds, limit: int | None) -> None:
+    """Prints a table of one instance; with its `limit`, also how much of that was used."""
+    header = ["case", *(cell for name in STATISTICS for cell in (f"{name} ms", "/ idle")), "MB/s"]
+    rows = []
+    for case, ours in rounds.items():
+        row = [case]
+        for statistic in STATISTICS.values():
+            row.append(f"{statistics.median(map(statistic, ours)) * 1e3:.1f}")
+            row.append(f"{statistics.median(ratios_to_idle(rounds, case, statistic)):.2f}")
+        bandwidth = statistics.median(each.bandwidth for each in ours)
+        row.append(f"{bandwidth / MEGABYTE:.0f}" if bandwidth else "")
+        if limit is not None:
+            alone = statistics.median(each.bandwidth_in_transfer for each in ours)
+            row += [f"{share / limit:.3f}" if share else "" for share in (bandwidth, alone)]
+        rows.append(row)
+    print_table(header if limit is None else [*header, "/ limit", "in transfer / limit"], rows)
+
+
+def panels(figures: Figures) -> list[Panel]:
+    def rows(rounds: Rounds) -> dict[str, list[Bar]]:
+        return {
+            case: [bar(ratios_to_idle(rounds, case, statistic), name) for name, statistic in STATISTICS.items()]
+            for case in rounds
+            if case != IDLE
+        }
+
+    def bar(ratios: list[float], name: str) -> Bar:
+        return Bar(ratios, f"{statistics.median(ratios):.2f}x", name)
+
+    axis = f"inter-token latency / idle; median of {len(figures.capped[IDLE])} rounds, each of which is a dot"
+    limit = f"MAX_BANDWIDTH {figures.max_bandwidth / MEGABYTE:.0f} MB/s"
+    idle = (1.0, "idle")
+    return [
+        Panel("While clients fetch from the instance", axis, rows(figures.uncapped), reference=idle),
+        Panel(f"The same with {limit}", axis, rows(figures.capped), reference=idle),
+    ]
+
+
 if __name__ == "__main__":
-    main()
+    Benchmark(__doc__, Figures, 3, measure, show, panels, add_options).run()

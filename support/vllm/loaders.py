@@ -5,6 +5,7 @@ Importing vLLM takes longer than loading a small model, so processes are kept an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select

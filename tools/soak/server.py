@@ -9,7 +9,8 @@ from typing import Final
 
 from support.synthetic import IDENTITY, publication_of, sealed_arena, shared
 from tools.soak.setting import HOST, LISTENERS, TIMEOUTS, Setting, prepare_process
-from vllm_ascend.model_loader.netloader.server.server import Settings, WeightServer
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 
 MAX_CLIENTS: Final = 1
