@@ -20,7 +20,7 @@ from pathlib import Path
 DEVICES = 4
 MEMORY_MB = 256
 TIMEOUT = 3
-"""Seconds after which a collective gives up: long enough for a busy machine, short enough to wait for."""
+"""Seconds after which a collective gives up: long enough for a busy machine, short enough for a test."""
 
 os.environ |= {
     "CANN_SIM_DEVICES": str(DEVICES),
@@ -275,7 +275,7 @@ OF_RANKS: dict[Callable[[int, int], None], int] = {
     a_killed_rank_is_an_exception_of_ranks: 1,
     an_absent_rank_is_an_exception_of_ranks: 0,
 }
-"""The checks of two ranks, and how many of them do not survive."""
+"""The checks that run in two ranks, and how many of these ranks do not survive."""
 
 
 def sample(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -294,7 +294,7 @@ def raises(kind: type[Exception], call: Callable[[], object], text: str = "") ->
 
 
 def carry_what_a_barrier_needs() -> torch.library.Library:
-    """torch-npu's barrier reduces a tensor of ones, which an operator makes; here the host makes it."""
+    """Makes torch.ones work on the device: torch-npu's barrier reduces a tensor of ones. The library must be kept."""
 
     def ones(size: list[int], *, device: torch.device, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
         return torch.ones(size, dtype=dtype).to(device)
@@ -315,7 +315,7 @@ def run_rank(name: str, rank: int, size: int, meeting_place: str) -> None:
 
 
 def run_ranks(name: str, dead: int, asynchronous: bool) -> bool:
-    """Whether all ranks but the dead succeed. What a rank printed is shown if not."""
+    """Returns whether all ranks but the dead succeed; if not, shows what they printed."""
     environment = os.environ | {"CANN_SIM_ASYNC": str(int(asynchronous))}
     with tempfile.TemporaryDirectory() as directory:
         arguments = [sys.executable, __file__, "--check", name, "--meeting-place", str(Path(directory) / "store")]

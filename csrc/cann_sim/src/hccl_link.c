@@ -1,11 +1,9 @@
 #include "hccl_link.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -17,8 +15,8 @@
 #include "hccl_round.h"
 
 #define HELLO_MAGIC "cannsim1"
-#define SOCKET_BUFFER (4 << 20) /* a wish; fewer, larger steps */
-#define HELLO_SECONDS 1.0       /* for who has connected: it sends its hello at once */
+#define SOCKET_BUFFER (4 << 20) /* asked for, not promised: fewer and larger steps */
+#define HELLO_SECONDS 1.0       /* for a peer that has connected: it sends its hello at once */
 #define RETRY_SECONDS 0.005     /* until a peer listens */
 
 typedef struct {
@@ -32,10 +30,11 @@ enum { WELCOME = 1, WRONG_SIZE, TAKEN }; /* a byte that answers a hello */
 typedef struct {
     const char *function;
     hccl_comm *comm;
+    const unsigned char *nonce;
     double deadline;
 } joining;
 
-/* The address at which a rank waits for the others: known to who knows the nonce. */
+/* The address at which a rank waits for the others, which only those who know the nonce can tell. */
 static socklen_t address_of(struct sockaddr_un *address, const unsigned char *nonce, uint32_t rank)
 {
     char *name = address->sun_path + 1; /* a leading zero: not in the file system */
@@ -84,10 +83,10 @@ static bool move(int fd, void *data, size_t length, bool outgoing, double deadli
 }
 
 /* Waits for connections at this rank's address. */
-static HcclResult listen_at(const joining *attempt, const unsigned char *nonce, int *listener)
+static HcclResult listen_at(const joining *attempt, int *listener)
 {
     struct sockaddr_un address;
-    socklen_t length = address_of(&address, nonce, attempt->comm->rank);
+    socklen_t length = address_of(&address, attempt->nonce, attempt->comm->rank);
     int fd = new_socket();
     HcclResult result;
 
@@ -103,80 +102,93 @@ static HcclResult listen_at(const joining *attempt, const unsigned char *nonce, 
     return result;
 }
 
-/* Connects to a lower rank, as soon as it listens. */
-static HcclResult call(const joining *attempt, const unsigned char *nonce, uint32_t peer)
+/* Connects to a lower rank, as soon as it listens, and enters the connection. */
+static HcclResult dial(const joining *attempt, uint32_t peer)
 {
-    hccl_comm *comm = attempt->comm;
     struct sockaddr_un address;
-    socklen_t length = address_of(&address, nonce, peer);
-    hello greeting = {HELLO_MAGIC, {0}, comm->size, comm->rank, peer};
-    unsigned char answer;
-    int fd = -1;
+    socklen_t length = address_of(&address, attempt->nonce, peer);
+    int fd = new_socket();
 
-    memcpy(greeting.nonce, nonce, HCCL_NONCE_BYTES);
-    for (;;) {
-        if (fd < 0 && (fd = new_socket()) < 0)
-            return sim_fail(attempt->function, HCCL_E_SYSCALL, "socket: %s", strerror(errno));
-        if (!connect(fd, (struct sockaddr *)&address, length))
-            break;
-        if (errno != ECONNREFUSED && errno != EAGAIN && errno != EINTR) {
-            int error = errno;
-
-            close(fd);
-            return sim_fail(attempt->function, HCCL_E_SYSCALL, "connect to rank %u: %s", peer, strerror(error));
-        }
-        if (!sim_milliseconds_until(attempt->deadline)) {
-            close(fd);
+    if (fd < 0)
+        return sim_fail(attempt->function, HCCL_E_SYSCALL, "socket: %s", strerror(errno));
+    attempt->comm->sockets[peer] = fd;
+    while (connect(fd, (struct sockaddr *)&address, length)) {
+        if (errno != ECONNREFUSED && errno != EAGAIN && errno != EINTR)
+            return sim_fail(attempt->function, HCCL_E_SYSCALL, "connect to rank %u: %s", peer, strerror(errno));
+        if (!sim_milliseconds_until(attempt->deadline))
             return sim_fail(attempt->function, HCCL_E_TIMEOUT, "rank %u did not come", peer);
-        }
         nanosleep(&(struct timespec){0, (long)(RETRY_SECONDS * 1e9)}, NULL);
     }
-    comm->sockets[peer] = fd;
-    if (!move(fd, &greeting, sizeof greeting, true, attempt->deadline) ||
-        !move(fd, &answer, sizeof answer, false, attempt->deadline)) {
+    return HCCL_SUCCESS;
+}
+
+/* Connects to a lower rank and says which rank this is. */
+static HcclResult call(const joining *attempt, uint32_t peer)
+{
+    const hccl_comm *comm = attempt->comm;
+    hello greeting = {HELLO_MAGIC, {0}, comm->size, comm->rank, peer};
+    unsigned char verdict;
+    HcclResult result;
+
+    if ((result = dial(attempt, peer)))
+        return result;
+    memcpy(greeting.nonce, attempt->nonce, HCCL_NONCE_BYTES);
+    if (!move(comm->sockets[peer], &greeting, sizeof greeting, true, attempt->deadline) ||
+        !move(comm->sockets[peer], &verdict, sizeof verdict, false, attempt->deadline)) {
         if (!sim_milliseconds_until(attempt->deadline))
             return sim_fail(attempt->function, HCCL_E_TIMEOUT, "rank %u did not answer", peer);
         return sim_fail(attempt->function, HCCL_E_REMOTE, "rank %u gave up", peer);
     }
-    if (answer == WELCOME)
+    if (verdict == WELCOME)
         return HCCL_SUCCESS;
     return sim_fail(attempt->function, HCCL_E_PARA, "rank %u refuses: %s", peer,
-                    answer == WRONG_SIZE ? "it was given another number of ranks" : "another process has this rank");
+                    verdict == WRONG_SIZE ? "it was given another number of ranks" : "another process has this rank");
 }
 
-/* Takes a connection of a higher rank. A stranger's is dropped. Fails if the peer's idea of the group is another. */
-static HcclResult answer(const joining *attempt, int listener, const unsigned char *nonce)
+static bool is_known(const joining *attempt, const hello *greeting)
+{
+    return !memcmp(greeting->magic, HELLO_MAGIC, sizeof greeting->magic) &&
+           !memcmp(greeting->nonce, attempt->nonce, HCCL_NONCE_BYTES) && greeting->to == attempt->comm->rank;
+}
+
+static unsigned char judge(const hccl_comm *comm, const hello *greeting)
+{
+    if (greeting->size != comm->size)
+        return WRONG_SIZE;
+    if (greeting->from <= comm->rank || greeting->from >= comm->size || comm->sockets[greeting->from] >= 0)
+        return TAKEN;
+    return WELCOME;
+}
+
+/* Takes a connection of a higher rank. A stranger's is dropped. Fails if the peer was given another number of ranks. */
+static HcclResult answer(const joining *attempt, int listener)
 {
     hccl_comm *comm = attempt->comm;
     int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), size = SOCKET_BUFFER;
-    unsigned char verdict = WELCOME;
+    unsigned char verdict;
     hello greeting;
 
     if (fd < 0)
         return HCCL_SUCCESS; /* it has changed its mind */
     if (!move(fd, &greeting, sizeof greeting, false, fmin(attempt->deadline, sim_seconds() + HELLO_SECONDS)) ||
-        memcmp(greeting.magic, HELLO_MAGIC, sizeof greeting.magic) || memcmp(greeting.nonce, nonce, HCCL_NONCE_BYTES) ||
-        greeting.to != comm->rank) {
+        !is_known(attempt, &greeting)) {
         close(fd);
         return HCCL_SUCCESS;
     }
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
-    if (greeting.size != comm->size)
-        verdict = WRONG_SIZE;
-    else if (greeting.from <= comm->rank || greeting.from >= comm->size || comm->sockets[greeting.from] >= 0)
-        verdict = TAKEN;
+    verdict = judge(comm, &greeting);
     if (move(fd, &verdict, sizeof verdict, true, attempt->deadline) && verdict == WELCOME) {
         comm->sockets[greeting.from] = fd;
         return HCCL_SUCCESS;
     }
     close(fd);
-    if (verdict == WRONG_SIZE)
-        return sim_fail(attempt->function, HCCL_E_PARA, "rank %u was given %u ranks, rank %u was given %u", comm->rank,
-                        comm->size, greeting.from, greeting.size);
-    return HCCL_SUCCESS;
+    if (verdict != WRONG_SIZE)
+        return HCCL_SUCCESS;
+    return sim_fail(attempt->function, HCCL_E_PARA, "rank %u was given %u ranks, rank %u was given %u", comm->rank,
+                    comm->size, greeting.from, greeting.size);
 }
 
-static HcclResult answer_all(const joining *attempt, int listener, const unsigned char *nonce)
+static HcclResult answer_all(const joining *attempt, int listener)
 {
     hccl_comm *comm = attempt->comm;
 
@@ -192,7 +204,7 @@ static HcclResult answer_all(const joining *attempt, int listener, const unsigne
             return HCCL_SUCCESS;
         if (!(left = sim_milliseconds_until(attempt->deadline)))
             return sim_fail(attempt->function, HCCL_E_TIMEOUT, "rank %u did not come", missing);
-        if (poll(&watched, 1, left) > 0 && (result = answer(attempt, listener, nonce)))
+        if (poll(&watched, 1, left) > 0 && (result = answer(attempt, listener)))
             return result;
     }
 }
@@ -216,28 +228,28 @@ static HcclResult confirm(const joining *attempt)
 }
 
 /* With connections awaited at `listener`: calls the lower ranks, then answers the higher ones. */
-static HcclResult meet_all(const joining *attempt, int listener, const unsigned char *nonce)
+static HcclResult meet_all(const joining *attempt, int listener)
 {
     HcclResult result;
 
     for (uint32_t peer = 0; peer < attempt->comm->rank; peer++)
-        if ((result = call(attempt, nonce, peer)))
+        if ((result = call(attempt, peer)))
             return result;
-    return answer_all(attempt, listener, nonce);
+    return answer_all(attempt, listener);
 }
 
 HcclResult hccl_connect(const char *function, hccl_comm *comm, const unsigned char nonce[HCCL_NONCE_BYTES],
                         double timeout)
 {
-    joining attempt = {function, comm, sim_seconds() + timeout};
+    joining attempt = {function, comm, nonce, sim_seconds() + timeout};
     HcclResult result;
     int listener;
 
     if (comm->size == 1)
         return HCCL_SUCCESS;
-    if ((result = listen_at(&attempt, nonce, &listener)))
+    if ((result = listen_at(&attempt, &listener)))
         return result;
-    result = meet_all(&attempt, listener, nonce);
+    result = meet_all(&attempt, listener);
     close(listener);
     return result ? result : confirm(&attempt);
 }

@@ -1,8 +1,8 @@
 """Operators for torch-npu on the simulated CANN.
 
-`import torch` calls `autoload`, as it calls torch-npu's, in whichever order. The library with ATen's operators lies
-beside the simulated CANN that the environment names; this package adds the operators of torch-npu, in torch. Without
-such an environment nothing happens.
+`import torch` calls `autoload`, before or after torch-npu's own entry point. The library with ATen's operators lies
+beside the simulated CANN that ASCEND_HOME_PATH names; this package adds torch-npu's own operators, written in torch.
+Where ASCEND_HOME_PATH names no simulated CANN, nothing happens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ _LIBRARY = "libcann_sim_operators.so"
 
 
 def autoload() -> None:
+    """Loads the operators into this process, once, if ASCEND_HOME_PATH names a simulated CANN.
+
+    Imports torch and torch-npu then. Raises RuntimeError if TASK_QUEUE_ENABLE is not 0: torch-npu's queue would run
+    operators in another thread than the one that calls them.
+    """
     library = Path(os.environ.get("ASCEND_HOME_PATH", ""), "lib", _LIBRARY)
     if library.is_absolute() and library.exists():
         _load(library)

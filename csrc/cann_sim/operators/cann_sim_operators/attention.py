@@ -1,4 +1,4 @@
-"""Attention over keys and values in a paged cache or side by side, each request's tokens in a row (layout TND).
+"""Attention in layout TND, where the tokens of all requests follow one another; keys and values are paged or dense.
 
 The documentation of torch-npu contradicts itself about TND: it excludes paging in one place and describes it in
 another. The latter is followed, as inference engines do.
@@ -23,7 +23,7 @@ MAX_BLOCK_SIZE, BLOCK_SIZE_STEP, DECODE_BLOCK_SIZE_STEP = 512, 128, 16
 MAX_ROW, MAX_ELEMENTS = 65535, 2**31 - 1
 
 KeysAndValues = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-"""Of one request, each [heads, tokens, head size]."""
+"""Returns the keys and values of the request with this index, both [heads, tokens, head size]."""
 
 
 @implements("npu::npu_fused_infer_attention_score")
@@ -46,6 +46,12 @@ def fused_infer_attention_score(
     softmax_lse_flag: bool = False,
     **others: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the attention of each request's queries to its keys, and the logarithm of the softmax's sum if asked for.
+
+    `query` is [tokens, heads, head size]. `key` and `value` are [tokens, key heads, head size], or with `block_table` a
+    cache in blocks. README.md lists what is demanded of the arguments; anything else raises RuntimeError. The sums are
+    [tokens, heads, 1] in float32, or empty.
+    """
     require_defaults(OPERATOR, others)
     if input_layout != "TND":
         raise RuntimeError(f"{OPERATOR}: input_layout={input_layout!r} is not simulated; 'TND' is")
@@ -54,34 +60,47 @@ def fused_infer_attention_score(
     _check_heads(query, num_heads, key_heads)
     _check_tensors(query, key, value)
     _check_mask(atten_mask, sparse_mode)
-    query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)
+
+    query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)  # running totals
     _check_ends("actual_seq_lengths", query_ends, query.shape[0])
     key_lengths = _lengths("actual_seq_lengths_kv", actual_seq_lengths_kv)
     expected = f"of {len(query_ends)} requests, as actual_seq_lengths"
     require(len(key_lengths) == len(query_ends), OPERATOR, "actual_seq_lengths_kv", key_lengths, expected)
-    size = query.shape[2]
+
+    row = (key_heads, query.shape[2])
     if block_table is None:
         _check_ends("actual_seq_lengths_kv", key_lengths, key.shape[0])
-        ends, key_lengths = key_lengths, [length for _, length in _parts(key_lengths)]
-        read = _dense(key, value, ends, (key_heads, size))
+        read = _dense(key, value, key_lengths, row)
     else:
         longest = max((length for _, length in _parts(query_ends)), default=0)
         _check_paging(key, block_table, key_lengths, block_size, longest)
-        read = _paged(key, value, block_table, key_lengths, (key_heads, size))
+        read = _paged(key, value, block_table, key_lengths, row)
 
+    return _attend(query, query_ends, read, atten_mask, scale, with_sums=softmax_lse_flag)
+
+
+def _attend(
+    query: torch.Tensor,
+    ends: list[int],
+    read: KeysAndValues,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    with_sums: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.empty_like(query)
-    sums = torch.empty(*query.shape[:2], 1, dtype=torch.float32) if softmax_lse_flag else torch.empty(0)
-    for request, (start, length) in enumerate(_parts(query_ends)):
+    sums = torch.empty(*query.shape[:2], 1, dtype=torch.float32) if with_sums else torch.empty(0)
+    for request, (start, length) in enumerate(_parts(ends)):
         if not length:
             continue
         keys, values = read(request)
-        visible = _visible(atten_mask, length, key_lengths[request])
+        visible = _visible(mask, length, keys.shape[1])
         queries = query[start : start + length].transpose(0, 1)
         attended = scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=visible, scale=scale, enable_gqa=True
         )
         output[start : start + length] = attended[0].transpose(0, 1)
-        if softmax_lse_flag:
+        if with_sums:
             sums[start : start + length] = _log_sum_exp(queries, keys, visible, scale)
     return output, sums
 
@@ -132,7 +151,6 @@ def _lengths(argument: str, lengths: list[int] | None) -> list[int]:
 
 
 def _check_ends(argument: str, ends: list[int], tokens: int) -> None:
-    """Running totals, up to all tokens."""
     fits = ends == sorted(ends) and (ends[-1] if ends else 0) == tokens
     require(fits, OPERATOR, argument, ends, f"the running totals of lengths, up to {tokens}")
 
@@ -198,7 +216,7 @@ def _paged(
 
 
 def _visible(mask: torch.Tensor | None, queries: int, keys: int) -> torch.Tensor | None:
-    """Which keys each query sees: the mask's lower right corner is that of the last query and key. None: all."""
+    """Returns which keys each query sees, None for all: the last query and the last key are aligned in the mask."""
     if mask is None or queries == 1:
         return None
     expected = f"at least {queries}, a key for each query, in sparse mode 3"
@@ -220,7 +238,7 @@ def _log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tenso
 
 
 def _parts(ends: list[int]) -> Iterator[tuple[int, int]]:
-    """Start and length of each request."""
+    """Yields the start and the length of each request."""
     start = 0
     for end in ends:
         yield start, end - start

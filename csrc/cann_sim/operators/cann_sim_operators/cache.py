@@ -28,6 +28,11 @@ def scatter_pa_kv_cache(
     cache_mode: str | None = "PA_NZ",
     **others: object,
 ) -> None:
+    """Writes each token's key and value into the slot that `slot_mapping` names for it, in place.
+
+    `key` and `value` are [tokens, heads, head size], the caches [blocks, tokens of a block, heads, head size]. Slot s
+    is token s % (tokens of a block) of block s // (tokens of a block).
+    """
     operator = "npu_scatter_pa_kv_cache"
     require_defaults(operator, others)
     if cache_mode not in {None, "Norm"}:
@@ -47,6 +52,7 @@ def reshape_and_cache(
     value_cache: torch.Tensor,
     slot_indices: torch.Tensor,
 ) -> None:
+    """Does the same as `scatter_pa_kv_cache`, for fewer dtypes."""
     operator = "_npu_reshape_and_cache"
     require_dtype(operator, "key", key, torch.float16, torch.bfloat16, torch.int8)
     require_dtype(operator, "slot_indices", slot_indices, torch.int32)
@@ -55,7 +61,6 @@ def reshape_and_cache(
 
 
 def _write(operator: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """`rows` is [tokens, heads, head size], `cache` [blocks, tokens of a block, heads, head size]."""
     require(cache.dtype == rows.dtype, operator, "the dtype of a cache", cache.dtype, f"{rows.dtype}")
     fits = rows.dim() == 3 and cache.dim() == 4 and cache.shape[2:] == rows.shape[1:]
     expected = f"[blocks, tokens of a block, heads, head size] for rows of {tuple(rows.shape)}"

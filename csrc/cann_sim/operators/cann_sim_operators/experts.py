@@ -21,7 +21,11 @@ def grouped_matmul(
     group_list_type: int | None = 0,
     **others: object,
 ) -> list[torch.Tensor]:
-    """Simulated for one tensor of rows, sorted by group, and one tensor with a matrix for each group."""
+    """Multiplies each group of rows with the group's matrix, and returns the products as one tensor in a list.
+
+    Simulated for one tensor x [rows, k], sorted by group, and one weight [groups, k, n]. `group_list` holds running
+    totals of the groups' lengths (group_list_type 0) or the lengths themselves (1).
+    """
     operator = "npu_grouped_matmul"
     require_defaults(operator, others)
     if len(x) != 1 or len(weight) != 1 or group_list is None or split_item not in {2, 3} or group_type != 0:

@@ -12,6 +12,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @implements("npu::npu_rms_norm")
 def rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x divided by its root mean square and scaled by gamma, and the reciprocal of that root in float32.
+
+    The mean is taken over the last dimensions, as many as gamma has.
+    """
     return _normalise("npu_rms_norm", x, gamma, epsilon)
 
 
@@ -19,6 +23,7 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tup
 def add_rms_norm(
     x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the same as `rms_norm` for the sum of x1 and x2, and the sum itself."""
     operator = "npu_add_rms_norm"
     require(x2.dtype == x1.dtype, operator, "the dtype of x2", x2.dtype, f"that of x1, {x1.dtype}")
     require(x2.shape == x1.shape, operator, "the shape of x2", tuple(x2.shape), f"that of x1, {tuple(x1.shape)}")
@@ -42,6 +47,7 @@ def _normalise(
 
 @implements("npu::npu_swiglu")
 def swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Returns silu of the first half of x, times the second half; the halves are taken along dimension `dim`."""
     require_dtype("npu_swiglu", "the input", x, *FLOATS)
     require(x.size(dim) % 2 == 0, "npu_swiglu", f"the size of dimension {dim}", x.size(dim), "even")
     gate, up = x.chunk(2, dim)

@@ -1,7 +1,7 @@
-"""How an operator of torch-npu gets an implementation: on the CPU's key of the genuine schema, by its name.
+"""How an operator of torch-npu gets an implementation: as the CPU's kernel of the genuine schema.
 
-The library then carries it to the device as it carries ATen. What documentation demands of arguments is demanded here,
-so that what works has a chance on a device.
+The library then carries it to the device in the same way as ATen's operators. The functions `require...` demand of
+arguments what the documentation demands, so that what works here has a chance on a device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ _libraries: dict[str, torch.library.Library] = {}  # a registration lives as lon
 
 
 def implements(name: str) -> Callable[[Function], Function]:
-    """For a function that takes what `name` takes, host tensors only; arguments at their default may be left out."""
+    """Makes the decorated function the implementation of the operator `name`, for example "npu::npu_rms_norm".
+
+    It is called with host tensors that alias the device's memory. Arguments that have their default are not passed, so
+    it needs parameters only for those that it supports, and `**others` to refuse the rest.
+    """
 
     def register(function: Function) -> Function:
         namespace, operator = name.split("::")
@@ -30,22 +34,25 @@ def implements(name: str) -> Callable[[Function], Function]:
 
 
 def require(holds: bool, operator: str, argument: str, found: object, expected: str) -> None:
+    """Raises RuntimeError, naming operator and argument, unless the condition holds."""
     if not holds:
         raise RuntimeError(f"{operator}: {argument} is {found}, but must be {expected}")
 
 
 def require_defaults(operator: str, others: dict[str, object]) -> None:
-    """For arguments of which only the default is simulated: those that are given are not."""
+    """Raises RuntimeError if any argument was passed of which only the default is simulated."""
     for argument, value in others.items():
         found = f"a tensor of {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
         raise RuntimeError(f"{operator}: {argument}={found} is not simulated")
 
 
 def require_dtype(operator: str, argument: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """Raises RuntimeError unless the tensor has one of the allowed dtypes."""
     names = ", ".join(str(each).removeprefix("torch.") for each in allowed)
     require(tensor.dtype in allowed, operator, f"the dtype of {argument}", tensor.dtype, f"one of {names}")
 
 
 def require_contiguous(operator: str, **tensors: torch.Tensor) -> None:
+    """Raises RuntimeError unless all tensors, given by the names of their arguments, are contiguous."""
     for argument, tensor in tensors.items():
         require(tensor.is_contiguous(), operator, argument, f"strided {tensor.stride()}", "contiguous")

@@ -1,4 +1,4 @@
-"""Rotary embedding of positions."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ HEAD_SIZES = (64, 128)
 def rotary_mul(
     x: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rotary_mode: str = "half", rotate: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Returns x * r1 + turned * r2, where `turned` has pairs of elements swapped and one of each negated.
+
+    A pair is an element of the first half and the one of the second ("half"), or two neighbours ("interleave"). If the
+    matrix `rotate` is given, `turned` is x @ rotate instead. All of x, r1 and r2 have 4 dimensions.
+    """
     operator = "npu_rotary_mul"
     require_dtype(operator, "the input", x, *FLOATS)
     for argument, tensor in {"the input": x, "r1": r1, "r2": r2}.items():
@@ -40,7 +45,11 @@ def apply_rotary_pos_emb(  # noqa: PLR0917
     layout: str = "BSND",
     rotary_mode: str = "half",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place, as on a device: the results are the arguments."""
+    """Turns query and key by the angles whose cosines and sines are given, in place as on a device, and returns them.
+
+    The layout is [batch, tokens, heads, head size] (BSND) or [tokens, heads, head size] (TND); `cos` and `sin` have one
+    head.
+    """
     operator = "npu_apply_rotary_pos_emb"
     dimensions = {"BSND": 4, "TND": 3}
     require(layout in dimensions, operator, "layout", layout, "BSND or TND")

@@ -26,7 +26,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What lies in the device's memory, as elements."""
+    """Returns the bytes of the tensor's storage on the device, as elements of its dtype."""
     size = tensor.untyped_storage().nbytes()
     return torch.frombuffer(bytearray(ctypes.string_at(tensor.data_ptr(), size)), dtype=tensor.dtype)
 

@@ -25,7 +25,10 @@ def causal_mask() -> torch.Tensor:
 
 
 def expected_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, causal: bool) -> Tensors:
-    """Of one request in double precision, and the logarithm of the softmax's sum. [tokens, heads, size]."""
+    """Returns the attention of one request in double precision, and the logarithm of the softmax's sum.
+
+    All tensors are [tokens, heads, head size].
+    """
     query, keys, values = (each.cpu().double().transpose(0, 1) for each in (query, keys, values))
     groups = query.shape[0] // keys.shape[0]
     scores = query @ keys.repeat_interleave(groups, 0).transpose(1, 2) / math.sqrt(query.shape[-1])
@@ -266,7 +269,7 @@ def test_activation() -> None:
 
 
 def turn(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """As complex numbers: pairs of a number in the first half and one in the second."""
+    """Turns pairs of numbers, one in the first half and one in the second, as complex numbers in double precision."""
     pairs = torch.complex(*x.cpu().double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((pairs.real, pairs.imag), -1)
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 pytestmark = pytest.mark.filterwarnings("ignore")  # some samples are of what is deprecated
 
 SAMPLES = 3
-"""Of each operator and dtype: the first ones are the ordinary ones."""
+"""How many samples of each operator and dtype are tried; the first ones are the ordinary ones."""
 DTYPES = (torch.float32, torch.int64)
 
 UNDEFINED_CONTENT = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
