@@ -323,7 +323,7 @@ static aclError begin(const char *function, sim_capture *capture, sim_stream *st
     return ACL_SUCCESS;
 }
 
-/* What is put into `stream` from now on is kept. `mode` says who may still make the host wait meanwhile: nobody
+/* Keeps all work that is put into `stream` from now on. `mode` says who may still make the host wait meanwhile: nobody
  * (global), other threads (thread-local), everybody (relaxed). */
 aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode)
 {
@@ -350,7 +350,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode)
     return error;
 }
 
-/* Whether the stream is being captured, and into which graph. */
+/* Tells whether the stream is being captured, and into which graph. */
 aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus *status, aclmdlRI *modelRI)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -402,7 +402,7 @@ static aclError check_result(const char *function, const sim_capture *capture)
     return ACL_SUCCESS;
 }
 
-/* Ends the capture that began in `stream`. The graph is the caller's, to be destroyed; after an error there is none. */
+/* Ends the capture that began in `stream`. The caller must destroy the graph; after an error there is none. */
 aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *modelRI)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -435,7 +435,7 @@ aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI *modelRI)
     return error;
 }
 
-/* Sets what the calling thread allows itself while others capture, and returns what it was. */
+/* Sets what the calling thread may do while others capture, and returns what it was before. */
 aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode *mode)
 {
     aclmdlRICaptureMode before = thread_mode;

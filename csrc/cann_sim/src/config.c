@@ -76,8 +76,8 @@ static double read_seconds(const char *name, double missing)
     return number;
 }
 
-/* As the runtime does: what follows a character that is neither digit nor comma is not read, a device that is not
- * there ends the list, and devices that are not in ascending order leave none. */
+/* Reads the list as CANN's runtime does: it ends at a character that is neither digit nor comma and at a device that
+ * does not exist, and if the devices are not in ascending order, no device is visible. */
 static void read_visible_devices(int machine)
 {
     const char *value = getenv("ASCEND_RT_VISIBLE_DEVICES");

@@ -25,7 +25,7 @@ static const char *name_of(sim_place place)
     return names[place];
 }
 
-/* Whether memory that should be on the device (or must not be) is there. */
+/* Whether the memory is on a device, or on the host, as the direction of the copy demands. */
 static aclError check_side(const char *function, const char *side, const void *address, size_t count, bool on_device)
 {
     sim_place place = sim_locate(address, count, NULL);
@@ -91,7 +91,7 @@ static aclError submit(const char *function, const copy *task, aclrtStream strea
     return sim_submit(function, stream, &work);
 }
 
-/* Copies at once, whatever is in the streams. The direction must be that of the addresses. */
+/* Copies at once, whatever the streams have to do. The direction must be that of the addresses. */
 aclError aclrtMemcpy(void *dst, size_t destMax, const void *src, size_t count, aclrtMemcpyKind kind)
 {
     copy task = {dst, src, 0, count};
@@ -112,14 +112,14 @@ aclError aclrtMemcpyAsync(void *dst, size_t destMax, const void *src, size_t cou
     return error ? error : submit(__func__, &task, stream);
 }
 
-/* The same: it differs only in what a device does with pageable host memory. */
+/* Does the same as aclrtMemcpyAsync: the two differ only in what a device does with pageable host memory. */
 aclError aclrtMemcpyAsyncWithCondition(void *dst, size_t destMax, const void *src, size_t count, aclrtMemcpyKind kind,
                                        aclrtStream stream)
 {
     return aclrtMemcpyAsync(dst, destMax, src, count, kind, stream);
 }
 
-/* Fills at once, whatever is in the streams. */
+/* Fills memory at once, whatever the streams have to do. */
 aclError aclrtMemset(void *devPtr, size_t maxCount, int32_t value, size_t count)
 {
     copy task = {devPtr, NULL, value, count};
@@ -130,7 +130,7 @@ aclError aclrtMemset(void *devPtr, size_t maxCount, int32_t value, size_t count)
     return run_copy(&task);
 }
 
-/* Puts a fill into `stream`. */
+/* Puts a fill into `stream`. The address is checked now and used when it is the fill's turn. */
 aclError aclrtMemsetAsync(void *devPtr, size_t maxCount, int32_t value, size_t count, aclrtStream stream)
 {
     copy task = {devPtr, NULL, value, count};

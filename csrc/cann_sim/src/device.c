@@ -96,7 +96,7 @@ aclError aclrtSetDevice(int32_t deviceId)
     return ACL_SUCCESS;
 }
 
-/* The device of the calling thread; an error if it has none. */
+/* Tells the device of the calling thread; an error if it has none. */
 aclError aclrtGetDevice(int32_t *deviceId)
 {
     if (!deviceId)
@@ -107,7 +107,7 @@ aclError aclrtGetDevice(int32_t *deviceId)
     return ACL_SUCCESS;
 }
 
-/* How many devices this process sees. */
+/* Tells how many devices this process sees. */
 aclError aclrtGetDeviceCount(uint32_t *count)
 {
     const sim_config *settings = sim_settings();
@@ -120,7 +120,7 @@ aclError aclrtGetDeviceCount(uint32_t *count)
     return ACL_SUCCESS;
 }
 
-/* The context of the calling thread's device. It stays the same as long as the process lives. */
+/* Tells the context of the calling thread's device, which stays the same as long as the process lives. */
 aclError aclrtGetCurrentContext(aclrtContext *context)
 {
     int device;
@@ -145,7 +145,7 @@ aclError aclrtSetCurrentContext(aclrtContext context)
     return ACL_SUCCESS;
 }
 
-/* Whether some thread has set the device. */
+/* Tells whether some thread has set the device. */
 aclError aclrtGetPrimaryCtxState(int32_t deviceId, uint32_t *flags, int32_t *active)
 {
     aclError error = CHECK_DEVICE(deviceId);
@@ -197,7 +197,7 @@ aclError aclrtGetDeviceInfo(uint32_t deviceId, aclrtDevAttr attr, int64_t *value
     return ACL_SUCCESS;
 }
 
-/* What aclrtGetDeviceInfo tells, by older names. */
+/* Tells some of the facts of aclrtGetDeviceInfo, by older names. */
 aclError aclGetDeviceCapability(uint32_t deviceId, aclDeviceInfo deviceInfo, int64_t *value)
 {
     static const aclrtDevAttr attributes[] = {
@@ -211,7 +211,7 @@ aclError aclGetDeviceCapability(uint32_t deviceId, aclDeviceInfo deviceInfo, int
     return aclrtGetDeviceInfo(deviceId, attributes[deviceInfo], value);
 }
 
-/* A number that a device of the machine has in all processes. */
+/* Tells a number that a device of the machine has in all processes. */
 aclError aclrtDeviceGetUuid(int32_t deviceId, aclrtUuid *uuid)
 {
     aclError error = CHECK_DEVICE(deviceId);
@@ -226,7 +226,7 @@ aclError aclrtDeviceGetUuid(int32_t deviceId, aclrtUuid *uuid)
     return ACL_SUCCESS;
 }
 
-/* A device reaches the memory of every other, and its own without being a peer of itself. */
+/* Tells whether the two devices are different: each reaches the memory of every other. */
 aclError aclrtDeviceCanAccessPeer(int32_t *canAccessPeer, int32_t deviceId, int32_t peerDeviceId)
 {
     aclError error;
@@ -252,7 +252,7 @@ aclError aclrtDeviceEnablePeerAccess(int32_t peerDeviceId, uint32_t flags)
     return ACL_SUCCESS;
 }
 
-/* The process id, by which memory would be shared on hardware. */
+/* Tells the process id, by which memory would be shared on hardware. */
 aclError aclrtDeviceGetBareTgid(int32_t *pid)
 {
     if (!pid)
@@ -261,7 +261,7 @@ aclError aclrtDeviceGetBareTgid(int32_t *pid)
     return ACL_SUCCESS;
 }
 
-/* The number in the machine of the device that the process calls `userDevid`. */
+/* Tells which device of the machine the process knows as `userDevid`. */
 aclError aclrtGetLogicDevIdByUserDevId(const int32_t userDevid, int32_t *const logicDevId)
 {
     aclError error = CHECK_DEVICE(userDevid);

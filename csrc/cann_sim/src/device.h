@@ -1,4 +1,4 @@
-/* The simulated devices and which of them a thread works on. */
+/* The simulated devices, and which of them a thread works on. */
 #ifndef CANN_SIM_DEVICE_H
 #define CANN_SIM_DEVICE_H
 
@@ -12,7 +12,7 @@ aclError sim_current_device(const char *function, int *device);
 /* Whether `device` is one that this process sees. */
 aclError sim_check_device(const char *function, int64_t device);
 
-/* The calling thread, which is one of ours, works on `device` as long as others do. */
+/* The calling thread, which belongs to the simulator, works on `device` as long as others do. */
 void sim_work_on(int device);
 
 /* The device of threads that never call aclrtSetDevice; -1 for none. */

@@ -45,8 +45,8 @@ const char *sim_error_text(void)
     return last_text;
 }
 
-/* The text of the calling thread's last error, "" if there was none since the previous call. The text is valid until
- * the next call in this thread. */
+/* Returns the text of the calling thread's last error, "" if there was none since the previous call. The text is valid
+ * until the next call in this thread. */
 const char *aclGetRecentErrMsg(void)
 {
     memcpy(told_text, last_text, sizeof told_text);
@@ -54,7 +54,7 @@ const char *aclGetRecentErrMsg(void)
     return told_text;
 }
 
-/* The calling thread's last error code; the next call returns success. */
+/* Returns the calling thread's last error code and clears it. */
 aclError aclrtGetLastError(aclrtLastErrLevel level)
 {
     aclError code = aclrtPeekAtLastError(level);
@@ -63,7 +63,7 @@ aclError aclrtGetLastError(aclrtLastErrLevel level)
     return code;
 }
 
-/* The calling thread's last error code, which stays. */
+/* Returns the calling thread's last error code and keeps it. */
 aclError aclrtPeekAtLastError(aclrtLastErrLevel level)
 {
     return level == ACL_RT_THREAD_LEVEL ? last_code : ACL_ERROR_INVALID_PARAM;

@@ -16,7 +16,7 @@ typedef struct {
 
     pthread_mutex_t lock; /* for all fields up to the error's text */
     pthread_cond_t changed;
-    uint64_t recorded;  /* how often it was put into a stream */
+    uint64_t recorded;  /* how many times it was put into a stream */
     uint64_t completed; /* the last of these records whose turn has come */
     uint64_t reset;     /* the records that were made before it was reset */
     int64_t time;       /* of the last completed record, in ns of the steady clock */
@@ -65,7 +65,7 @@ static bool has_come(const sim_event *event)
     return event->recorded > event->reset && event->completed >= event->recorded;
 }
 
-/* The record that counts, for whoever waits for the event from now on; 0 if there is none. */
+/* The number of the record that a wait from now on is for; 0 if the event is not recorded. */
 static uint64_t current_record(sim_event *event)
 {
     uint64_t number;
@@ -76,7 +76,7 @@ static uint64_t current_record(sim_event *event)
     return number;
 }
 
-/* Whether nobody has to wait for the record any more, and it has no failure to tell. */
+/* Whether the record is completed and has no failure to pass on. */
 static bool is_past(sim_event *event, uint64_t number)
 {
     bool past;
@@ -110,13 +110,13 @@ aclError aclrtCreateEventExWithFlag(aclrtEvent *event, uint32_t flag)
     return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
 }
 
-/* The same: the two differ in limits that are not simulated. */
+/* Does the same as aclrtCreateEventExWithFlag: the two differ in limits that are not simulated. */
 aclError aclrtCreateEventWithFlag(aclrtEvent *event, uint32_t flag)
 {
     return aclrtCreateEventExWithFlag(event, flag);
 }
 
-/* The event is no longer one. Streams that wait for it go on waiting and are told. */
+/* Destroys the handle. Streams that wait for the event go on waiting and are told when its turn has come. */
 aclError aclrtDestroyEvent(aclrtEvent event)
 {
     sim_event *object = sim_retire(SIM_EVENT, event);
@@ -206,7 +206,7 @@ aclError aclrtRecordEvent(aclrtEvent event, aclrtStream stream)
     return submit_event_task(__func__, object, target, false, number);
 }
 
-/* Makes the event as if it had not been recorded. */
+/* Forgets that the event was recorded. */
 aclError aclrtResetEvent(aclrtEvent event, aclrtStream stream)
 {
     SIM_BORROWED sim_event *object = NULL;
@@ -240,7 +240,7 @@ aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent event)
     return submit_event_task(__func__, object, target, true, number);
 }
 
-/* Complete if the event was recorded and its turn has come. */
+/* Tells whether the event was recorded and its turn has come. */
 aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *status)
 {
     SIM_BORROWED sim_event *object = NULL;
@@ -256,7 +256,7 @@ aclError aclrtQueryEventStatus(aclrtEvent event, aclrtEventRecordedStatus *statu
     return ACL_SUCCESS;
 }
 
-/* Complete if no stream can still be waiting for the event. */
+/* Tells whether no stream can still be waiting for the event. */
 aclError aclrtQueryEventWaitStatus(aclrtEvent event, aclrtEventWaitStatus *status)
 {
     SIM_BORROWED sim_event *object = NULL;
@@ -311,7 +311,7 @@ static aclError time_of(const char *function, aclrtEvent handle, int64_t *time)
     return error;
 }
 
-/* Milliseconds between two events that were made with timing and whose turn has come. */
+/* Tells the milliseconds between two events that were made with timing and whose turn has come. */
 aclError aclrtEventElapsedTime(float *ms, aclrtEvent startEvent, aclrtEvent endEvent)
 {
     int64_t start, end;
@@ -328,7 +328,7 @@ aclError aclrtEventElapsedTime(float *ms, aclrtEvent startEvent, aclrtEvent endE
     return ACL_SUCCESS;
 }
 
-/* When the event's turn came, in microseconds of the steady clock. */
+/* Tells when the event's turn came, in microseconds of the steady clock. */
 aclError aclrtEventGetTimestamp(aclrtEvent event, uint64_t *timestamp)
 {
     int64_t time;

@@ -157,7 +157,7 @@ aclError aclmdlRIDestroy(aclmdlRI modelRI)
     return ACL_SUCCESS;
 }
 
-/* A number that no other graph of the process has had; valid during the capture, too. */
+/* Tells a number that no other graph of the process has had. It can be asked for during the capture as well. */
 aclError aclmdlRIGetId(aclmdlRI modelRI, uint32_t *modelRIId)
 {
     SIM_BORROWED sim_graph *graph = NULL;

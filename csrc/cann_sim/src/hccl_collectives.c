@@ -120,7 +120,7 @@ HcclResult HcclReduceScatter(void *sendBuf, void *recvBuf, uint64_t recvCount, H
     return reduce_scatter(&call, NULL, NULL, comm, stream);
 }
 
-/* The same with parts of different lengths; all ranks give the same counts. */
+/* Does the same as HcclReduceScatter with parts of different lengths; all ranks pass the same counts. */
 HcclResult HcclReduceScatterV(void *sendBuf, const void *sendCounts, const void *sendDispls, void *recvBuf,
                               uint64_t recvCount, HcclDataType dataType, HcclReduceOp op, HcclComm comm,
                               hcclStream stream)
@@ -175,7 +175,7 @@ HcclResult HcclReduce(void *sendBuf, void *recvBuf, uint64_t count, HcclDataType
     return hccl_end(&call, stream);
 }
 
-/* Gives each rank its `recvCount` elements of the root's `sendBuf`; that of the others is not used. */
+/* Gives each rank its `recvCount` elements of the root's `sendBuf`; the others' `sendBuf` is not used. */
 HcclResult HcclScatter(void *sendBuf, void *recvBuf, uint64_t recvCount, HcclDataType dataType, uint32_t root,
                        HcclComm comm, hcclStream stream)
 {
@@ -219,7 +219,7 @@ static HcclResult all_gather(hccl_call *call, const void *counts, const void *pl
     return hccl_end(call, stream);
 }
 
-/* Each rank gets the `sendCount` elements of all, one after the other. */
+/* Gives the `sendCount` elements of each rank to all, one after the other. */
 HcclResult HcclAllGather(void *sendBuf, void *recvBuf, uint64_t sendCount, HcclDataType dataType, HcclComm comm,
                          hcclStream stream)
 {
@@ -234,7 +234,7 @@ HcclResult HcclAllGather(void *sendBuf, void *recvBuf, uint64_t sendCount, HcclD
     return all_gather(&call, NULL, NULL, comm, stream);
 }
 
-/* The same with parts of different lengths; all ranks give the same counts. */
+/* Does the same as HcclAllGather with parts of different lengths; all ranks pass the same counts. */
 HcclResult HcclAllGatherV(void *sendBuf, uint64_t sendCount, void *recvBuf, const void *recvCounts,
                           const void *recvDispls, HcclDataType dataType, HcclComm comm, hcclStream stream)
 {
@@ -251,7 +251,7 @@ HcclResult HcclAllGatherV(void *sendBuf, uint64_t sendCount, void *recvBuf, cons
     return all_gather(&call, recvCounts, recvDispls, comm, stream);
 }
 
-/* Returns, or lets the stream go on, when all ranks have come. */
+/* Lets the stream go on when all ranks have come. */
 HcclResult HcclBarrier(HcclComm comm, hcclStream stream)
 {
     hccl_call call = {.name = __func__, .kind = HCCL_KIND_BARRIER, .run = hccl_run_barrier};
@@ -288,7 +288,7 @@ static HcclResult check_all_to_all(const hccl_call *call, HcclDataType receive_t
     return HCCL_SUCCESS;
 }
 
-/* Each rank gives `sendCount` elements to each. */
+/* Gives `sendCount` elements of each rank to each. */
 HcclResult HcclAlltoAll(const void *sendBuf, uint64_t sendCount, HcclDataType sendType, const void *recvBuf,
                         uint64_t recvCount, HcclDataType recvType, HcclComm comm, hcclStream stream)
 {
@@ -302,7 +302,7 @@ HcclResult HcclAlltoAll(const void *sendBuf, uint64_t sendCount, HcclDataType se
     return hccl_end(&call, stream);
 }
 
-/* The same with parts of different lengths: arrays of uint64_t, by rank, in elements. */
+/* Does the same as HcclAlltoAll with parts of different lengths: arrays of uint64_t, by rank, in elements. */
 HcclResult HcclAlltoAllV(const void *sendBuf, const void *sendCounts, const void *sdispls, HcclDataType sendType,
                          const void *recvBuf, const void *recvCounts, const void *rdispls, HcclDataType recvType,
                          HcclComm comm, hcclStream stream)
@@ -337,7 +337,8 @@ static HcclResult set_parts_by_matrix(hccl_call *call, const uint64_t *matrix)
     return HCCL_SUCCESS;
 }
 
-/* The same with parts that follow one another; entry [i][j] of the matrix is what rank i gives to rank j. */
+/* Does the same as HcclAlltoAllV with parts that follow one another; entry [i][j] of the matrix is the number of
+ * elements that rank i gives to rank j. */
 HcclResult HcclAlltoAllVC(const void *sendBuf, const void *sendCountMatrix, HcclDataType sendType, const void *recvBuf,
                           HcclDataType recvType, HcclComm comm, hcclStream stream)
 {

@@ -69,7 +69,7 @@ hccl_comm *hccl_new_comm(uint32_t size, uint32_t rank, int device)
     return comm;
 }
 
-/* The name that was configured, or one that no other communicator has; `commName` has room for 128 bytes. */
+/* Tells the name that was configured, or one that no other communicator has. `commName` has room for 128 bytes. */
 HcclResult HcclGetCommName(HcclComm comm, char *commName)
 {
     SIM_BORROWED hccl_comm *object = sim_acquire(SIM_COMMUNICATOR, comm);
@@ -80,7 +80,7 @@ HcclResult HcclGetCommName(HcclComm comm, char *commName)
     return HCCL_SUCCESS;
 }
 
-/* The number of ranks. */
+/* Tells the number of ranks. */
 HcclResult HcclGetRankSize(HcclComm comm, uint32_t *rankSize)
 {
     SIM_BORROWED hccl_comm *object = NULL;
@@ -94,7 +94,7 @@ HcclResult HcclGetRankSize(HcclComm comm, uint32_t *rankSize)
     return HCCL_SUCCESS;
 }
 
-/* The rank of this process in the communicator. */
+/* Tells the rank of this process in the communicator. */
 HcclResult HcclGetRankId(HcclComm comm, uint32_t *rank)
 {
     SIM_BORROWED hccl_comm *object = NULL;
@@ -108,7 +108,7 @@ HcclResult HcclGetRankId(HcclComm comm, uint32_t *rank)
     return HCCL_SUCCESS;
 }
 
-/* What a code means, in a few words. */
+/* Returns what a code means, in a few words. */
 const char *HcclGetErrorString(HcclResult code)
 {
     switch (code) {
@@ -140,13 +140,13 @@ const char *HcclGetErrorString(HcclResult code)
     return "unknown error";
 }
 
-/* Which fields of HcclCommConfig are read: those up to the timeout. Of these only name and timeout have an effect. */
+/* Tells which fields of HcclCommConfig are read: those up to the timeout. Only name and timeout have an effect. */
 uint32_t HcclGetCommConfigCapability(void)
 {
     return HCCL_COMM_CONFIG_EXEC_TIMEOUT + 1;
 }
 
-/* Accepted: reductions are always deterministic here. */
+/* Accepts only HCCL_DETERMINISTIC, with any value: reductions are always deterministic here. */
 HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue configValue)
 {
     (void)configValue;

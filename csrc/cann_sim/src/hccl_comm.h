@@ -21,15 +21,15 @@ typedef struct hccl_comm {
     pthread_mutex_t turn;   /* for one operation at a time, and for the next three fields */
     int *sockets;           /* by rank; -1: oneself, or closed */
     struct pollfd *watched; /* room for size + 1 */
-    double missed_since;    /* when an idle peer was found dead; 0: never */
+    double missed_since;    /* when a peer was found dead while idle; 0: never */
 
     pthread_mutex_t lock; /* for the two fields below */
-    HcclResult error;     /* of the operation that failed: no other will run */
+    HcclResult error;     /* of the operation that failed; none will run after it */
     char error_text[512];
 } hccl_comm;
 
 /* A communicator without handle and connections; NULL if the host has no memory or no files left. The second function
- * frees it, and is the one to publish it with. */
+ * frees it; sim_publish is to be given that one. */
 hccl_comm *hccl_new_comm(uint32_t size, uint32_t rank, int device);
 void hccl_release_comm(sim_object *object);
 

@@ -16,7 +16,7 @@
 
 #define ROOT_MAGIC "cannsim root 1"
 
-/* What HcclRootInfo holds: a number that nobody else has. Each rank derives from it where the others are. */
+/* What HcclRootInfo holds: a unique number from which each rank derives where the others are. */
 typedef struct {
     char magic[16];
     unsigned char nonce[HCCL_NONCE_BYTES];
@@ -106,8 +106,8 @@ static HcclResult read_config(const char *function, hccl_comm *comm, const HcclC
     return HCCL_SUCCESS;
 }
 
-/* A number by which the ranks of one communicator find each other. It needs no one to keep it, and may be used again
- * after the communicator is gone. */
+/* Makes a number by which the ranks of one communicator find each other. Nobody needs to keep it alive, and it may be
+ * used again when the communicator is gone. */
 HcclResult HcclGetRootInfo(HcclRootInfo *rootInfo)
 {
     root content = {ROOT_MAGIC, {0}};
@@ -121,7 +121,7 @@ HcclResult HcclGetRootInfo(HcclRootInfo *rootInfo)
     return HCCL_SUCCESS;
 }
 
-/* The same as HcclCommInitRootInfoConfig without configuration. */
+/* Does the same as HcclCommInitRootInfoConfig without a configuration. */
 HcclResult HcclCommInitRootInfo(uint32_t nRanks, const HcclRootInfo *rootInfo, uint32_t rank, HcclComm *comm)
 {
     return HcclCommInitRootInfoConfig(nRanks, rootInfo, rank, NULL, comm);
@@ -169,8 +169,8 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t nRanks, const HcclRootInfo *rootI
     return result;
 }
 
-/* Leaves the communicator. An operation of another thread that is under way ends with HCCL_E_UNAVAIL; what peers have
- * been sent they can still take. Does not wait for the peers. */
+/* Leaves the communicator, without waiting for the peers. An operation under way in another thread ends with
+ * HCCL_E_UNAVAIL; peers can still take what they have been sent. */
 HcclResult HcclCommDestroy(HcclComm comm)
 {
     hccl_comm *object = sim_retire(SIM_COMMUNICATOR, comm);
@@ -178,7 +178,7 @@ HcclResult HcclCommDestroy(HcclComm comm)
 
     if (!object)
         return FAIL(HCCL_E_PARA, "%p is not a communicator, or was destroyed", comm);
-    (void)!write(object->wake, &one, sizeof one); /* it has room for the only one */
+    (void)!write(object->wake, &one, sizeof one); /* cannot fail: it is written only here */
     pthread_mutex_lock(&object->turn);
     hccl_disconnect(object, true);
     hccl_give_up(object, HCCL_E_UNAVAIL, "it was destroyed"); /* a graph may still hold it */

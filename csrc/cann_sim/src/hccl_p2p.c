@@ -61,7 +61,7 @@ static HcclResult call_items(const char *function, const HcclSendRecvItem *items
     return hccl_end(&call, stream);
 }
 
-/* Sends to another rank, which receives the same number of bytes. May return before they were received. */
+/* Sends to another rank, which must receive the same number of bytes. May return before they are received. */
 HcclResult HcclSend(void *sendBuf, uint64_t count, HcclDataType dataType, uint32_t destRank, HcclComm comm,
                     hcclStream stream)
 {
@@ -70,7 +70,7 @@ HcclResult HcclSend(void *sendBuf, uint64_t count, HcclDataType dataType, uint32
     return call_items(__func__, &item, 1, comm, stream);
 }
 
-/* Receives what another rank sends. */
+/* Receives from another rank, which must send the same number of bytes. */
 HcclResult HcclRecv(void *recvBuf, uint64_t count, HcclDataType dataType, uint32_t srcRank, HcclComm comm,
                     hcclStream stream)
 {
@@ -79,7 +79,7 @@ HcclResult HcclRecv(void *recvBuf, uint64_t count, HcclDataType dataType, uint32
     return call_items(__func__, &item, 1, comm, stream);
 }
 
-/* Sends and receives at once, in any order of the peers. */
+/* Does several sends and receives at once; the order matters only among those with the same peer. */
 HcclResult HcclBatchSendRecv(HcclSendRecvItem *sendRecvInfo, uint32_t itemNum, HcclComm comm, hcclStream stream)
 {
     if (!sendRecvInfo || !itemNum)
@@ -87,15 +87,15 @@ HcclResult HcclBatchSendRecv(HcclSendRecvItem *sendRecvInfo, uint32_t itemNum, H
     return call_items(__func__, sendRecvInfo, itemNum, comm, stream);
 }
 
-/* From here to HcclGroupEnd the calling thread's operations are collected. Groups may be nested; the outermost counts.
- */
+/* Collects the calling thread's operations until HcclGroupEnd. Groups may be nested; the outermost one counts. */
 HcclResult HcclGroupStart(void)
 {
     hccl_begin_group();
     return HCCL_SUCCESS;
 }
 
-/* Does what was collected, in its order; all sends and receives of a communicator at once, as HcclBatchSendRecv. */
+/* Does the operations that were collected, in their order, and the sends and receives of a communicator at once, as
+ * HcclBatchSendRecv does. */
 HcclResult HcclGroupEnd(void)
 {
     return hccl_end_group(__func__);

@@ -87,7 +87,7 @@ static uint16_t to_half(float value)
     } \
     break
 
-/* `wide` is a type in which the type's arithmetic has no overflow that is undefined. */
+/* `wide` is a type in which the arithmetic cannot overflow in an undefined way. */
 #define REDUCER(name, type, wide) \
     static void name(void *out, const void *const *parts, size_t part_count, size_t count, HcclReduceOp op) \
     { \

@@ -7,10 +7,10 @@
 
 #include "hccl_api.h"
 
-/* Bytes of an element; 0 for a type that is unknown. */
+/* The bytes of an element; 0 for an unknown type. */
 size_t hccl_type_size(HcclDataType type);
 
-/* Whether hccl_reduce can do it. */
+/* Whether hccl_reduce can do this operation on this type. */
 bool hccl_can_reduce(HcclDataType type, HcclReduceOp op);
 
 /* Reduces `count` elements of each of the `parts`, in their order, into `out`, which may be one of them. 16-bit floats

@@ -25,7 +25,7 @@ static size_t round_up(size_t size)
     return (size + GRANULE - 1) / GRANULE * GRANULE;
 }
 
-/* How many regions begin at or below `address`. */
+/* The number of regions that begin at or below `address`. */
 static size_t regions_up_to(const void *address)
 {
     size_t low = 0, high = region_count;
@@ -147,7 +147,7 @@ void sim_give_memory(int device, size_t size)
     pthread_mutex_unlock(&lock);
 }
 
-/* Fresh pages; huge ones where they help, since touching memory for the first time is what costs. */
+/* Maps fresh pages, huge ones where they help: most of the cost is in touching memory for the first time. */
 static void *map_pages(size_t size)
 {
     void *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -155,12 +155,12 @@ static void *map_pages(size_t size)
     if (base == MAP_FAILED)
         return NULL;
     if (size >= HUGE_PAGE)
-        (void)madvise(base, size, MADV_HUGEPAGE); /* advice */
+        (void)madvise(base, size, MADV_HUGEPAGE); /* only advice: it may fail */
     return base;
 }
 
-/* Memory of the current device, aligned to a page. Its content is undefined: zero, or garbage with CANN_SIM_POISON=1.
- * The device has CANN_SIM_MEMORY bytes; beyond that the error is ACL_ERROR_RT_MEMORY_ALLOCATION. */
+/* Allocates memory of the current device, aligned to a page. Its content is undefined: zero, or garbage with
+ * CANN_SIM_POISON=1. The device has CANN_SIM_MEMORY bytes; beyond that the error is ACL_ERROR_RT_MEMORY_ALLOCATION. */
 aclError aclrtMalloc(void **devPtr, size_t size, aclrtMemMallocPolicy policy)
 {
     sim_region region = {NULL, round_up(size), SIM_MALLOC, -1};
@@ -191,13 +191,13 @@ failed:
     return error;
 }
 
-/* As aclrtMalloc, which aligns to more than 32 bytes anyway. */
+/* Does the same as aclrtMalloc, which aligns to more than 32 bytes anyway. */
 aclError aclrtMallocAlign32(void **devPtr, size_t size, aclrtMemMallocPolicy policy)
 {
     return aclrtMalloc(devPtr, size, policy);
 }
 
-/* Frees what aclrtMalloc returned, of whichever device; anything else is an error. */
+/* Frees memory that aclrtMalloc returned, of any device; any other address is an error. */
 aclError aclrtFree(void *devPtr)
 {
     sim_region region;
@@ -209,7 +209,7 @@ aclError aclrtFree(void *devPtr)
     return ACL_SUCCESS;
 }
 
-/* Pinned host memory, aligned to a page. */
+/* Allocates pinned host memory, aligned to a page. */
 aclError aclrtMallocHost(void **hostPtr, size_t size)
 {
     sim_region region = {NULL, round_up(size), SIM_MALLOC_HOST, -1};
@@ -227,14 +227,14 @@ aclError aclrtMallocHost(void **hostPtr, size_t size)
     return ACL_SUCCESS;
 }
 
-/* As aclrtMallocHost; what the configuration says about addresses holds already. */
+/* Does the same as aclrtMallocHost, whose addresses already are what the configuration can ask for. */
 aclError aclrtMallocHostWithCfg(void **ptr, uint64_t size, aclrtMallocConfig *cfg)
 {
     (void)cfg;
     return aclrtMallocHost(ptr, (size_t)size);
 }
 
-/* Frees what aclrtMallocHost returned; anything else is an error. */
+/* Frees memory that aclrtMallocHost returned; any other address is an error. */
 aclError aclrtFreeHost(void *hostPtr)
 {
     sim_region region;
@@ -245,7 +245,7 @@ aclError aclrtFreeHost(void *hostPtr)
     return ACL_SUCCESS;
 }
 
-/* Pins host memory of the caller. The device reaches it at the same address. */
+/* Pins host memory that the caller owns. The device reaches it at the same address. */
 aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegisterType type, void **devPtr)
 {
     aclError error = aclrtHostRegisterV2(ptr, size, 0);
@@ -256,7 +256,7 @@ aclError aclrtHostRegister(void *ptr, uint64_t size, aclrtHostRegisterType type,
     return error;
 }
 
-/* The same. Memory that is allocated or registered already is refused. */
+/* Pins host memory that the caller owns. Memory that was allocated or registered here before is refused. */
 aclError aclrtHostRegisterV2(void *ptr, uint64_t size, uint32_t flag)
 {
     sim_region region = {ptr, (size_t)size, SIM_REGISTERED, -1};
@@ -269,7 +269,7 @@ aclError aclrtHostRegisterV2(void *ptr, uint64_t size, uint32_t flag)
     return error == ACL_ERROR_RT_PARAM_INVALID ? ACL_ERROR_HOST_MEMORY_ALREADY_REGISTERED : error;
 }
 
-/* Undoes aclrtHostRegister. */
+/* Unpins memory that was registered; any other address is an error. */
 aclError aclrtHostUnregister(void *ptr)
 {
     sim_region region;
@@ -279,7 +279,7 @@ aclError aclrtHostUnregister(void *ptr)
     return ACL_SUCCESS;
 }
 
-/* Whether an address is device memory (and of which device), pinned host memory, or neither. */
+/* Tells whether an address is device memory (and of which device), pinned host memory, or neither. */
 aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttributes *attributes)
 {
     int device = 0;
@@ -302,7 +302,7 @@ aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttributes *attribut
     return ACL_SUCCESS;
 }
 
-/* What this process has left of the current device. Other processes on the same device are not counted. */
+/* Tells how many bytes of the current device are free. What other processes take of it is not counted. */
 aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *free, size_t *total)
 {
     int device;

@@ -1,6 +1,6 @@
-/* Functions that torch-npu needs in order to be loaded and that are not simulated: calling one is an error by name.
+/* Functions that torch-npu needs in order to be loaded but that are not simulated. Each fails with its name.
  *
- * Functions that it looks up by name when they are called need no place here: torch-npu says itself that it does not
+ * Functions that torch-npu looks up only when they are called need no place here: it reports by itself that it does not
  * find them.
  */
 #include "errors.h"

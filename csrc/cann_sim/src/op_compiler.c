@@ -1,5 +1,5 @@
 /* The operator compiler: describes operators and hands them to whoever carries them (cann_sim.h). Nothing is compiled,
- * and what nobody carries fails by name. */
+ * and an operator that nobody carries fails with its name. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -35,7 +35,7 @@ static _Atomic(cann_sim_operator_carrier) carrier;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char options[ACL_OP_DEBUG_OPTION + 1][MAX_OPTION]; /* "": not set */
 
-/* Notes address and size; the memory stays the caller's. NULL if the host has no memory left. */
+/* Describes memory, which stays the caller's. Returns NULL if the host has no memory left. */
 aclDataBuffer *aclCreateDataBuffer(void *data, size_t size)
 {
     aclDataBuffer *buffer = malloc(sizeof *buffer);
@@ -47,7 +47,7 @@ aclDataBuffer *aclCreateDataBuffer(void *data, size_t size)
     return buffer;
 }
 
-/* Frees the note. */
+/* Frees the description of the memory, not the memory. */
 aclError aclDestroyDataBuffer(const aclDataBuffer *dataBuffer)
 {
     free((void *)dataBuffer);
@@ -70,7 +70,7 @@ static aclError set_shape(const char *function, aclTensorDesc *desc, int count, 
     return ACL_SUCCESS;
 }
 
-/* Describes a tensor; NULL if the arguments are wrong or the host has no memory left. */
+/* Describes a tensor. Returns NULL if the arguments are wrong or the host has no memory left. */
 aclTensorDesc *aclCreateTensorDesc(aclDataType dataType, int numDims, const int64_t *dims, aclFormat format)
 {
     aclTensorDesc *desc = calloc(1, sizeof *desc);
@@ -88,7 +88,7 @@ aclTensorDesc *aclCreateTensorDesc(aclDataType dataType, int numDims, const int6
     return desc;
 }
 
-/* Frees the description. */
+/* Frees the description of a tensor. */
 void aclDestroyTensorDesc(const aclTensorDesc *desc)
 {
     if (desc)
@@ -96,25 +96,25 @@ void aclDestroyTensorDesc(const aclTensorDesc *desc)
     free((void *)desc);
 }
 
-/* As given at creation. */
+/* Returns the type that was given to aclCreateTensorDesc. */
 aclDataType aclGetTensorDescType(const aclTensorDesc *desc)
 {
     return desc ? desc->type : ACL_DT_UNDEFINED;
 }
 
-/* As given at creation or by aclSetTensorFormat. */
+/* Returns the format that was given to aclCreateTensorDesc or aclSetTensorFormat. */
 aclFormat aclGetTensorDescFormat(const aclTensorDesc *desc)
 {
     return desc ? desc->format : ACL_FORMAT_UNDEFINED;
 }
 
-/* As given at creation or by aclSetTensorShape. */
+/* Returns the number of dimensions that were given to aclCreateTensorDesc or aclSetTensorShape. */
 size_t aclGetTensorDescNumDims(const aclTensorDesc *desc)
 {
     return desc ? desc->dimension_count : 0;
 }
 
-/* One of the dimensions. */
+/* Tells the size of the dimension with this index. */
 aclError aclGetTensorDescDimV2(const aclTensorDesc *desc, size_t index, int64_t *dimSize)
 {
     if (!desc || !dimSize || index >= desc->dimension_count)
@@ -123,13 +123,13 @@ aclError aclGetTensorDescDimV2(const aclTensorDesc *desc, size_t index, int64_t 
     return ACL_SUCCESS;
 }
 
-/* Accepted: nothing shows the name. */
+/* Ignored: the name would be shown nowhere. */
 void aclSetTensorDescName(aclTensorDesc *desc, const char *name)
 {
     (void)desc, (void)name;
 }
 
-/* Replaces the format. */
+/* Replaces the format of the description. */
 aclError aclSetTensorFormat(aclTensorDesc *desc, aclFormat format)
 {
     if (!desc)
@@ -138,20 +138,20 @@ aclError aclSetTensorFormat(aclTensorDesc *desc, aclFormat format)
     return ACL_SUCCESS;
 }
 
-/* Replaces the dimensions. */
+/* Replaces the dimensions of the description. */
 aclError aclSetTensorShape(aclTensorDesc *desc, int numDims, const int64_t *dims)
 {
     return desc ? set_shape(__func__, desc, numDims, dims) : FAIL(ACL_ERROR_INVALID_PARAM, "desc is NULL");
 }
 
-/* Accepted. */
+/* Ignored: a tensor is where its memory is. */
 aclError aclSetTensorPlaceMent(aclTensorDesc *desc, aclMemType memType)
 {
     (void)memType;
     return desc ? ACL_SUCCESS : FAIL(ACL_ERROR_INVALID_PARAM, "desc is NULL");
 }
 
-/* A set of attributes; NULL if the host has no memory left. */
+/* Makes an empty set of attributes. Returns NULL if the host has no memory left. */
 aclopAttr *aclopCreateAttr(void)
 {
     aclopAttr *attr = calloc(1, sizeof *attr);
@@ -169,7 +169,7 @@ static void clear_attribute(cann_sim_attribute *attribute)
     free((void *)attribute->text);
 }
 
-/* Frees the set. */
+/* Frees a set of attributes. */
 void aclopDestroyAttr(const aclopAttr *attr)
 {
     for (size_t i = 0; attr && i < attr->count; i++)
@@ -205,25 +205,25 @@ static aclError add_attribute(const char *function, aclopAttr *attr, const char 
     return ACL_SUCCESS;
 }
 
-/* Adds a boolean to the set. */
+/* Adds a boolean to a set of attributes. */
 aclError aclopSetAttrBool(aclopAttr *attr, const char *attrName, uint8_t attrValue)
 {
     return aclopSetAttrInt(attr, attrName, attrValue != 0);
 }
 
-/* Adds a number. */
+/* Adds an integer to a set of attributes. */
 aclError aclopSetAttrInt(aclopAttr *attr, const char *attrName, int64_t attrValue)
 {
     return aclopSetAttrListInt(attr, attrName, 1, &attrValue);
 }
 
-/* Adds a number. */
+/* Adds a float to a set of attributes. */
 aclError aclopSetAttrFloat(aclopAttr *attr, const char *attrName, float attrValue)
 {
     return aclopSetAttrListFloat(attr, attrName, 1, &attrValue);
 }
 
-/* Adds a text. */
+/* Adds a text to a set of attributes. */
 aclError aclopSetAttrString(aclopAttr *attr, const char *attrName, const char *attrValue)
 {
     char *text = attrValue ? strdup(attrValue) : NULL;
@@ -237,13 +237,13 @@ aclError aclopSetAttrString(aclopAttr *attr, const char *attrName, const char *a
     return error;
 }
 
-/* Adds a data type. */
+/* Adds a data type to a set of attributes. */
 aclError aclopSetAttrDataType(aclopAttr *attr, const char *attrName, aclDataType attrValue)
 {
     return aclopSetAttrInt(attr, attrName, attrValue);
 }
 
-/* Adds booleans. */
+/* Adds a list of booleans to a set of attributes. */
 aclError aclopSetAttrListBool(aclopAttr *attr, const char *attrName, int numValues, const uint8_t *values)
 {
     int64_t *integers = NULL;
@@ -254,7 +254,7 @@ aclError aclopSetAttrListBool(aclopAttr *attr, const char *attrName, int numValu
     return error;
 }
 
-/* Adds numbers. */
+/* Adds a list of integers to a set of attributes. */
 aclError aclopSetAttrListInt(aclopAttr *attr, const char *attrName, int numValues, const int64_t *values)
 {
     int64_t *integers = NULL;
@@ -265,7 +265,7 @@ aclError aclopSetAttrListInt(aclopAttr *attr, const char *attrName, int numValue
     return error;
 }
 
-/* Adds numbers. */
+/* Adds a list of floats to a set of attributes. */
 aclError aclopSetAttrListFloat(aclopAttr *attr, const char *attrName, int numValues, const float *values)
 {
     float *floats = NULL;
@@ -276,7 +276,7 @@ aclError aclopSetAttrListFloat(aclopAttr *attr, const char *attrName, int numVal
     return error;
 }
 
-/* Checked and forgotten: no operator that comes this way has been seen to need it. */
+/* Checks the arguments and ignores them: no operator that comes this way needs lists of lists. */
 aclError aclopSetAttrListListInt(aclopAttr *attr, const char *attrName, int numLists, const int *numValues,
                                  const int64_t *const values[])
 {
@@ -345,7 +345,7 @@ static aclError carry(const char *function, cann_sim_operator *operation, const 
     return error ? sim_fail(function, error, "operator %s failed", operation->type) : ACL_SUCCESS;
 }
 
-/* Has an operator carried, or fails, naming it: a result of zeros would be worse than none. */
+/* Hands an operator to the carrier. Fails with its name if nobody carries it: a result of zeros would be worse. */
 aclError aclopCompileAndExecute(const char *opType, int numInputs, const aclTensorDesc *const inputDesc[],
                                 const aclDataBuffer *const inputs[], int numOutputs,
                                 const aclTensorDesc *const outputDesc[], aclDataBuffer *const outputs[],
@@ -364,7 +364,7 @@ aclError aclopCompileAndExecute(const char *opType, int numInputs, const aclTens
     return carry(__func__, &operation, inputDesc, inputs, outputDesc, (const aclDataBuffer *const *)outputs, stream);
 }
 
-/* The same. */
+/* Does the same as aclopCompileAndExecute. */
 aclError aclopCompileAndExecuteV2(const char *opType, int numInputs, aclTensorDesc *inputDesc[],
                                   aclDataBuffer *inputs[], int numOutputs, aclTensorDesc *outputDesc[],
                                   aclDataBuffer *outputs[], aclopAttr *attr, aclopEngineType engineType,
@@ -380,13 +380,13 @@ static bool is_option(aclCompileOpt opt)
     return (int)opt >= 0 && opt <= ACL_OP_DEBUG_OPTION;
 }
 
-/* "disable" unless something else was set: nothing is compiled. With the lock held. */
+/* With the lock held: "disable" unless something else was set, because nothing is compiled. */
 static const char *option_value(aclCompileOpt opt)
 {
     return is_option(opt) && *options[opt] ? options[opt] : "disable";
 }
 
-/* Remembers an option of the compiler. */
+/* Remembers an option of the compiler for aclGetCompileopt. */
 aclError aclSetCompileopt(aclCompileOpt opt, const char *value)
 {
     if (!is_option(opt) || !value || strlen(value) >= MAX_OPTION)
@@ -397,7 +397,7 @@ aclError aclSetCompileopt(aclCompileOpt opt, const char *value)
     return ACL_SUCCESS;
 }
 
-/* The bytes that aclGetCompileopt needs. */
+/* Returns the number of bytes that aclGetCompileopt needs for the option. */
 size_t aclGetCompileoptSize(aclCompileOpt opt)
 {
     size_t size;
@@ -408,7 +408,7 @@ size_t aclGetCompileoptSize(aclCompileOpt opt)
     return size;
 }
 
-/* What was set. */
+/* Tells the value of an option as it was set, "disable" before. */
 aclError aclGetCompileopt(aclCompileOpt opt, char *value, size_t length)
 {
     bool fits;

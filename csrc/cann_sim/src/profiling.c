@@ -9,14 +9,14 @@ typedef int32_t (*prof_command_handle)(uint32_t type, void *data, uint32_t lengt
 EXPORT int32_t MsprofRegisterCallback(uint32_t moduleId, prof_command_handle handle);
 EXPORT uint64_t MsprofSysCycleTime(void);
 
-/* Accepted; the callback is never called. */
+/* Ignored: the callback is never called. */
 int32_t MsprofRegisterCallback(uint32_t moduleId, prof_command_handle handle)
 {
     (void)moduleId, (void)handle;
     return 0;
 }
 
-/* Nanoseconds of the steady clock. */
+/* Returns the time of the steady clock, in nanoseconds. */
 uint64_t MsprofSysCycleTime(void)
 {
     struct timespec now;

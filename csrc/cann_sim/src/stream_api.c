@@ -16,7 +16,7 @@ aclError aclrtCreateStream(aclrtStream *stream)
     return aclrtCreateStreamWithConfig(stream, 0, 0);
 }
 
-/* The same: streams have no priorities here, and flags only make a device faster. */
+/* Does the same as aclrtCreateStream: streams have no priorities here, and flags only make a device faster. */
 aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uint32_t flag)
 {
     int device;
@@ -38,7 +38,7 @@ static aclError retire_stream(const char *function, aclrtStream handle, sim_stre
     return sim_fail(function, ACL_ERROR_RT_INVALID_HANDLE, "%p is not a stream, or was destroyed", handle);
 }
 
-/* Waits until the stream is idle and ends it. Its handle is no longer one, whatever is returned. */
+/* Waits until the stream is idle and destroys it, even if an error is returned. */
 aclError aclrtDestroyStream(aclrtStream stream)
 {
     sim_stream *object;
@@ -51,7 +51,7 @@ aclError aclrtDestroyStream(aclrtStream stream)
     return error;
 }
 
-/* Ends the stream without waiting; what is queued is not done. */
+/* Destroys the stream without waiting; work that is queued is not done. */
 aclError aclrtDestroyStreamForce(aclrtStream stream)
 {
     sim_stream *object;
@@ -77,13 +77,13 @@ aclError aclrtResetDevice(int32_t deviceId)
     return ACL_SUCCESS;
 }
 
-/* Returns when all work in the stream is done, with the error of what failed, which is then forgotten. */
+/* Returns when all work in the stream is done. If some of it failed, returns the error and clears it. */
 aclError aclrtSynchronizeStream(aclrtStream stream)
 {
     return aclrtSynchronizeStreamWithTimeout(stream, -1);
 }
 
-/* The same, within `timeout` milliseconds; -1: however long it takes. */
+/* Does the same as aclrtSynchronizeStream, but fails after `timeout` milliseconds; -1: waits for ever. */
 aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -94,13 +94,13 @@ aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout)
     return sim_drain(__func__, object, timeout, true);
 }
 
-/* Returns when all streams of the current device are idle, with the first error that one of them has to report. */
+/* Returns when all streams of the current device are idle, with the first error that one of them reports. */
 aclError aclrtSynchronizeDevice(void)
 {
     return aclrtSynchronizeDeviceWithTimeout(-1);
 }
 
-/* The same, with at most `timeout` milliseconds for each stream; -1: however long it takes. */
+/* Does the same as aclrtSynchronizeDevice, but a stream fails after `timeout` milliseconds; -1: waits for ever. */
 aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout)
 {
     int device;
@@ -120,7 +120,7 @@ aclError cann_sim_wait_for_turn(aclrtStream stream)
     return error ? error : sim_drain(__func__, object, -1, false);
 }
 
-/* Whether all work in the stream is done. */
+/* Tells whether all work in the stream is done. */
 aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -134,7 +134,7 @@ aclError aclrtStreamQuery(aclrtStream stream, aclrtStreamStatus *status)
     return ACL_SUCCESS;
 }
 
-/* A number that no other stream of the process has had. */
+/* Tells a number that no other stream of the process has had. */
 aclError aclrtStreamGetId(aclrtStream stream, int32_t *streamId)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -148,7 +148,7 @@ aclError aclrtStreamGetId(aclrtStream stream, int32_t *streamId)
     return ACL_SUCCESS;
 }
 
-/* ACL_STOP_ON_FAILURE is what a stream does here: after a failure nothing runs until it is reported. */
+/* Checks the mode and ignores it: a stream always stops on a failure, until the failure is reported. */
 aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode)
 {
     aclrtStreamAttrValue value = {.failureMode = mode};
@@ -156,7 +156,7 @@ aclError aclrtSetStreamFailureMode(aclrtStream stream, uint64_t mode)
     return aclrtSetStreamAttribute(stream, ACL_STREAM_ATTR_FAILURE_MODE, &value);
 }
 
-/* Remembers the switch; detecting overflow is up to the operators. */
+/* Remembers the switch for aclrtGetStreamOverflowSwitch; what happens on overflow is up to the operators. */
 aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag)
 {
     aclrtStreamAttrValue value = {.overflowSwitch = flag};
@@ -164,7 +164,7 @@ aclError aclrtSetStreamOverflowSwitch(aclrtStream stream, uint32_t flag)
     return aclrtSetStreamAttribute(stream, ACL_STREAM_ATTR_FLOAT_OVERFLOW_CHECK, &value);
 }
 
-/* The switch as it was set; 0 before. */
+/* Tells the overflow switch as it was set; 0 before. */
 aclError aclrtGetStreamOverflowSwitch(aclrtStream stream, uint32_t *flag)
 {
     SIM_BORROWED sim_stream *object = NULL;
@@ -225,7 +225,7 @@ aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc fn, void *args)
     return sim_submit(__func__, stream, &task);
 }
 
-/* Puts all nodes of the graph into `stream`, in the order of their capture. The first that fails ends it. */
+/* Puts all nodes of the graph into `stream`, in the order of their capture. The first that fails ends the replay. */
 aclError aclmdlRIExecuteAsync(aclmdlRI modelRI, aclrtStream stream)
 {
     SIM_BORROWED sim_graph *graph = NULL;

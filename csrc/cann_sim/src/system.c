@@ -10,7 +10,7 @@
 #include "device.h"
 #include "errors.h"
 
-/* The release whose interface is simulated. torch-npu asks before it uses newer functions. */
+/* The release whose interface is simulated. torch-npu asks for it before it uses newer functions. */
 #define CANN_VERSION "9.0.0"
 #define DRIVER_VERSION "25.5.0"
 #define SOC_NAME "Ascend910B1"
@@ -21,7 +21,7 @@ static bool initialised, finalised;
 static int64_t system_options[ACL_OPT_STRONG_CONSISTENCY + 1];
 
 /* "default_device" is the only entry of aclInit's JSON file that matters here: {"defaultDevice":
- * {"default_device": "0"}}. A search does; the file is not the user's. */
+ * {"default_device": "0"}}. A search is enough, because torch-npu writes the file and not a user. */
 static aclError read_default_device(const char *path)
 {
     aclError error = ACL_SUCCESS;
@@ -46,8 +46,8 @@ done:
     return error;
 }
 
-/* Reads the settings, so that a wrong one is told here, and the default device from the file `configPath`, if given.
- * Once for each process. */
+/* Reads the settings, so that a wrong one is reported here, and the default device from the file `configPath`, if
+ * given. To be called once for each process. */
 aclError aclInit(const char *configPath)
 {
     aclError error = ACL_SUCCESS;
@@ -65,7 +65,7 @@ aclError aclInit(const char *configPath)
     return error;
 }
 
-/* Ends the use of the interface. What was not freed stays valid until the process ends. */
+/* Ends the use of the interface. Anything that was not freed stays valid until the process ends. */
 aclError aclFinalize(void)
 {
     aclError error = ACL_SUCCESS;
@@ -80,7 +80,7 @@ aclError aclFinalize(void)
     return error;
 }
 
-/* Warnings and errors of the caller go to standard error if CANN's ASCEND_SLOG_PRINT_TO_STDOUT asks for it. */
+/* Prints warnings and errors of the caller on standard error, if CANN's ASCEND_SLOG_PRINT_TO_STDOUT asks for it. */
 void aclAppLog(aclLogLevel logLevel, const char *func, const char *file, uint32_t line, const char *fmt, ...)
 {
     static const char *const names[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
@@ -98,13 +98,13 @@ void aclAppLog(aclLogLevel logLevel, const char *func, const char *file, uint32_
     funlockfile(stderr);
 }
 
-/* The name by which torch-npu knows what the device can do. */
+/* Returns the name by which torch-npu knows what the device can do. */
 const char *aclrtGetSocName(void)
 {
     return SOC_NAME;
 }
 
-/* The simulated release; only `version` of the answer is filled. */
+/* Tells the simulated release; only the field `version` is filled. */
 aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *version)
 {
     if (!version || name < ACL_PKG_NAME_CANN || name > ACL_PKG_NAME_DRIVER)
@@ -114,7 +114,7 @@ aclError aclsysGetCANNVersion(aclCANNPackageName name, aclCANNPackageVersion *ve
     return ACL_SUCCESS;
 }
 
-/* The same by name: "driver" or a package of CANN. `versionStr` has room for 128 bytes. */
+/* Tells the release of a package by its name, "driver" or one of CANN's. `versionStr` has room for 128 bytes. */
 aclError aclsysGetVersionStr(char *pkgName, char *versionStr)
 {
     if (!pkgName || !versionStr)
@@ -123,7 +123,7 @@ aclError aclsysGetVersionStr(char *pkgName, char *versionStr)
     return ACL_SUCCESS;
 }
 
-/* What the platform can do: infinities, bfloat16. Operators are not compiled. */
+/* Lists what the platform can do: infinities and bfloat16, but not the compilation of operators. */
 aclError aclGetCannAttributeList(const aclCannAttr **cannAttrList, size_t *num)
 {
     static const aclCannAttr attributes[] = {ACL_CANN_ATTR_INF_NAN, ACL_CANN_ATTR_BF16};
@@ -135,7 +135,7 @@ aclError aclGetCannAttributeList(const aclCannAttr **cannAttrList, size_t *num)
     return ACL_SUCCESS;
 }
 
-/* 1 for what is in the list above, else 0. */
+/* Tells whether aclGetCannAttributeList lists the attribute (1) or not (0). */
 aclError aclGetCannAttribute(aclCannAttr cannAttr, int32_t *value)
 {
     if (!value || cannAttr < ACL_CANN_ATTR_INF_NAN || cannAttr > ACL_CANN_ATTR_JIT_COMPILE)
@@ -144,7 +144,7 @@ aclError aclGetCannAttribute(aclCannAttr cannAttr, int32_t *value)
     return ACL_SUCCESS;
 }
 
-/* Remembered for aclrtGetSysParamOpt; all that the simulator does is deterministic. */
+/* Remembers an option for aclrtGetSysParamOpt. It has no effect: everything the simulator does is deterministic. */
 aclError aclrtSetSysParamOpt(aclSysParamOpt opt, int64_t value)
 {
     if ((int)opt < 0 || opt > ACL_OPT_STRONG_CONSISTENCY)
@@ -155,7 +155,7 @@ aclError aclrtSetSysParamOpt(aclSysParamOpt opt, int64_t value)
     return ACL_SUCCESS;
 }
 
-/* What was set, 0 before. */
+/* Tells the value of an option as it was set; 0 before. */
 aclError aclrtGetSysParamOpt(aclSysParamOpt opt, int64_t *value)
 {
     if ((int)opt < 0 || opt > ACL_OPT_STRONG_CONSISTENCY || !value)
@@ -166,13 +166,13 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt opt, int64_t *value)
     return ACL_SUCCESS;
 }
 
-/* The same for a context; there is one set of options for all. */
+/* Does the same as aclrtSetSysParamOpt: all contexts have one set of options. */
 aclError aclrtCtxSetSysParamOpt(aclSysParamOpt opt, int64_t value)
 {
     return aclrtSetSysParamOpt(opt, value);
 }
 
-/* Accepted: overflow is what the operators make of it. */
+/* Checks the mode and ignores it: what happens on overflow is up to the operators. */
 aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode)
 {
     if ((int)mode < 0 || mode > ACL_RT_OVERFLOW_MODE_UNDEF)
@@ -180,21 +180,21 @@ aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode mode)
     return ACL_SUCCESS;
 }
 
-/* Accepted: nothing waits on a device here but collectives, and they have CANN_SIM_HCCL_TIMEOUT. */
+/* Ignored: only collectives wait on a device here, and they have CANN_SIM_HCCL_TIMEOUT. */
 aclError aclrtSetOpWaitTimeout(uint32_t timeout)
 {
     (void)timeout;
     return ACL_SUCCESS;
 }
 
-/* Accepted: operators are not executed here. */
+/* Ignored: operators are not executed here. */
 aclError aclrtSetOpExecuteTimeOut(uint32_t timeout)
 {
     (void)timeout;
     return ACL_SUCCESS;
 }
 
-/* Accepted as given. */
+/* Ignored, because operators are not executed here; the timeout is reported back as given. */
 aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t *actualTimeout)
 {
     if (!actualTimeout)

@@ -15,7 +15,7 @@
 #include "handles.h"
 #include "memory.h"
 
-#define GRANULE ((size_t)2 << 20) /* what aclrtMallocPhysical of huge pages counts in */
+#define GRANULE ((size_t)2 << 20) /* the size of a huge page, in which physical memory is counted */
 
 typedef struct {
     sim_object object;
@@ -61,8 +61,8 @@ static bool forget_pages(void *base, size_t size)
     return mmap(base, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED;
 }
 
-/* Reserves at least `size` bytes of addresses, aligned to 2 MiB; `alignment` and `expectPtr` are wishes that are not
- * heard. */
+/* Reserves at least `size` bytes of addresses, aligned to 2 MiB; `alignment` and `expectPtr` are
+ * ignored. */
 aclError aclrtReserveMemAddress(void **virPtr, size_t size, size_t alignment, void *expectPtr, uint64_t flags)
 {
     range *entry = NULL;
@@ -90,7 +90,7 @@ aclError aclrtReserveMemAddress(void **virPtr, size_t size, size_t alignment, vo
     return ACL_SUCCESS;
 }
 
-/* Gives reserved addresses back. Memory must not be mapped there. */
+/* Gives reserved addresses back. No memory may be mapped there. */
 aclError aclrtReleaseMemAddress(void *virPtr)
 {
     aclError error = ACL_SUCCESS;
@@ -116,7 +116,7 @@ done:
 }
 
 /* Takes `size` bytes, a multiple of 2 MiB, of the device that `prop` names. They count as taken until they are freed
- * and nowhere mapped. */
+ * and mapped nowhere. */
 aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size, const aclrtPhysicalMemProp *prop, uint64_t flags)
 {
     physical *memory = NULL;
@@ -154,7 +154,7 @@ failed:
     return error;
 }
 
-/* The handle is gone; the memory is, too, as soon as it is mapped nowhere. */
+/* Destroys the handle. The memory is freed as soon as it is mapped nowhere. */
 aclError aclrtFreePhysical(aclrtDrvMemHandle handle)
 {
     physical *memory = sim_retire(SIM_PHYSICAL, handle);
@@ -219,7 +219,7 @@ aclError aclrtMapMem(void *virPtr, size_t size, size_t offset, aclrtDrvMemHandle
     return error;
 }
 
-/* Takes memory out of its addresses, which stay reserved. */
+/* Unmaps memory. Its addresses stay reserved. */
 aclError aclrtUnmapMem(void *virPtr)
 {
     aclError error = ACL_SUCCESS;
