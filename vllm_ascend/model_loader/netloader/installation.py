@@ -1,4 +1,4 @@
-"""What to repair where importing Netloader fails."""
+"""What to repair if Netloader cannot be imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VLLM: Final = "0.32"
 
 
 def what_is_broken(error: Exception) -> BrokenInstallation:
-    """For an `error` that importing a module of this package has ended with."""
+    """Says which package to repair after `error`, with which the import of a module of Netloader has ended."""
     package = _package_at_fault(error)
     reason = f"{type(error).__name__}: {error}"
     return BrokenInstallation(
@@ -25,7 +25,7 @@ def what_is_broken(error: Exception) -> BrokenInstallation:
 
 
 def _package_at_fault(error: Exception) -> str:
-    """The one that a module of ours was importing. What that one was importing in turn is its own affair."""
+    """The package that a module of ours was importing. Whatever that one was importing in turn is its own affair."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [module.partition(".")[0] for module in modules if not module.startswith(("importlib", "_frozen"))]
     ours = max((position for position, package in enumerate(packages) if package == _OURS), default=-1)
@@ -45,7 +45,7 @@ def _repair(package: str) -> str:
 
 
 def _requirements() -> dict[str, str]:
-    """Those of this package, by name."""
+    """The requirements of this distribution, by the name of the package."""
     try:
         requirements = importlib.metadata.requires("vllm-ascend") or []
     except importlib.metadata.PackageNotFoundError:

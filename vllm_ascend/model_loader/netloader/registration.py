@@ -1,7 +1,7 @@
-"""What vLLM knows as the load format ``netloader``, in every process: a name, and next to nothing behind it.
+"""What vLLM knows as the load format ``netloader``: a name with next to nothing behind it.
 
-vLLM runs the entry points of plug-ins in each of its processes, whatever they load, and an exception there ends them.
-So nothing of Netloader is imported until somebody asks for its loader, and what is broken is told to them alone.
+vLLM runs the entry points of plug-ins in each of its processes, whatever the process loads, and an exception there ends
+it. So nothing of Netloader is imported before somebody asks for its loader, and only they hear if it is broken.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 
 class RegisteredLoader(BaseModelLoader):
-    """vLLM takes only subclasses of its BaseModelLoader. Calling this one makes a `loader.NetLoader`, which is one."""
+    """Makes a `loader.NetLoader` when it is called. vLLM registers only subclasses of its own BaseModelLoader."""
 
     def __new__(cls, load_config: Any) -> Any:
-        """Raises BrokenInstallation, or what making that loader raises."""
+        """Raises BrokenInstallation if Netloader cannot be imported, or what `NetLoader` raises."""
         return _loader_class()(load_config)
 
 
 def register() -> None:
-    """Idempotent."""
+    """Makes the load format known to vLLM, in this process. Idempotent."""
     if _LOAD_FORMAT_TO_MODEL_LOADER.get("netloader") is not RegisteredLoader:
         register_model_loader("netloader")(RegisteredLoader)
 

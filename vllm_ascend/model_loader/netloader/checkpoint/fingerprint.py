@@ -1,11 +1,13 @@
 """The fingerprint of a checkpoint's files, by which its weights are recognised wherever they are.
 
-A fingerprint reads kilobytes of a checkpoint of any size: file names and sizes, what each file says of itself, and
-small samples. A safetensors file says its tensors' names, types and shapes; the archive that `torch.save` writes keeps
-a CRC-32 of each tensor, so that there any change shows. Each kind of tensor (`layers.*.self_attn.q_proj.weight`; in an
-archive, which does not tell names, the tensors of one size) gets as many samples as any other, spread over its tensors,
-so that a fine-tune of one kind in all layers shows, however few bytes it touches. Two checkpoints of one layout have
-the same fingerprint only if they differ in no place that a sample touches.
+Of a checkpoint of any size it takes only kilobytes: the names and sizes of the files, what each file says about its
+contents, and small samples. A safetensors file lists the names, types and shapes of its tensors. The archive that
+`torch.save` writes keeps a CRC-32 of each tensor, so there any change shows.
+
+Samples are shared out by kind of tensor, such as `layers.*.self_attn.q_proj.weight`; in an archive, which has no names,
+tensors of one size are a kind. Each kind gets the same number of samples, spread over its tensors. So a fine-tune of
+one kind in all layers shows, however few bytes it touches. Two checkpoints of one layout have the same fingerprint only
+if they are equal wherever a sample was taken.
 """
 
 from __future__ import annotations
@@ -26,40 +28,40 @@ from typing import Final, NamedTuple
 import msgspec
 
 HEADER_LIMIT: Final = 8 << 20
-"""Bytes that are read of what a file says of itself; in known models that is below 1 MiB."""
+"""Bytes that are read of a file's own description of its contents. In known models it is smaller than 1 MiB."""
 SAMPLES_PER_CHECKPOINT: Final = 1024
-"""Shared by the kinds of tensors; a kind gets at least one, whatever the sum."""
+"""Shared by the kinds of tensors. Each kind gets at least one, so there may be more if there are more kinds."""
 SAMPLE_BYTES: Final = 256
 OPEN_FILES: Final = 16
-"""Open at a time: a process may have few descriptors left, and a checkpoint hundreds of files."""
+"""Files that are open at a time: a checkpoint may have hundreds, and a process few descriptors left."""
 _NUMBERS: Final = re.compile(r"[0-9]+")
 
 
 class File(NamedTuple):
-    """A file of a checkpoint: its name in there, and where it is here."""
+    """A file of a checkpoint: its name within the checkpoint, and its path on this host."""
 
     name: str
     path: str
 
 
 def where_they_are(folder: str, paths: Iterable[str]) -> tuple[str, list[str]]:
-    """`folder` and `paths` in it, by the real path of the folder: a link to it may lead elsewhere in a moment.
+    """`folder` and the `paths` in it, by the real path of the folder, since a link to it may soon lead elsewhere.
 
-    Links within are kept: those of a hub's cache lead to names without a suffix, and loaders go by that.
+    Links within the folder are kept. In the cache of the hub they lead to names without a suffix, which loaders need.
     """
     real_folder = os.path.realpath(folder)
     return real_folder, [os.path.join(real_folder, os.path.relpath(path, folder)) for path in paths]
 
 
 def files_in(folder: str | os.PathLike[str], paths: Iterable[str | os.PathLike[str]]) -> list[File]:
-    """`paths`, which are somewhere in `folder`, in the order of their names."""
+    """The files at `paths`, which are somewhere in `folder`, in the order of their names."""
     return sorted(File(os.path.relpath(path, folder), os.fspath(path)) for path in paths)
 
 
 def require_complete(folder: str | os.PathLike[str], files: Sequence[File]) -> None:
-    """Raises FileNotFoundError where files are missing that an index of torch's format names.
+    """Raises FileNotFoundError if `files` lack some that the index of a checkpoint in torch's format names.
 
-    An interrupted download says nothing about the model. Of safetensors vLLM looks itself.
+    That is what an interrupted download leaves. For safetensors vLLM itself compares the files with the index.
     """
     if not any(file.name.endswith(".bin") for file in files):
         return
@@ -73,9 +75,9 @@ def require_complete(folder: str | os.PathLike[str], files: Sequence[File]) -> N
 
 
 def checkpoint_fingerprint(files: Sequence[File]) -> str:
-    """Fingerprint of `files`, which make up a checkpoint, in this order; empty where there are none.
+    """The fingerprint of the checkpoint that `files` make up in this order, in hexadecimal; empty if there are none.
 
-    Raises OSError where a file cannot be read.
+    Raises OSError if a file cannot be read.
     """
     if not files:
         return ""
@@ -95,7 +97,7 @@ def checkpoint_fingerprint(files: Sequence[File]) -> str:
 
 @contextlib.contextmanager
 def opened_regular(file: File) -> Iterator[int]:
-    """A descriptor of `file`. Raises OSError."""
+    """Opens `file` for reading and gives its descriptor. Raises OSError if it cannot, or if it is no regular file."""
     descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe waits for its writer
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -106,14 +108,14 @@ def opened_regular(file: File) -> Iterator[int]:
 
 
 class _Middle(NamedTuple):
-    """The byte of a file that is in the middle of a tensor."""
+    """The middle of a tensor: the tensor's kind, and the offset in the file."""
 
     kind: str
     offset: int
 
 
 def _outline(file: File, descriptor: int, size: int) -> tuple[bytes, Iterable[_Middle]]:
-    """What a file says of its contents, and where they are; both empty where it does not."""
+    """What a file says about its contents, and the middles of its tensors; both are empty if it says nothing."""
     if file.name.endswith(".safetensors"):
         header = _safetensors_header(descriptor, size)
         return header, _safetensors_middles(header)
@@ -129,7 +131,7 @@ def _safetensors_header(descriptor: int, size: int) -> bytes:
 
 
 def _safetensors_middles(header: bytes) -> Iterator[_Middle]:
-    """Nothing where the header is none."""
+    """The middles of the tensors that the header lists; none if it is not the header of a safetensors file."""
     try:
         entries = msgspec.json.decode(header[8:])
         for name, entry in entries.items():
@@ -142,20 +144,20 @@ def _safetensors_middles(header: bytes) -> Iterator[_Middle]:
 
 
 _END: Final = struct.Struct("<4s4x4xLL2x")
-"""End of central directory record: its size and place. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT"""
+"""End of central directory record: the directory's size and place. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT"""
 _LOCATOR: Final = struct.Struct("<4s4xQ4x")
-"""Zip64 end of central directory locator: the place of the next one."""
+"""Zip64 end of central directory locator: the place of the Zip64 end of central directory record."""
 _END_64: Final = struct.Struct("<4s36xQQ")
-"""Zip64 end of central directory record."""
+"""Zip64 end of central directory record: the size and place of the central directory."""
 _ENTRY: Final = struct.Struct("<4s16xLLHHH8xL")
-"""Central directory header: sizes (compressed, as it is), lengths of name, extra field and comment, and place."""
+"""Central directory header: compressed size, size, lengths of name, extra field and comment, place of the entry."""
 _LOCAL_HEADER_BYTES: Final = 30
 _TOO_LARGE: Final = 0xFFFFFFFF
-"""Stands where the value is in the Zip64 extra field."""
+"""Stands in for a value that is in the Zip64 extra field."""
 
 
 def _archive_directory(descriptor: int, size: int) -> bytes:
-    """The central directory of a zip file without a comment, as torch writes it; empty where there is none."""
+    """The central directory of a zip file without a comment, as torch writes it; empty if the file is not one."""
     tail = os.pread(descriptor, _LOCATOR.size + _END.size, max(size - _LOCATOR.size - _END.size, 0))
     if len(tail) < _LOCATOR.size + _END.size:
         return b""
@@ -172,7 +174,7 @@ def _archive_directory(descriptor: int, size: int) -> bytes:
 
 
 def _archive_middles(directory: bytes) -> Iterator[_Middle]:
-    """About the middle of each record: what pads the beginning of one is not told."""
+    """About the middle of each record. The directory does not say by how much the beginning of a record is padded."""
     at = 0
     while at + _ENTRY.size <= len(directory):
         signature, packed, size, name_length, extra_length, comment_length, place = _ENTRY.unpack_from(directory, at)
@@ -187,7 +189,7 @@ def _archive_middles(directory: bytes) -> Iterator[_Middle]:
 
 
 def _large_values(extra: bytes, values: tuple[int, ...]) -> list[int]:
-    """`values` of a directory header, with those that are kept in the Zip64 extra field."""
+    """The `values` of a directory entry, where those that are too large for it are taken from the Zip64 extra field."""
     large: Iterator[tuple[int]] = iter(())
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<HH", extra)
@@ -199,7 +201,7 @@ def _large_values(extra: bytes, values: tuple[int, ...]) -> list[int]:
 
 
 class _Place(NamedTuple):
-    """Where one tensor, or one part of a file that tells none, may be sampled."""
+    """A place for a sample: the middle of a tensor, or of a part of a file that does not say where its tensors are."""
 
     kind: str
     file: int
@@ -207,7 +209,7 @@ class _Place(NamedTuple):
 
 
 def _places(file: int, middles: Iterable[_Middle], size: int) -> list[_Place]:
-    """The middle of each tensor; evenly over the file if it tells none."""
+    """The middle of each tensor, or places spread evenly over the file if there are no `middles`."""
     places = [_Place(kind, file, offset) for kind, offset in middles if offset < size]
     if places:
         return sorted(places, key=lambda place: place.offset)
@@ -216,13 +218,13 @@ def _places(file: int, middles: Iterable[_Middle], size: int) -> list[_Place]:
 
 
 def _chosen(places: list[_Place]) -> list[_Place]:
-    """Equally many of each kind, evenly over its tensors from the first to the last, in the order of the files."""
+    """As many places of each kind, spread evenly over its tensors, in the order in which they lie in the files."""
     kinds: dict[str, list[_Place]] = {}
     for place in places:
         kinds.setdefault(place.kind, []).append(place)
     chosen: list[_Place] = []
     left = SAMPLES_PER_CHECKPOINT
-    for done, members in enumerate(sorted(kinds.values(), key=len)):  # what small kinds leave goes to the large ones
+    for done, members in enumerate(sorted(kinds.values(), key=len)):  # small kinds first: the others share what is left
         count = min(len(members), max(1, left // (len(kinds) - done)))
         steps = max(count - 1, 1)
         chosen += (members[position * (len(members) - 1) // steps] for position in range(count))
@@ -241,7 +243,7 @@ def _read_samples(files: Sequence[File], places: list[_Place]) -> Iterator[bytes
                 for descriptor, (_, members) in zip(descriptors, batch, strict=True)
                 for place in members
             ]
-            for descriptor, offset in offsets:  # so that the storage works on all at once
+            for descriptor, offset in offsets:  # so that the storage works on all of them at once
                 os.posix_fadvise(descriptor, offset, SAMPLE_BYTES, os.POSIX_FADV_WILLNEED)
             for descriptor, offset in offsets:
                 yield os.pread(descriptor, SAMPLE_BYTES, offset)

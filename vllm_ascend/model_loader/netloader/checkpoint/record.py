@@ -1,9 +1,11 @@
-"""Whether a checkpoint stayed as it was while it was read, and its fingerprint then.
+"""What one load has read from a checkpoint, and whether the files stayed the same while it read them.
 
-Files may be replaced or overwritten at any time: while sources are asked, between the ranks of an instance, in the
-middle of a load. A fingerprint is that of the bytes that were read only if it was taken between two looks at the files
-that found the same, one before the first byte and one after the last. And it tells weights apart only if none
-were loaded from other files. What cannot be shown to be one checkpoint's is not served to others.
+Files may be replaced or overwritten at any time: while sources are asked, between the ranks of an instance, or in the
+middle of a load. So the files are looked at before the first byte is read and again after the last one. Only if both
+looks find the same is the fingerprint that of the bytes that were read. It also has to cover all weights, so files that
+the loader of the checkpoint does not know of are looked for as well.
+
+Weights that cannot be shown to come from one checkpoint are not served.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from vllm_ascend.model_loader.netloader.checkpoint.opened import Opened
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged
 
 TIMESTAMP_GRAIN_NS: Final = 20_000_000
-"""Two writes within this time may leave the same timestamp; kernels advance it every 1 to 10 ms."""
+"""Two writes within this time may leave the same timestamp, because kernels advance their clock every 1 to 10 ms."""
 _SHOWN_FILES: Final = 3
+"""Files that a message names; it counts the others."""
 
 
 class ReadRecord:
-    """What one load reads from files: call `begin` before, and `finish` after it.
+    """The record of one load. Call `begin` before it reads, `note` with the files that were opened, then `finish`.
 
-    `folder` is that of the first files, and `real_folder` where it led then.
+    `folder` is the one that holds the first part of the checkpoint, by the path under which the loader knows it.
+    `real_folder` is where that path led when the load began. Both are empty before that.
     """
 
     def __init__(self) -> None:
@@ -42,10 +46,10 @@ class ReadRecord:
         self._opened: set[Opened] = set()
 
     def begin(self, folder: str, paths: Sequence[str]) -> tuple[str, list[str]]:
-        """For `paths` in `folder`; again for each further place in which a part of the checkpoint is.
+        """Looks at the files at `paths` in `folder`. Call it for each folder that holds a part of the checkpoint.
 
-        Returns the folder and the paths by which to read: links to the folder may lead elsewhere by then. Never raises,
-        so that the load goes on.
+        Returns the folder and the paths to read from instead: they have no links to the folder, which may lead
+        elsewhere in a moment. Never raises, so that the load goes on; `finish` does.
         """
         real_folder, real_paths = where_they_are(folder, paths)
         files = files_in(real_folder, real_paths)
@@ -60,13 +64,13 @@ class ReadRecord:
         return real_folder, real_paths
 
     def note(self, opened: Iterable[Opened]) -> None:
-        """`opened` were opened while it was read, by whomever."""
+        """Adds the files that anybody has opened in this process during the load."""
         self._opened.update(opened)
 
     def finish(self) -> str:
-        """The fingerprint of what was read, empty if that were no files.
+        """The fingerprint of what was read, empty if no files were.
 
-        Raises CheckpointChanged where one changed meanwhile, or where that cannot be told.
+        Raises CheckpointChanged, naming the files, if one has changed since `begin`, or if that cannot be found out.
         """
         files = list(self._stamps)
         try:
@@ -77,15 +81,19 @@ class ReadRecord:
             now = _stamps(files)
         except OSError as error:
             raise CheckpointChanged(f"the checkpoint cannot be fingerprinted: {error}") from error
+
         changed = [f"{file.name} {how}" for file in files if (how := self._stamps[file].change_to(now[file]))]
-        if not changed:  # what is written through a mapping of a file may leave its times as they were
+        if not changed:  # writing through a mapping of a file may leave its times as they were
             changed = [f"{folder} was written to" for folder in written]
         if changed:
             raise CheckpointChanged(f"the checkpoint changed while it was read: {_some(changed)}")
         return fingerprint
 
     def unknown_weights(self) -> str:
-        """Why the fingerprint does not tell which weights were loaded, empty where it does."""
+        """The reason why the fingerprint does not say which weights were loaded, empty if it does.
+
+        It names files with weights that were opened during the load and are not among those of the checkpoint.
+        """
         known = {stamp.path for stamp in self._stamps.values()}
         folders = {look.folder for look in self._looks}
         beside = {each for each in self._opened if each.real_path not in known and each.may_be_weights(folders)}
@@ -99,7 +107,7 @@ class ReadRecord:
 
 
 class _Look(NamedTuple):
-    """What the files of one place held before they were read."""
+    """What the files of one folder held before they were read."""
 
     folder: str
     files: list[File]
@@ -112,13 +120,13 @@ def _some(texts: Sequence[str]) -> str:
 
 
 def _relative(opened: Opened, folder: str) -> str:
-    """To `folder` where it is in there; a link to it is followed, and those in it are not."""
+    """The path of a file relative to `folder` if it is in there. Only links above the file are followed."""
     path = os.path.join(os.path.realpath(os.path.dirname(opened.path)), os.path.basename(opened.path))
     return path.removeprefix(os.path.join(folder, "")) if folder else path
 
 
 class _Stamp(NamedTuple):
-    """What a filesystem tells of a file; links to it are followed, and `path` is where they led."""
+    """What the filesystem says of a file. Links to it are followed, and `path` is where they lead."""
 
     path: str
     device: int
@@ -128,7 +136,7 @@ class _Stamp(NamedTuple):
     changed: int
 
     def change_to(self, other: _Stamp) -> str:
-        """How the file became `other`, empty where it did not change."""
+        """What has happened to the file if it has the stamp `other` now, empty if nothing has."""
         if self == other:
             return ""
         if self[:3] != other[:3]:
@@ -137,7 +145,7 @@ class _Stamp(NamedTuple):
 
 
 def _settled_stamps(files: Sequence[File]) -> dict[File, _Stamp]:
-    """Stamps so much later than the last change that one more change must alter them."""
+    """The stamps of files, taken long enough after the last change that one more change must alter them."""
     stamps = _stamps(files)
     newest = max((max(stamp.modified, stamp.changed) for stamp in stamps.values()), default=0)
     if time.time_ns() - newest < TIMESTAMP_GRAIN_NS:
@@ -147,7 +155,10 @@ def _settled_stamps(files: Sequence[File]) -> dict[File, _Stamp]:
 
 
 def _stamps(files: Sequence[File]) -> dict[File, _Stamp]:
-    """Of opened files: network filesystems may answer from a cache of attributes otherwise. Raises OSError."""
+    """The stamps of files, which are opened for it, because network filesystems may otherwise answer from a cache.
+
+    Raises OSError if a file cannot be read.
+    """
     stamps = {}
     for file in files:
         with opened_regular(file) as descriptor:

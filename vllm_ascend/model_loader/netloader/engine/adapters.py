@@ -1,9 +1,11 @@
 """Classifiers that vLLM makes from causal models while it loads them, such as Qwen3-Reranker.
 
-Their checkpoints hold no classifier. vLLM loads the head of the causal model, computes the classifier's weight from the
-rows of a few tokens, and deletes the head. What a client gets is that weight, and there is no head for it to load. So
-the head that such a model is built with, which holds nothing yet, goes before anything is loaded, at servers and
-clients alike: a load from disk makes one of its own for as long as it takes, and all models are the same in the end.
+Their checkpoints hold no classifier. vLLM loads the head of the causal model, computes the weight of the classifier
+from the rows of a few tokens, and deletes the head. A client gets that weight, and no head.
+
+So the head with which such a model is built, and which holds nothing yet, is removed before anything is loaded, by
+servers and clients alike. A load from disk makes a head of its own for as long as it needs one. In the end all models
+have the same modules.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _HEAD = "lm_head"
 
 
 def remove_passing_head(model: nn.Module, model_config: ModelConfig) -> None:
-    """Deletes the head of `model`, before it is loaded, if loading would delete it. Idempotent."""
+    """Deletes the head of `model`, which is not loaded yet, if loading would delete it anyway. Idempotent."""
     adapted = any(base.__module__ == adapters.__name__ for base in type(model).__mro__)
     if adapted and _setting(model_config, "method") in adapters.SEQ_CLS_LOAD_METHODS:
         language_model = adapters._get_language_model_for_seq_cls(model)
@@ -28,9 +30,9 @@ def remove_passing_head(model: nn.Module, model_config: ModelConfig) -> None:
 
 
 def classifier_tokens(model_config: ModelConfig) -> str:
-    """By which rows of the head the classifier is made, empty for other models.
+    """The rows of the head from which the classifier is made, as text; empty for other models.
 
-    The configuration has texts, and it is the tokenizer of this instance that makes numbers of them.
+    The configuration has the tokens as texts, and the tokenizer of this instance makes numbers of them.
     """
     if _setting(model_config, "method") not in adapters.SEQ_CLS_LOAD_METHODS:
         return ""
@@ -48,6 +50,6 @@ def classifier_tokens(model_config: ModelConfig) -> str:
 
 
 def _setting(model_config: ModelConfig, name: str) -> Any:
-    """As vLLM looks for it."""
+    """A setting of the model, looked for in the places where vLLM looks for it."""
     config = model_config.hf_config
     return getattr(config, name, getattr(config.get_text_config(), name, None))

@@ -1,8 +1,9 @@
 """The disk: vLLM's own loader, and which files it reads.
 
-The loader chooses them: by the formats that it finds, by patterns of the model, by an index beside the files; and a
-model may name further repositories. So it is asked for its choice, in advance of what is on this host, and is watched
-while it loads, when it may have downloaded what was not. What a model reads by itself meanwhile is noticed too.
+The loader chooses files by the formats that it finds, by patterns of the model, and by an index beside the files. A
+model may name further repositories. So the loader itself is asked for its choice: before a load, among the files that
+are on this host, and during a load, when it may have downloaded others. Files that a model reads by itself while it
+loads are noticed too.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def load_from_disk(model: nn.Module, model_config: ModelConfig, load_config: Loa
 
 
 def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> str:
-    """Of the files that a load of `model` would read; empty unless all are on this host. Asks no hub."""
+    """The fingerprint of the files that a load of `model` would read, empty unless all are on this host. Asks no hub.
+
+    Never raises. If the files cannot be fingerprinted, it logs what that means, and the fingerprint is empty.
+    """
     preview = _Preview(load_config)
     try:
         for _ in preview.get_all_weights(model_config, model):
@@ -79,7 +83,7 @@ def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: L
         return checkpoint_fingerprint(preview.files)
     except _NotHere:
         return ""
-    except Exception as error:  # of vLLM's code on files of any kind; a source may still have the weights
+    except Exception as error:  # vLLM's code may raise anything on files of any kind; a source may have the weights
         logger.warning(
             "the checkpoint of %s cannot be fingerprinted, so names decide: weights of other contents would be taken "
             "from a source that knows them by the same name, and the same weights by another name are refused: %s",
@@ -94,7 +98,7 @@ class _NotHere(Exception):
 
 
 class _Preview(_Loader):
-    """Finds what a load would read, and reads nothing."""
+    """Finds the files that a load would read, and reads no weights."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -117,7 +121,7 @@ class _Preview(_Loader):
 def _folder_here(model: str, revision: str | None, download_dir: str | None) -> str:
     if os.path.isdir(model):
         return model
-    if envs.VLLM_USE_MODELSCOPE:  # whose cache is laid out otherwise
+    if envs.VLLM_USE_MODELSCOPE:  # its cache has another layout
         raise _NotHere
     try:
         folder: str = huggingface_hub.snapshot_download(

@@ -1,13 +1,14 @@
-"""A dry run of a reload: whether a model in use can take over new weights is known before any of it changes.
+"""A dry run of a reload, which shows whether a model in use can take over new weights before any of it changes.
 
-vLLM's reload copies what processing a layer yields into the memory that the layer computes with. Where that does not
-fit, it fails between two layers, and which layers do not fit depends on the model, the platform, and the processor. So
-one part of each kind (a decoder layer, an embedding) is taken from the scratch model that holds the new weights, is
-given memory of its own on the device, and goes the whole way: processed as after a first load, then reloaded with the
-same weights. The reload must bring the very same tensors, bit for bit; and what the first load left must be what the
-model in use has. No knowledge of layers is needed for that.
+vLLM's reload processes a layer and copies the result into the memory that the layer computes with. If that does not
+fit, it fails between two layers. Which layers do not fit depends on the model, the platform and the processor.
 
-What stays hidden is what layers keep outside of tensors, such as handles of a library; `reloadable` knows the one of
+So one part of each kind (a decoder layer, an embedding) is taken from the scratch model that holds the new weights. It
+gets memory of its own on the device and goes the whole way: it is processed as after a first load, then reloaded with
+the same weights. The reload must bring the very same tensors, bit for bit, and their layout must be the one that the
+model in use has. No knowledge of particular layers is needed for that.
+
+What layers keep outside of tensors, such as handles of a library, stays hidden from it. `reloadable` knows the one of
 these that is wrong after a reload.
 """
 
@@ -47,9 +48,9 @@ from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualif
 
 
 def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) -> NewWeights:
-    """What `model` can take over from `scratch`, which is loaded, not processed, and of no use afterwards.
+    """What `model` can take over from `scratch`, which is loaded and not processed, and cannot be used afterwards.
 
-    Raises ReloadRefused, naming the layer or tensor, where vLLM's reload would fail or go wrong.
+    Raises ReloadRefused, naming the layer or tensor, if vLLM's reload would fail or go wrong.
     """
     weights = raw_tensors(scratch)
     layers = layers_of(model)
@@ -77,7 +78,10 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Tensors on the meta device, by the name of their module in the part."""
+    """What processing leaves in a part, and which of it takes a detour, as tensors on the meta device.
+
+    Names of modules are those within the part.
+    """
 
     processed: Tensors
     detours: Tensors
@@ -104,7 +108,7 @@ def _rehearse_part(
             take_over(NewWeights(weights, outcome.detours), part)
         finalize_layerwise_reload(part, model_config)
         after = dict(_tensors(part))
-    except Exception as error:  # of any model's own code
+    except Exception as error:  # a model's own code may raise anything
         raise ReloadRefused(
             f"vLLM cannot give {prefix} new weights in place: {type(error).__name__}: {error}. "
             f"Start the instance anew to change its weights"
@@ -119,14 +123,14 @@ def _rehearse_part(
 
 
 def _take_out_what_is_in_use(scratch: nn.Module, model: nn.Module) -> None:
-    """Removes modules that are those of `model`, too: vLLM makes rotary embeddings once for all models."""
+    """Removes the modules that `scratch` shares with `model`: vLLM makes rotary embeddings once for all models."""
     in_use = set(model.modules())
     for module in set(scratch.modules()) - in_use:
         module._modules.update({name: None for name, child in module._modules.items() if child in in_use})
 
 
 def _hollow_out(part: nn.Module) -> None:
-    """Frees what processing has left in `part` and in what it refers to, before the next one needs as much."""
+    """Frees whatever processing has left in `part` and in what it refers to, before the next part needs as much."""
     for layer in [*part.modules()]:
         vars(layer).clear()
 
@@ -142,7 +146,7 @@ def _give_memory(part: nn.Module) -> None:
 
 
 def _process_layers(part: nn.Module) -> None:
-    """As vLLM does after a first load."""
+    """Processes the layers of `part` as vLLM does after a first load."""
     for layer in part.modules():
         method: Any = getattr(layer, "quant_method", None)
         if isinstance(method, QuantizeMethodBase):
@@ -164,7 +168,7 @@ def _on_meta(part: nn.Module) -> Tensors:
 
 
 def _detours(alone: Tensors, together: Tensors) -> Tensors:
-    """Those of `alone` that are no longer there, or other ones, once attention layers have been processed."""
+    """The tensors of `alone` that are gone or have another layout once attention layers have been processed."""
     changed = {
         prefix: {
             name: tensor for name, tensor in tensors.items() if layout(together[prefix].get(name)) != layout(tensor)
@@ -175,7 +179,7 @@ def _detours(alone: Tensors, together: Tensors) -> Tensors:
 
 
 def _kind(part: nn.Module) -> Hashable:
-    """Equal for parts that are processed in the same way: numbers and names of layers do not matter for that."""
+    """A key that parts have in common if they are processed in the same way, whatever their numbers and names."""
     return tuple(_kind_of_layer(name, layer) for name, layer in part.named_modules())
 
 

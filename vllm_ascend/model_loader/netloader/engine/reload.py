@@ -1,13 +1,13 @@
 """New weights for a model that is already in use, through vLLM's layerwise reload.
 
-Post-processing may have replaced a model's parameters, so new raw weights cannot be written over them. A second,
-scratch model of the same configuration takes them first, exactly as at the first load: from a source or from disk, in
-host memory, in an arena that is served afterwards. Only when it is complete, and a `rehearsal` has shown that layers of
-every kind can take over such weights, does the model in use change, layer by layer (`takeover`): vLLM gives a layer its
-raw tensors back, they are filled, post-processed, and copied into the memory that the model computes with. So whatever
-goes wrong before that leaves the instance as it was, and it goes on serving what it has.
+Post-processing may have replaced the parameters of the model, so new raw weights cannot be written over them. A second,
+scratch model of the same configuration takes them first, exactly as in a first load: from a source or from disk, into
+an arena in host memory, which is served afterwards. When it is complete, a `rehearsal` shows whether layers of every
+kind can take over such weights. Only then does the model in use change, layer by layer (`takeover`): vLLM gives a layer
+its raw tensors back, and they are filled, post-processed, and copied into the memory that the model computes with. So
+whatever goes wrong before leaves the instance as it was, and it goes on serving what it has.
 
-vLLM's `reload_weights` knows checkpoints only: it takes an iterator from the loader's `get_all_weights` and gives it
+vLLM's `reload_weights` knows only checkpoints. It takes an iterator from the loader's `get_all_weights` and passes it
 to the model's `load_weights`. `hand_over` lends the model a `load_weights` for that one iterator.
 """
 
@@ -57,10 +57,13 @@ def require_ranks_alike(fingerprint: str) -> None:
 
 
 def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module:
-    """A model like the one in use, before loading, unknown to the engine; in host memory, which has room for it."""
+    """Makes a model like the one in use, not loaded yet, in host memory, which has room for it.
+
+    The engine does not get to know it.
+    """
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(vllm_config.compilation_config)
-    config.compilation_config.static_forward_context = {}  # where layers register, each name once
+    config.compilation_config.static_forward_context = {}  # layers register here, and each name may come once
     config.compilation_config.static_all_moe_layers = []
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model: nn.Module = initialize_model(vllm_config=config, model_config=model_config)
@@ -70,10 +73,11 @@ def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Modu
 def hand_over(
     weights: NewWeights, model: nn.Module, dtype: torch.dtype, then: Callable[[], None], otherwise: Callable[[], None]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `get_all_weights` returns: given this iterator, `model.load_weights` takes over `weights`.
+    """Makes the iterator by which `model`, whose type is `dtype`, takes over `weights`: pass it to its `load_weights`.
 
-    `then` runs after it. Given any other iterator, it does what it always does, and the weights are given up.
-    `otherwise` runs if the iterator is read instead, which fails and leaves the model as it is. `dtype` is the model's.
+    Afterwards `then` is called. If `load_weights` is called with any other iterator, it does what it does without us,
+    and the new weights are dropped. If the iterator is read instead, the model stays as it is, `otherwise` is called,
+    and ReloadRefused is raised.
     """
 
     def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,7 +93,7 @@ def hand_over(
         if iterator is not nothing_to_read:
             load_checkpoint: Any = model.load_weights  # the class's own
             return load_checkpoint(iterator)
-        with set_default_torch_dtype(dtype):  # as at the first load: CPU kernels for int8 give results of that type
+        with set_default_torch_dtype(dtype):  # as in a first load: CPU kernels for int8 give results of that type
             loaded = take_over(weights, model)
         then()
         return loaded

@@ -1,7 +1,7 @@
-"""What a model in use must have, so that a reload reaches all that it computes with.
+"""What a model in use must have, so that a reload reaches everything that it computes with.
 
-Found by looking: at names, types and shapes, at which tensors share memory, and at the few things that no comparison of
-tensors shows. What only trying finds is for `rehearsal`.
+This is what can be found by looking: at names, types and shapes, at which tensors share memory, and at the few things
+that no comparison of tensors shows. What shows only when it is tried is found by `rehearsal`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 Layout = tuple[torch.dtype | None, tuple[int, ...]]
-"""Type and shape. An empty tensor has no type: vLLM gives it the one that is the default at the time."""
+"""Type and shape of a tensor. The type of an empty one is None: vLLM gives it whatever is the default at the time."""
 
 
 def require_reloadable(model: nn.Module) -> None:
-    """Raises ReloadRefused where a reload would leave wrong weights behind that no comparison of tensors shows."""
+    """Raises ReloadRefused if a reload of `model` would leave wrong weights that no comparison of tensors shows."""
     if hasattr(model, "process_weights_after_loading"):
         raise ReloadRefused(
             f"{type(model).__name__} processes its weights as a whole after loading, which vLLM's reload leaves out: "
@@ -37,7 +37,7 @@ def require_reloadable(model: nn.Module) -> None:
 
 
 def require_counterparts(weights: Tensors, layers: Mapping[str, nn.Module]) -> None:
-    """Raises ReloadRefused where the model in use lacks something, or has one memory for two different tensors."""
+    """Raises ReloadRefused if the `layers` in use lack something, or have one memory for two different tensors."""
     sharing: dict[Hashable, tuple[str, torch.Tensor]] = {}
     for path, tensors in weights.items():
         if path not in layers:
@@ -53,7 +53,7 @@ def require_counterparts(weights: Tensors, layers: Mapping[str, nn.Module]) -> N
 
 
 def require_that_views_follow(scratch: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Raises ReloadRefused where processing has moved a weight away from a view of it, which a reload then misses."""
+    """Raises ReloadRefused if processing has parted a weight from a view of it, which a reload would then miss."""
     weights = {
         _storage(tensor): (prefix, name)
         for prefix, module in scratch.named_modules()
@@ -84,7 +84,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _memory(layer: nn.Module, name: str) -> Iterator[Hashable]:
-    """What is the same for two tensors that share everything."""
+    """Keys of the memory of a tensor of `layer`: if two tensors have one in common, they are one."""
     yield id(layer), name
     tensor = getattr(layer, name, None)
     if isinstance(tensor, torch.Tensor) and tensor.numel() and not tensor.is_meta:
@@ -92,7 +92,7 @@ def _memory(layer: nn.Module, name: str) -> Iterator[Hashable]:
 
 
 def require_same_layout(path: str, expected: Mapping[str, torch.Tensor], layer: nn.Module) -> None:
-    """Raises ReloadRefused where `layer`, in use under the name `path`, has other tensors than `expected`."""
+    """Raises ReloadRefused if `layer`, in use under the name `path`, has tensors of other layouts than `expected`."""
     found = dict(own_tensors(layer))
     for name in expected.keys() | found.keys():
         if layout(expected.get(name)) != layout(found.get(name)):
@@ -103,7 +103,7 @@ def require_same_layout(path: str, expected: Mapping[str, torch.Tensor], layer: 
 
 
 def layout(tensor: torch.Tensor | None) -> Layout | None:
-    """None of what is not there."""
+    """The layout of `tensor`, None if there is none."""
     return None if tensor is None else (tensor.dtype if tensor.numel() else None, tuple(tensor.shape))
 
 
@@ -112,7 +112,7 @@ def _text(tensor: torch.Tensor | None) -> str:
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit: numbers need not be equal to themselves."""
+    """Whether two tensors are equal bit for bit, so that NaN equals itself."""
     if layout(one) != layout(other):
         return False
     mine, theirs = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))

@@ -1,11 +1,11 @@
 """How layers of a model take over raw weights, between vLLM's initialize_ and finalize_layerwise_reload.
 
-vLLM gives each layer its raw tensors back, on the meta device. With the last one that is loaded, it makes them real,
+vLLM gives each layer its raw tensors back, on the meta device. When the last of them is loaded, vLLM makes them real,
 fills and processes them, and copies the result into the memory that the layer computed with before.
 
-That copying takes for granted that processing a layer leaves tensors like those that the layer had when it went into
-use. It is not so where another layer took some of them away since: vLLM's latent attention on processors with AMX packs
-the weight of a projection and drops it. Such a tensor gets memory of its own for the time being, its detour.
+The copy takes for granted that processing leaves tensors like those that the layer had when it went into use. That is
+not so if another layer has taken some of them away since: on processors with AMX, vLLM's latent attention packs the
+weight of a projection and drops it. Such a tensor gets memory of its own for the time being, its detour.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from vllm.platforms import current_platform
 from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
-"""By the qualified name of their module, and by their name in it."""
+"""Tensors by the qualified name of their module, and by their own name in it."""
 
 
 @dataclass(frozen=True)
 class NewWeights:
-    """What a model takes over: raw tensors, and on the meta device those that take a detour."""
+    """What a model takes over: raw tensors, and the ones that take a detour, on the meta device."""
 
     raw: Tensors
     detours: Tensors = field(default_factory=dict)
 
 
 def raw_tensors(model: nn.Module) -> Tensors:
-    """What `model` has loaded and not processed. Later changes of `model` do not reach it, unless made in place."""
+    """The tensors of `model`, which is loaded and not processed. Only later changes in place reach them."""
     return {
         prefix: {name: tensor.data for name, tensor in own_tensors(module)} for prefix, module in model.named_modules()
     }
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by all their names; LoRA puts a layer into another one of its name."""
+    """All modules of `model` by all their names, which LoRA changes by putting a layer into another one."""
     named = model.named_modules(remove_duplicate=False)
     return {name.replace(".base_layer", ""): layer for name, layer in named}
 
 
 @torch.no_grad()
 def take_over(weights: NewWeights, model: nn.Module) -> set[str]:
-    """Loads `weights` into `model`. Returns the names of the tensors."""
+    """Loads `weights` into `model`. Returns the names of the tensors, as a model's `load_weights` does."""
     _prepare_experts(model)
     layers = layers_of(model)
     for prefix, places in weights.detours.items():
@@ -57,7 +57,7 @@ def take_over(weights: NewWeights, model: nn.Module) -> set[str]:
     loaded: set[nn.Module] = set()
     for prefix, tensors in weights.raw.items():
         layer = layers[prefix]
-        if layer not in loaded:  # of two names of one layer, both have the same contents
+        if layer not in loaded:  # a layer may have two names, under which the contents are the same
             _load_layer(layer, tensors)
             loaded.add(layer)
     return {qualified(prefix, name) for prefix, tensors in weights.raw.items() for name in tensors}
@@ -88,7 +88,7 @@ def _place(layer: nn.Module, places: Mapping[str, torch.Tensor]) -> None:
 
 
 def _load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Gives `layer` tensors that need neither splitting nor stacking; with the last one vLLM processes the layer."""
+    """Loads all tensors of `layer`, which need neither splitting nor stacking. With the last one vLLM processes it."""
     in_place = [name for name in tensors if not getattr(layer, name).is_meta]  # vLLM leaves biases where they are
     for name in in_place:
         getattr(layer, name).data.copy_(tensors[name])
@@ -102,12 +102,12 @@ def _load_layer(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _copy(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
-    """A weight loader; vLLM finds the first argument by its name."""
+    """A weight loader, to which vLLM passes the first argument by its name."""
     param.data.copy_(loaded_weight)
 
 
 def processed_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Parts of `model` whose processing does not reach beyond them: what is repeated, and what is outside of that."""
+    """The parts of `model` that are processed by themselves: those that are repeated, and the modules beside them."""
     for name, child in model.named_children():
         path = qualified(prefix, name)
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):

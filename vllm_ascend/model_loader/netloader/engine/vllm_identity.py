@@ -1,4 +1,4 @@
-"""Reads from vLLM's configuration which model this is and which part of it the rank holds."""
+"""What vLLM's configuration says about the model and about the part of it that this rank holds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _INCIDENTAL_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"}
-"""What differs between copies of one model; the dtype in use is compared as a field of its own."""
+"""Keys that may differ between copies of one model. The type in use is a field of its own in the identity."""
 
 
 def role_of(model_config: ModelConfig) -> str:
-    """`draft` for the draft model of speculative decoding, else `target`."""
+    """The role of a model: ``draft`` for the draft model of speculative decoding, ``target`` for any other."""
     return "draft" if model_config.runner_type == "draft" else "target"
 
 
 def require_checkpoint(model_config: ModelConfig) -> None:
-    """Raises ConfigError for a model that vLLM's loader of checkpoints cannot read."""
+    """Raises ConfigError if vLLM's loader of checkpoints cannot read the model, as it cannot read GGUF."""
     if model_config.quantization == "gguf":
         raise ConfigError(
             f"{model_config.model_weights or model_config.model} is a GGUF model, which only the load format of its "
@@ -33,7 +33,7 @@ def require_checkpoint(model_config: ModelConfig) -> None:
 
 
 def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configured_name: str | None) -> ModelIdentity:
-    """All but the fingerprint. `configured_name` is MODEL, which names the target model."""
+    """The identity of a model, without a fingerprint. `configured_name` is MODEL, which names the target model only."""
     import torch
     import vllm
 
@@ -55,7 +55,7 @@ def model_identity(vllm_config: VllmConfig, model_config: ModelConfig, configure
 
 
 def rank_coordinates(vllm_config: VllmConfig) -> RankCoordinates:
-    """Coordinates of this process; vLLM's parallel groups must exist."""
+    """The place of this process in the partition of the model. vLLM's parallel groups must exist."""
     from vllm.distributed import parallel_state
 
     groups = {
@@ -74,9 +74,9 @@ def rank_coordinates(vllm_config: VllmConfig) -> RankCoordinates:
 
 
 def global_rank(vllm_config: VllmConfig) -> int:
-    """This worker's number among all workers of the deployment.
+    """The number of this worker among all workers of the deployment. torch.distributed must be initialized.
 
-    Dense data-parallel replicas each have a torch.distributed world of their own, whose ranks begin at 0.
+    Each data-parallel replica of a dense model has a world of its own, whose ranks begin at 0.
     """
     import torch
 
@@ -86,7 +86,7 @@ def global_rank(vllm_config: VllmConfig) -> int:
 
 
 def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
-    """Repository and revision, both empty for a plain directory; an offline vLLM names the cached snapshot instead."""
+    """Repository and revision, both empty for a plain directory. An offline vLLM has a path in the cache instead."""
     if not Path(model_config.model).is_dir():
         # vLLM resolves a branch name to the commit where it can ask the hub.
         revision = getattr(model_config.revision, "resolved", None) or model_config.revision
@@ -96,7 +96,7 @@ def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
 
 
 def _load_options(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
-    """What changes the bytes of a rank beside the model and its partition."""
+    """The settings that change the bytes of a rank, beside the model and the partition, as text."""
     from vllm_ascend.model_loader.netloader.engine.adapters import classifier_tokens
 
     parallel, options = vllm_config.parallel_config, []
@@ -109,7 +109,7 @@ def _load_options(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
 
 
 def _essential(config: Any) -> Any:
-    """`config` without what differs between copies of one model; of a quantization's configuration all counts."""
+    """`config` without what may differ between copies of one model. The part on quantization counts as a whole."""
     if isinstance(config, dict):
         kept = {str(key): value for key, value in config.items() if key not in _INCIDENTAL_CONFIG_KEYS}
         return {key: value if key == "quantization_config" else _essential(value) for key, value in kept.items()}

@@ -1,11 +1,11 @@
-"""Keeps the weights of an accelerator from being served while they move or change: who took them would get a mixture.
+"""Keeps the weights on an accelerator from being served while they move or change, so that no client gets a mixture.
 
-There, the parameters themselves are served. So serving is suspended around all that touches them: sleep moves them away
-and back, and then they are served again as they were; where they end up with other contents, what was served is given
-up, and only a reload through Netloader serves again.
+On an accelerator the parameters themselves are served, so serving is suspended around everything that touches them.
+Sleep moves them away and back; afterwards they are served again as they were. If they end up with other contents, what
+was served is given up, and only a reload through Netloader serves again.
 
-The workers of all accelerators are vLLM's `gpu_worker.Worker` or inherit from it, and which class it is, the platform
-decides. So the methods of that class are wrapped, rather than another class put in its place.
+The platform decides which class a worker is of. On all accelerators it is vLLM's `gpu_worker.Worker` or inherits from
+it, so the methods of that class are wrapped, rather than putting another class in its place.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Tell = Callable[..., object]
 
 
 def watch_workers() -> None:
-    """From now on, those of this process suspend serving at the right times.
+    """Makes the workers of this process suspend serving before they touch their weights. Idempotent.
 
-    What cannot be suspended is not changed either: the call raises TimeoutError, and all is as before.
+    If a client still reads the weights, the worker's method raises TimeoutError, and everything stays as it was.
     """
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -31,7 +31,7 @@ def watch_workers() -> None:
 
 @functools.cache
 def watch(worker: type[Any]) -> None:
-    """Wraps the methods of a class that has those of vLLM's worker, once."""
+    """Wraps the methods of `worker`, a class with those of vLLM's worker. Idempotent."""
     for name, tell in _BEFORE.items():
         setattr(worker, name, _preceded(getattr(worker, name), tell))
     worker.wake_up = _followed(worker.wake_up, _after_wake_up)
@@ -82,7 +82,7 @@ def _before_update(worker: Any) -> None:
 
 
 def _before_reload(worker: Any, weights_iterator: Any = None, *_: Any, **__: Any) -> None:
-    """A reload through Netloader's loader suspends by itself, once it has the new weights."""
+    """Does nothing for a reload through Netloader's loader, which suspends serving once it has the new weights."""
     if weights_iterator is not None:
         _give_up(worker, "its weights were replaced in place")
 
@@ -102,5 +102,5 @@ def _give_up(worker: Any, reason: str) -> None:
 
 
 def _engine(worker: Any) -> object:
-    """What the loads of this engine share."""
+    """The object that all loads of the worker's engine share."""
     return worker.vllm_config.compilation_config

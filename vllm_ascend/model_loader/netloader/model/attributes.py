@@ -1,10 +1,11 @@
 """What loading sets on a model beside its weights.
 
-Some models note facts while they read a checkpoint: an EAGLE draft, for example, that it brought its own embedding. A
-copy of the weights alone does not carry that. So whoever loads from disk compares the model before and after, and
-serves the flags, numbers and texts that changed together with the weights; a client sets them on its model. What else
-may change (a table computed from the checkpoint, an attribute or a module deleted) cannot be told to another process,
-and such a model is not served.
+Some models note facts while they read a checkpoint. An EAGLE draft, for example, notes that it has brought its own
+embedding. Copying the weights does not copy that. So a load from disk compares the model before and after, and serves
+the flags, numbers and texts that have changed together with the weights. A client sets them on its model.
+
+Other changes, such as a table computed from the checkpoint, or an attribute or module that is deleted, cannot be told
+to another process. A model on which loading makes such changes is not served.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualif
 from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
-"""Exactly these: an enumeration's members are numbers or texts to `isinstance`, and no more than that to a peer."""
+"""Types of values that travel. Subclasses do not, such as enumerations: a peer would only see a number or a text."""
 _INTEGERS = range(-(1 << 63), 1 << 63)
 _SURROGATES = re.compile("[\ud800-\udfff]")
-"""Of which there is no UTF-8."""
+"""Characters for which there is no UTF-8."""
 _TEXT_LIMIT = 4096
-"""Characters of a text in a message."""
+"""The most characters of a text that travels."""
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What modules hold beside weights and modules, by qualified name.
+    """What the modules of a model hold beside weights, by qualified name.
 
-    `tensors` are plain attributes and buffers that are not saved, with a checksum of their contents; views of weights
-    have none, since they change with them.
+    `modules` are the types of the modules. `tensors` are plain attributes and buffers that are not saved, each with a
+    checksum of its contents; views of weights have no checksum, because they change with the weights.
     """
 
     modules: dict[str, type[nn.Module]]
@@ -47,6 +48,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
+        """Takes a snapshot of `model` as it is."""
         saved = (tensor for module in model.modules() for _, tensor in own_tensors(module))
         weights = {tensor.untyped_storage().data_ptr() for tensor in saved}
         attributes: dict[str, object] = {}
@@ -61,10 +63,10 @@ class Snapshot:
         return cls({name: type(module) for name, module in modules.items()}, attributes, tensors)
 
     def changes(self, model: nn.Module) -> dict[str, AttributeValue]:
-        """The plain values that `model` has gained or changed since.
+        """The plain values that `model` has gained since the snapshot, and those that have changed, by qualified name.
 
-        Raises UnsupportedModel, naming modules or attributes, where something else happened. What happens within other
-        objects, such as lists, is not seen.
+        Raises UnsupportedModel, naming modules or attributes, if something else has changed. Changes within other
+        objects, such as lists, are not seen.
         """
         after = Snapshot.of(model)
         self._require_same_modules(after)
@@ -77,7 +79,7 @@ class Snapshot:
         return {name: value for name in changed if _is_plain_value(value := after.attributes[name])}
 
     def _require_same_modules(self, after: Snapshot) -> None:
-        """Raises UnsupportedModel with the outermost modules that are there no longer, or now, or of another class."""
+        """Raises UnsupportedModel, naming the outermost modules that are gone, new, or of another class."""
         ours, theirs = self.modules, after.modules
         changed = {name for name in ours.keys() | theirs.keys() if ours.get(name) is not theirs.get(name)}
         within = {name for name in changed for other in changed if name.startswith(f"{other}.")}
@@ -125,7 +127,7 @@ def require_settable(model: nn.Module, attributes: Mapping[str, AttributeValue])
 
 
 def apply(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
-    """Sets what `require_settable` has let pass."""
+    """Sets `attributes` on `model`. Those from a peer must have passed `require_settable`."""
     for name, value in attributes.items():
         prefix, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(prefix), attribute, value)
@@ -149,7 +151,7 @@ def _is_settable(module_type: type[nn.Module], attribute: str) -> bool:
 
 
 def _is_scalar(value: object) -> bool:
-    """Plain values, and their like of other types, such as numpy's numbers and members of enumerations."""
+    """Whether it is a plain value, or like one, as numpy's numbers and members of enumerations are."""
     return value is None or isinstance(value, int | float | str)
 
 

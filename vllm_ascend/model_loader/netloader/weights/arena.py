@@ -1,16 +1,16 @@
 """One block of host memory that holds all weights of a rank, laid out by its manifest.
 
-It is a `memfd`, filled through its descriptor or a shared mapping and, to be served, sealed: the file gets write,
-shrink and grow seals, and the process's own mapping is replaced in place by a private one. From then on nobody can
-alter what is served, neither post-processing that writes into parameters nor a peer, and no truncation can raise
-SIGBUS in a peer. A peer on the same host adopts the descriptor and maps the very same pages privately: copy-on-write,
-so nothing is copied until somebody writes.
+It is a `memfd`, filled through its descriptor or through a shared mapping. Before it is served it is sealed: the file
+gets the seals against writing, shrinking and growing, and the mapping of this process is replaced in place by a private
+one. From then on nobody can change what is served, neither a peer nor post-processing that writes into parameters, and
+no truncation can raise SIGBUS in a peer. A peer on the same host adopts the descriptor and maps the very same pages
+privately, so nothing is copied until somebody writes.
 
-Making pages is the larger part of the cost of filling them, so `make_pages` runs beside the work that brings the bytes,
-and ahead of it.
+To make pages costs more than to fill them, so `make_pages` runs beside the work that brings the bytes, and ahead of it.
 
-Lifetime: the mapping lives as long as the arena or any tensor over a `block` of it. When the last tensor over a block
-dies, this process's private copies of its pages are freed; after `free_with_tensors`, so are the pages themselves.
+The mapping lives as long as the arena, and as any tensor over a `block` of it. When the last tensor over a block dies,
+the private copies that this process has of the block's pages are freed; after `free_with_tensors`, so are the pages
+themselves.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _KEEP_SIZE: Final = 0x1
 _PUNCH_HOLE: Final = 0x2
 _REQUIRED_SEALS: Final = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_WRITE
 PAGES_STEP: Final = 32 << 20
-"""Bytes of pages made per system call, so that a maker that is no longer wanted stops soon."""
+"""Bytes whose pages are made by one system call, so that the thread that makes them can stop soon."""
 
 # ctypes calls release the GIL; the mmap module's own madvise does not.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -55,10 +55,10 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Arena(Memory):
-    """Host memory of `nbytes`. `close()` gives up the descriptor; tensors stay valid."""
+    """Host memory of `nbytes`, made by `create` or `adopt`. Closing it gives up the file; tensors stay valid."""
 
     def __init__(self, nbytes: int, descriptor: int, mapping: mmap.mmap) -> None:
-        """Takes ownership of `descriptor`. Use `create` or `adopt`."""
+        """Takes over `descriptor`, whose file `mapping` shows."""
         self.nbytes = nbytes
         self._descriptor = descriptor
         self._give_up_descriptor = weakref.finalize(self, os.close, descriptor)
@@ -72,7 +72,7 @@ class Arena(Memory):
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
-        """An empty arena. Raises OSError where the host has no memory for it."""
+        """An empty arena, without pages. Raises OSError if this process cannot have a file or mapping of that size."""
         size = _whole_pages(nbytes)
         descriptor = os.memfd_create("netloader-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -85,9 +85,9 @@ class Arena(Memory):
 
     @classmethod
     def adopt(cls, descriptor: int, nbytes: int) -> Arena:
-        """Maps a sealed arena of another process. Takes ownership of `descriptor`.
+        """Maps a sealed arena of another process, and takes over `descriptor`, also if it fails.
 
-        Raises TransportError where it is not sealed, has another size, or cannot be mapped by this process.
+        Raises TransportError if the arena is not sealed, has another size, or cannot be mapped by this process.
         """
         try:
             _check_adoptable(descriptor, nbytes)
@@ -104,30 +104,31 @@ class Arena(Memory):
 
     @property
     def servable(self) -> bool:
-        """Whether the bytes are immutable and can be handed to others."""
+        """Whether the arena is sealed and not closed, so that others may have its bytes."""
         return self._give_up_descriptor.alive and _seals(self._descriptor) & _REQUIRED_SEALS == _REQUIRED_SEALS
 
     @property
     def descriptor(self) -> int:
+        """The descriptor of the file that holds the bytes. Raises OSError after `close`."""
         if not self._give_up_descriptor.alive:
             raise OSError(errno.EBADF, "the arena is closed")
         return self._descriptor
 
     def make_pages(self) -> None:
-        """Starts making the memory in a thread, in order; `stop_making_pages` ends it. At most once per arena."""
+        """Starts a thread that makes the pages, in order, until `stop_making_pages`. Call it at most once."""
         maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
-        with contextlib.suppress(RuntimeError):  # no thread can be had: pages are made at first touch
+        with contextlib.suppress(RuntimeError):  # without a thread, pages are made at first touch
             maker.start()
             self._page_maker = maker
 
     def stop_making_pages(self) -> None:
-        """Gives up what is left. Filling may go on: later pages are made at first touch."""
+        """Waits until the thread has stopped. Filling may go on, and makes the remaining pages at first touch."""
         self._stop_page_maker.set()
         if self._page_maker is not None:
             self._page_maker.join()
 
     def writable(self) -> memoryview:
-        """All bytes, for filling. Release it before the arena is given up."""
+        """All bytes, to be filled. The view keeps the mapping alive until it is released."""
         return memoryview(self._mapping)[: self.nbytes]
 
     contents = writable
@@ -136,14 +137,17 @@ class Arena(Memory):
         return _InPlace(self.writable()[offset : offset + length])
 
     def reader(self) -> memoryview:
-        """The sealed bytes through a mapping of its own, untouched by what this process writes into its tensors."""
+        """The sealed bytes by a mapping of its own, which does not show what this process writes into its tensors."""
         mapping = mmap.mmap(
             self.descriptor, _whole_pages(self.nbytes), flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=mmap.PROT_READ
         )
         return memoryview(mapping)[: self.nbytes]
 
     def seal(self) -> None:
-        """Makes the bytes immutable. Tensors stay valid; what is written to them later is seen by this process only."""
+        """Makes the bytes immutable. Raises OSError if the system does not allow it.
+
+        Tensors stay valid. Whatever is written to them later is seen by this process only.
+        """
         self.stop_making_pages()
         descriptor, size = self.descriptor, _whole_pages(self.nbytes)
         fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
@@ -151,13 +155,14 @@ class Arena(Memory):
         address = _libc.mmap(self._address, size, protection, flags, descriptor, 0)
         if address != self._address:
             raise OSError(ctypes.get_errno(), "replacing the arena's shared mapping failed")
-        # The write seal is refused while any writable shared mapping exists, so it also proves that none is left.
+        # The seal against writing comes last. It is refused while there is a writable shared mapping, so that it also
+        # proves that none is left.
         fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_WRITE | _F_SEAL_SEAL)
 
     def block(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-        """The memory of one tensor, which keeps the mapping alive. While it exists, the same is given to everybody.
+        """The memory of one tensor, which keeps the mapping alive. All who ask for it share one object.
 
-        When the last user of it dies, pages of its own are given back.
+        When the last user of the object dies, the private pages in it are given back.
         """
         block = self._blocks.get((offset, nbytes))
         if block is None:
@@ -169,19 +174,22 @@ class Arena(Memory):
         return block
 
     def free_with_tensors(self) -> None:
-        """For an arena that will not be served: from now on a tensor's memory is freed when the tensor dies."""
+        """Lets the memory of a tensor be freed with the tensor. Does nothing to an arena that is sealed."""
         if not self.servable:
             self._not_needed_without_tensors.set()
 
     def discard(self) -> None:
-        """As `close`, and gives the pages back, whoever still holds the mapping. Sealed ones are their owner's."""
+        """Closes the arena and frees its pages at once, even if the mapping is still in use.
+
+        The pages of a sealed arena are not freed, because other processes may have them.
+        """
         self.stop_making_pages()
         if self._give_up_descriptor.alive and not self.servable:
             _libc.fallocate(self._descriptor, _PUNCH_HOLE | _KEEP_SIZE, 0, _whole_pages(self.nbytes))
         self.close()
 
     def close(self) -> None:
-        """Gives up the descriptor, as does the end of the arena's life. Idempotent."""
+        """Gives up the descriptor, which also happens when the arena dies. Tensors stay valid. Idempotent."""
         self.stop_making_pages()
         self._give_up_descriptor()
 
@@ -190,13 +198,13 @@ class Arena(Memory):
         for offset in range(0, size, PAGES_STEP):
             length = min(PAGES_STEP, size - offset)
             if self._stop_page_maker.is_set() or _libc.fallocate(self.descriptor, 0, offset, length):
-                return  # no memory left: whoever fills the arena gets the error
+                return  # there is no memory left, and whoever fills the arena gets the error
             if _libc.madvise(self._address + offset, length, _MADV_POPULATE_WRITE):
-                return  # kernels before 5.14 cannot: pages are mapped at first touch
+                return  # kernels before 5.14 cannot do it, so pages are mapped at first touch
 
 
 class _InPlace(Landing):
-    """Part of an arena that nobody reads yet."""
+    """A part of an arena that nobody reads yet."""
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
@@ -213,9 +221,9 @@ class _InPlace(Landing):
 
 
 def allocate(manifest: Manifest) -> Arena:
-    """Memory for `manifest`, being made in the background.
+    """An empty arena for `manifest`, whose pages are being made in the background. Whoever calls it closes it.
 
-    Raises UnsupportedModel where there is none, and NoRoom where this process would be killed for filling it.
+    Raises UnsupportedModel if this process cannot have one, and NoRoom if it would be killed for filling it.
     """
     _require_room(manifest.nbytes)
     try:
@@ -236,7 +244,7 @@ def _require_room(nbytes: int) -> None:
 
 
 def why_no_memory(error: OSError) -> str:
-    """What keeps this process from having or mapping memory, and where to look for it."""
+    """What keeps this process from having or mapping memory, with the limits to look at."""
     match error.errno:
         case errno.ENOMEM:
             return (
@@ -251,7 +259,7 @@ def why_no_memory(error: OSError) -> str:
 
 
 def _give_back_pages(address: int, nbytes: int, free: threading.Event) -> None:
-    """Drops the whole pages within a block from this process, and with `free` from the file behind them too."""
+    """Frees the private copies of the whole pages within a block, and the pages of the file too if `free` is set."""
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:

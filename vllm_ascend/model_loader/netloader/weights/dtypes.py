@@ -1,4 +1,4 @@
-"""The types of elements by the names that torch gives them, for processes that do without torch."""
+"""The types of tensor elements by the names that torch gives them, for processes that have no torch."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ ITEM_BYTES: Final[dict[str, int]] = {
     **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
     "complex128": 16,
 }
-"""Bytes of an element. Without torch's own quantized types, of which no tensor can be made over given memory."""
+"""Bytes of an element. torch's own quantized types are missing: no tensor of them can be made over given memory."""

@@ -1,15 +1,15 @@
 """Which weights these are, and which part of them one rank holds.
 
-Two values decide whether one process may take another's bytes: `ModelIdentity` (the model and everything that
-changes its bytes) and `RankCoordinates` (the partition). Both are frozen, travel as they are, and answer
+Two values decide whether one process may take the bytes of another. `ModelIdentity` is the model with everything that
+changes its bytes, and `RankCoordinates` is the partition. Both are frozen, travel as they are, and answer
 `mismatch(other)` with the fields that differ, so that a refusal can name them.
 
-A model is recognised by its content where possible. Where both sides see the checkpoint files, their fingerprints
-decide and paths do not matter. Where one does not (a client may have no weights at all), the names decide: the
-configured MODEL, a hub repository, or, as a last resort, the same path.
+A model is recognised by its contents if possible. If both sides see the files of the checkpoint, their fingerprints
+decide, and paths do not matter. If one side does not see them (a client may have no weights at all), the names decide:
+the configured MODEL, a repository of the hub, or as a last resort the same path.
 
-The identity by which a process asks for weights is that of the files that it sees; the one under which it serves
-weights is that of the bytes that it has got, from disk or from a source. Only the fingerprint can differ.
+A process asks for weights by the identity of the files that it sees, and serves weights under the identity of the bytes
+that it has got, from disk or from a source. The two can differ only in the fingerprint.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NAMING: Final = {"name", "revision"}
 
 
 class Difference(msgspec.Struct, frozen=True, array_like=True):
-    """One field in which two sides differ, with both values as text."""
+    """A field in which two sides differ, with the value on each side as text, empty if there is none."""
 
     field: str
     ours: str
     theirs: str
 
     def flipped(self) -> Difference:
-        """The same as seen from the other side."""
+        """The same difference, as the other side sees it."""
         return Difference(self.field, self.theirs, self.ours)
 
     def __str__(self) -> str:
@@ -40,7 +40,11 @@ class Difference(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankCoordinates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A worker's place in the partition. Data-parallel replicas of one rank hold the same bytes, so dp is absent."""
+    """A worker's place in the partition of a model.
+
+    The kinds of parallelism are tensor (tp), pipeline (pp), prefill context (pcp) and expert (ep). Data parallelism is
+    absent, because the replicas of a rank hold the same bytes.
+    """
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -53,14 +57,16 @@ class RankCoordinates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expert_placement: str = ""
 
     def mismatch(self, other: RankCoordinates) -> tuple[Difference, ...]:
+        """The fields in which `other` differs, with `self` as "here"."""
         return _differing_fields(self, other, self.__struct_fields__)
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides a model's bytes, as seen by one process.
+    """Everything that decides about the bytes of a model, as one process sees it.
 
-    `name` is MODEL, a hub repository or a path (`name_is_path`); `fingerprint` is empty where no checkpoint files are
-    known. Digests are hexadecimal; `versions` names the software whose layouts must agree.
+    `name` is MODEL, a repository of the hub, or a path if `name_is_path`. `fingerprint` is empty if no files of the
+    checkpoint are known. `load_options` are settings of the engine that change the bytes, as text. `versions` are those
+    of the software that must agree on the layout of weights, by package. Digests are in hexadecimal.
     """
 
     name: str
@@ -76,9 +82,9 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: Mapping[str, str] = {}
 
     def mismatch(self, other: ModelIdentity) -> tuple[Difference, ...]:
-        """The fields in which `other` differs, `self` being "here".
+        """The fields in which `other` differs, with `self` as "here".
 
-        Where names had to decide, and differ, the fingerprints are among them, to say which side has none.
+        If names had to decide, and differ, the fingerprints are among the fields, to show which side has none.
         """
         exempt = {"name_is_path", *self._fields_without_evidence(other)}
         differing = _differing_fields(self, other, [field for field in self.__struct_fields__ if field not in exempt])
@@ -93,7 +99,10 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def canonical_digest(value: Any) -> str:
-    """SHA-256 of `value` as JSON with sorted keys; what JSON lacks is represented by its text, a set in order."""
+    """The SHA-256 of `value` as JSON with sorted keys, in hexadecimal.
+
+    A set is represented by the sorted texts of its members, and any other object that JSON lacks by its text.
+    """
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_as_json)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

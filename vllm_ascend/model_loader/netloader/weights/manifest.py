@@ -1,9 +1,9 @@
 """The order, types, shapes and places of all weights of one rank.
 
-A manifest is the address space of a transfer: a byte range of it means the same on both sides. Tensors lie in the
-order in which the model names them, each at a multiple of `ALIGNMENT`, without overlap; a tensor that shares the
-memory of another is an alias and travels once. A manifest from a peer is validated whole before any payload byte:
-one error per way to be wrong.
+A manifest is the address space of a transfer: a range of bytes in it means the same on both sides. Tensors lie in the
+order in which the model names them, each at a multiple of `ALIGNMENT`, without overlap. A tensor in the memory of
+another one is an alias, whose bytes travel once. A manifest from a peer is validated as a whole before the first byte
+of weights arrives, with one error for each way to be wrong.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vllm_ascend.model_loader.netloader.weights.dtypes import ITEM_BYTES
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 
 ALIGNMENT: Final = 64
-"""Bytes; what torch's CPU allocator gives, so that kernels find the alignment they are used to."""
+"""Bytes. It is the alignment of torch's CPU allocator, to which kernels are used."""
 
 MAX_DIMENSIONS: Final = 64
-"""What torch allows; also bounds the arithmetic on a manifest from a peer."""
+"""The number that torch allows. It also bounds the arithmetic on a manifest from a peer."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One tensor: `shape` and `strides` in elements, `offset` in bytes from the start of the manifest.
+    """A tensor and its place: `shape` and `strides` in elements, `offset` in bytes from the start of the manifest.
 
-    The memory is dense: every element of the tensor has its own place and there are no holes.
+    Its memory is dense: every element has a place of its own, and there are no holes.
     """
 
     name: str
@@ -41,15 +41,20 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     @property
     def nbytes(self) -> int:
+        """The size of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def end(self) -> int:
+        """The offset of the first byte behind the tensor."""
         return self.offset + self.nbytes
 
 
 class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A tensor within the memory of `TensorSpec` number `base`, `start` bytes from that tensor's beginning."""
+    """A tensor in the memory of the tensor number `base`, `start` bytes from the beginning of that one.
+
+    `shape` and `strides` are in elements.
+    """
 
     name: str
     base: int
@@ -68,10 +73,13 @@ _wire_decoder = msgspec.msgpack.Decoder(_Wire)
 
 
 class Manifest:
-    """An immutable, valid manifest. `nbytes` is the size of its address space."""
+    """The tensors of one rank and the aliases in them. Immutable and valid.
+
+    `nbytes` is the size of the address space, up to the next multiple of `ALIGNMENT` behind the last tensor.
+    """
 
     def __init__(self, tensors: Iterable[TensorSpec], aliases: Iterable[Alias] = ()) -> None:
-        """Raises ProtocolError, naming the tensor, where the description is not consistent."""
+        """Raises ProtocolError, naming the tensor, if the description is not consistent."""
         self.tensors = tuple(tensors)
         self.aliases = tuple(aliases)
         self._validate()
@@ -91,7 +99,7 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """Raises ProtocolError."""
+        """Reads a manifest in its encoded form. Raises ProtocolError if it cannot be read or is not consistent."""
         try:
             wire = _wire_decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -100,14 +108,16 @@ class Manifest:
 
     @cached_property
     def encoded(self) -> bytes:
+        """The manifest as it travels, the same for equal manifests."""
         return msgspec.msgpack.encode(_Wire(self.tensors, self.aliases))
 
     @cached_property
     def digest(self) -> str:
+        """The SHA-256 of the encoded manifest, in hexadecimal."""
         return hashlib.sha256(self.encoded).hexdigest()
 
     def mismatch(self, other: Manifest) -> tuple[Difference, ...]:
-        """Differences by tensor name, in both directions; `self` is "here"."""
+        """The tensors that differ or that only one side has, or else where their order differs; `self` is "here"."""
         ours, theirs = self._descriptions(), other._descriptions()
         names = [*ours, *(name for name in theirs if name not in ours)]
         differing = tuple(
@@ -155,7 +165,7 @@ def chunks(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements fill a contiguous block of memory, each place once, in whatever order of dimensions."""
+    """Whether elements of `shape` and `strides` fill a block of memory, each place once, in any order of dimensions."""
     expected = 1
     if 0 in shape:
         return True
@@ -171,7 +181,7 @@ def _align(offset: int) -> int:
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to behind the last, holes included."""
+    """The number of elements from the first to the last one, with the holes between them."""
     if 0 in shape:
         return 0
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1

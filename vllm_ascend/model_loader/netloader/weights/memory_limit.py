@@ -1,8 +1,8 @@
-"""How much memory the control groups of this process leave it: beyond that, the kernel kills instead of refusing.
+"""How much memory the control groups of this process leave it. Beyond that, the kernel does not refuse: it kills.
 
-Memory that is only reserved costs nothing, so nothing fails when an arena is made; the process is killed while it is
-filled, and nobody says why. What must not be can be known before: limits hold for a group and all groups above it, and
-what a group uses includes files that the kernel can drop at any time.
+Memory that is only reserved costs nothing, so making an arena that is too large does not fail. The process is killed
+while it fills the arena, and nobody says why. That can be known beforehand: the limits of a group also hold for all
+groups below it, and the memory that a group uses includes files that the kernel can drop at any time.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 _UNLIMITED = 1 << 60
-"""Bytes; the first version of control groups writes a huge number where there is no limit."""
+"""Bytes. The first version of control groups writes a huge number if there is no limit."""
 
 
 class Room(NamedTuple):
-    """What a group leaves, in bytes, and the file that holds its limit."""
+    """The number of bytes that a group leaves, and the file that holds its limit."""
 
     nbytes: int
     limit: Path
 
 
 def room(proc: Path = Path("/proc")) -> Room | None:
-    """The least that any group of this process leaves, swap included; None where none has a limit that is known."""
+    """The least that any group of this process leaves, with swap; None if no group has a limit that is known."""
     found = [each for group in _groups(proc) if (each := group.room(_free_swap(proc))) is not None]
     return min(found, default=None)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A directory of the first or second version of control groups."""
+    """A control group, which is a directory, of the first or second version."""
 
     path: Path
     second_version: bool
@@ -53,7 +53,7 @@ class _Group:
         return Room(without_swap + min(free_swap, self._swap(without_swap)), self.path / names[0])
 
     def _droppable(self) -> int:
-        """Contents of files in storage; those of shared memory are counted among them, but cannot be dropped."""
+        """The bytes that the kernel can drop: caches of its own, and of files, among which shared memory is counted."""
         statistics = dict(line.split() for line in self._lines("memory.stat"))
         files, shared = ("file", "shmem") if self.second_version else ("total_cache", "total_shmem")
         kernels = int(statistics.get("slab_reclaimable", 0))
@@ -67,7 +67,7 @@ class _Group:
         return _UNLIMITED if limit is None else max(0, limit - (used or 0) + self._droppable() - without_swap)
 
     def _number(self, name: str) -> int | None:
-        """None where there is no such file, or no limit in it."""
+        """The number in the file `name`, None if there is no such file, or no limit in it."""
         text = next(iter(self._lines(name)), "max").strip()
         return int(text) if text.isdecimal() and int(text) < _UNLIMITED else None
 
@@ -78,7 +78,7 @@ class _Group:
 
 
 def _groups(proc: Path) -> Iterator[_Group]:
-    """Those of this process and all above them, in all hierarchies that are mounted; cgroups(7), proc(5)."""
+    """The groups of this process and all above them, in all hierarchies that are mounted; see cgroups(7), proc(5)."""
     for line in _lines_of(proc / "self" / "mountinfo"):
         mount, _, filesystem = line.partition(" - ")
         kind, _, options = filesystem.split(" ", 2)
@@ -95,7 +95,7 @@ def _is(path: Path, top: Path) -> bool:
 
 
 def _path_within(proc: Path, second_version: bool, root: str) -> str:
-    """Of this process's group, from the `root` of the hierarchy that is mounted here."""
+    """The path of this process's group from the `root` of the hierarchy that is mounted."""
     for line in _lines_of(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers if second_version else "memory" in controllers.split(","):
