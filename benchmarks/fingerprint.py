@@ -197,7 +197,7 @@ def panels(figures: Figures) -> list[Panel]:
     def bar(rounds: list[Round]) -> Bar:
         seconds = [each.seconds for each in rounds]
         median = statistics.median(seconds)
-        return Bar(seconds, f"{median * 1e3:.0f} ms, 1/{figures.seconds_to_hash / median:.0f}", "fingerprint")
+        return Bar(seconds, f"{median * 1e3:.0f} ms, {figures.seconds_to_hash / median:.0f}x faster", "fingerprint")
 
     hashing = figures.seconds_to_hash
     rows = {
@@ -206,7 +206,7 @@ def panels(figures: Figures) -> list[Panel]:
         "fingerprint, warm page cache": [bar(figures.warm)],
     }
     title = f"Recognising a checkpoint of {figures.bytes / GIGABYTE:.0f} GB"
-    axis = f"seconds, on a logarithmic scale; median of {len(figures.cold)} rounds, each of which is a small dot"
+    axis = f"seconds, logarithmic; median of {len(figures.cold)} rounds, each a small dot"
     return [Panel(title, axis, rows, logarithmic=True)]
 
 

@@ -401,7 +401,7 @@ def panels(figures: Figures) -> list[Panel]:
     def bar(ratios: list[float], name: str) -> Bar:
         return Bar(ratios, f"{statistics.median(ratios):.2f}x", name)
 
-    axis = f"inter-token latency / idle; median of {len(figures.capped[IDLE])} rounds, each of which is a dot"
+    axis = f"inter-token latency / idle; median of {len(figures.capped[IDLE])} rounds, each a dot"
     limit = f"MAX_BANDWIDTH {figures.max_bandwidth / MEGABYTE:.0f} MB/s"
     idle = (1.0, "idle")
     return [

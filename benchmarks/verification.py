@@ -282,7 +282,7 @@ def panels(figures: Figures) -> list[Panel]:
         ]
         for digest, by_group in figures.digest_seconds.items()
     }
-    rounds = f"median of {len(off)} rounds, each of which is a dot"
+    rounds = f"median of {len(off)} rounds, each a dot"
     return [
         Panel(f"Fetching {figures.bytes / MEGABYTE:.0f} MB by tcp", f"time / VERIFY off; {rounds}", fetches),
         Panel("Making digests", f"GB/s of a thread; {rounds}", by_digest),

@@ -201,7 +201,7 @@ def panels(figures: Figures) -> list[Panel]:
         for way, values in figures.seconds.items()
     }
     title = f"Filling a model with {figures.bytes / GIGABYTE:.2f} GB of weights"
-    axis = f"seconds; median of {len(figures.seconds[DISK])} rounds, each of which is a dot"
+    axis = f"seconds; median of {len(figures.seconds[DISK])} rounds, each a dot"
     return [Panel(title, axis, rows)]
 
 

@@ -20,9 +20,18 @@ REFERENCE: Final = "reference"
 INK: Final = "#7a7a7a"
 """Of text and lines; it has the same contrast, 4.3 to 1, with white and with the page of a dark theme."""
 COLOURS: Final = ("#3d85c6", "#d9822b", "#2a9d8f")
+DOT: Final[dict[str, Any]] = {
+    "marker": "o",
+    "markersize": 3.5,
+    "color": "#202020",
+    "markeredgecolor": "#e0e0e0",
+    "markeredgewidth": 0.6,
+    "linestyle": "none",
+}
+"""Dark with a light edge, to be seen on bars and on pages alike."""
 WIDTH: Final = 7.4
 ROW_HEIGHT: Final = 0.27
-PANEL_HEIGHT: Final = 1.0
+PANEL_HEIGHT: Final = 1.15
 """Inches."""
 
 
@@ -64,6 +73,7 @@ def draw(panels: Sequence[Panel], file: Path) -> None:
     """Writes the panels, one below the other, as an SVG file."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
@@ -74,7 +84,7 @@ def draw(panels: Sequence[Panel], file: Path) -> None:
     }
     with mpl.rc_context(style):
         heights = [panel.height for panel in panels]
-        figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.1))
         all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
         for panel, axes in zip(panels, all_axes, strict=True):
             _draw_panel(panel, axes)
@@ -92,19 +102,29 @@ def _draw_panel(panel: Panel, axes: Axes) -> None:
         position += 0.5
 
     axes.set_yticks(ticks, list(panel.rows))
-    axes.invert_yaxis()
+    axes.set_ylim(position - 0.8, -0.7)  # the first row is at the top
     axes.tick_params(left=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color=INK, alpha=0.2, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel(panel.axis)
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     _make_room_for_notes(panel, axes)
     if panel.reference is not None:
         value, label = panel.reference
         axes.axvline(value, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
-    if len(panel.series) > 1 or panel.reference is not None:
-        _draw_legend(colours, axes)
+    handles = _legend(colours, axes)
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", pad=24 if handles else 6)
+    if handles:
+        axes.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(handles),
+            frameon=False,
+            labelcolor=INK,
+            fontsize=9,
+            borderaxespad=0.2,
+        )
 
 
 def _draw_bar(bar: Bar, position: float, colour: str, axes: Axes, logarithmic: bool) -> None:
@@ -113,7 +133,7 @@ def _draw_bar(bar: Bar, position: float, colour: str, axes: Axes, logarithmic: b
     else:
         axes.barh(position, statistics.median(bar.values), height=0.8, color=colour)
     if len(bar.values) > 1:
-        axes.plot(bar.values, [position] * len(bar.values), marker=".", markersize=5, color=INK, linestyle="none")
+        axes.plot(bar.values, [position] * len(bar.values), **DOT)
     axes.annotate(
         bar.note, (max(bar.values), position), xytext=(8, 0), textcoords="offset points", va="center", color=INK
     )
@@ -128,12 +148,12 @@ def _make_room_for_notes(panel: Panel, axes: Axes) -> None:
         axes.set_xlim(0, 1.4 * max(values))
 
 
-def _draw_legend(colours: Mapping[str, str], axes: Axes) -> None:
+def _legend(colours: Mapping[str, str], axes: Axes) -> list[Any]:
+    """A patch for each series, where there are several, and the line of the reference, if there is one."""
     from matplotlib.patches import Patch
 
     series = [Patch(color=colour, label=name) for name, colour in colours.items()] if len(colours) > 1 else []
-    lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    axes.legend(handles=[*series, *lines], loc="lower right", frameon=False, labelcolor=INK, fontsize=9)
+    return [*series, *(line for line in axes.lines if not str(line.get_label()).startswith("_"))]
 
 
 def _colours(series: Sequence[str]) -> dict[str, str]:
