@@ -62,5 +62,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("sequence", Sequence)
     app.add_directive("memory", Memory)
     app.add_directive("house", House)
-    app.add_css_file("drawings.css")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

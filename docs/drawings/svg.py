@@ -11,7 +11,7 @@ from collections.abc import Sequence
 LINE = 17
 """Height of a line of text, in the units of the canvas."""
 SIZE = 13.5
-"""Size of the type; drawings.css has the same."""
+"""Size of the type; pages.css has the same."""
 _NARROW, _WIDE = frozenset("fijlrtI.,:;|!'()[] "), frozenset("mwMWGOQ@%=>")
 
 
@@ -39,7 +39,7 @@ class Canvas:
         self._elements: list[str] = []
 
     def box(self, x: float, y: float, width: float, height: float, kind: str = "box") -> None:
-        """A rectangle with its left upper corner at (`x`, `y`); `kind` is its class in drawings.css."""
+        """A rectangle with its left upper corner at (`x`, `y`); `kind` is its class in pages.css."""
         self._elements.append(
             f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4"/>'
         )

@@ -20,3 +20,5 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_js_files = ["tables.js"]
