@@ -9,6 +9,7 @@ document.addEventListener("DOMContentLoaded", () => {
       });
     }
     for (const span of table.querySelectorAll("code .pre")) {
+      if (span.closest("a")) continue;
       span.replaceChildren(...span.textContent.split(/(?<=_)/).flatMap((part) => [part, document.createElement("wbr")]));
     }
   }
