@@ -128,7 +128,7 @@ def test_what_sessions_open_counts_too(opened: contextlib.ExitStack, monkeypatch
         session = control.accepted()
         opened.enter_context(Intruder(source).greet().say(Attach(session))).hear()
         assert descriptors.of_peers.taken == 2 + TCP[0].traits.descriptors
-        monkeypatch.setattr(descriptors, "SHARE", descriptors._limit() // (3 + TCP[0].traits.descriptors))
+        monkeypatch.setattr(descriptors, "SHARE", descriptors.limit_of_process() // (3 + TCP[0].traits.descriptors))
         with pytest.raises(SourcesExhausted, match="no room: this process may have no more open files"):
             fetch(SMALL, TCP, source)
         opened.close()

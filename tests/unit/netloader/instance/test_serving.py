@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -167,6 +168,7 @@ def test_an_engine_that_is_gone_leaves_its_port_to_the_next(port: int | None) ->
     first.models["target"].itself = first.models["target"]  # type: ignore[assignment]  # dies only when collected
     first.loads(SMALL)
     serving.decline(first.models["target"], "draft", "the first has a reason", first.options)
+    [before] = map(weakref.ref, serving.servers_of(first))
     del first
     second = Engine(listen_port=port)
     second.begins()
@@ -174,7 +176,8 @@ def test_an_engine_that_is_gone_leaves_its_port_to_the_next(port: int | None) ->
     assert port is None or server.port == port
     assert inquire(Endpoint("127.0.0.1", server.port), 5).declined == {}
     taken(OTHER, second.loads(OTHER))
-    assert len(serving._services) == 1
+    gc.collect()
+    assert before() is None
 
 
 def test_an_engine_that_sleeps_does_not_end_serving_another() -> None:

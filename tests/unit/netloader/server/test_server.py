@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import weakref
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -21,17 +24,33 @@ from support.sources import (
     reasons,
     serving,
 )
+from support.strangers import Intruder
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
-from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.server.server import ServerState, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception
 from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
+from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Wait
+
+TCP = transports(["tcp"])
+IDLE = ServerState(
+    served={"target": 1},
+    not_served={},
+    sessions=(),
+    connections=0,
+    turns=0,
+    waiting=0,
+    copies=0,
+    replicas={"target": ()},
+)
 
 
 def test_closing_twice_and_without_starting_is_harmless() -> None:
@@ -159,3 +178,62 @@ def test_a_reason_to_decline_without_end_is_told_in_short() -> None:
         with pytest.raises(SourcesExhausted, match="cannot serve its target weights: www") as error:
             fetch(SMALL, IN_PROCESS, Endpoint("127.0.0.1", server.port))
     assert len(reasons(error)) < 4096
+
+
+def test_the_state_tells_who_takes_what_and_who_waits() -> None:
+    with serving(SMALL, TCP, max_clients=1) as (server, source), contextlib.ExitStack() as opened:
+        assert server.state() == IDLE
+        taking, *waiting = (opened.enter_context(Intruder(source, f"127.0.0.{n}").greet()) for n in (4, 5, 6))
+        assert server.state() == replace(IDLE, connections=3)
+        assert not server.state().is_idle
+
+        session = taking.accepted()
+        data = opened.enter_context(Intruder(source, "127.0.0.4").greet().attach(session))
+        data.say(Fetch(0, SMALL.manifest.nbytes)).read(SMALL.manifest.nbytes)
+        for line in waiting:
+            line.join().hear_kind(Wait)
+        wait_until(lambda: server.state().sessions[0].delivered == SMALL.manifest.nbytes)
+        state = server.state()
+        assert (state.connections, state.turns, state.waiting, state.is_idle) == (4, 1, 2, False)
+        (one,) = state.sessions
+        assert (one.id, one.peer.host, one.role, one.generation) == (session, "127.0.0.4", "target", 1)
+
+        opened.close()
+        wait_until(lambda: server.state().is_idle)
+
+
+def test_the_state_tells_why_what_is_not_served_is_not() -> None:
+    with serving(SMALL, IN_PROCESS) as (server, _):
+        server.publish(publication("draft", generation=3))
+        assert server.state().served == {"target": 1, "draft": 3}
+        server.decline("target", "w is sparse")
+        server.suspend("it sleeps")
+        assert (server.state().served, server.state().not_served) == (
+            {},
+            {"target": "w is sparse", "draft": "it sleeps"},
+        )
+
+
+def test_the_state_tells_who_else_has_the_weights() -> None:
+    with serving(SMALL, TCP) as (server, source):
+        _, fetched = fetch(SMALL, TCP, source)
+        fetched.memory.close()
+        wait_until(lambda: server.state().copies == 1)
+        announce(source, fetched.session, 19001, 5, Access())
+        wait_until(lambda: server.state().replicas == {"target": (":19001",)})
+        assert server.state().copies == 0
+
+
+def test_the_state_keeps_no_weights() -> None:
+    with serving(SMALL, TCP) as (server, source):
+        memory = weakref.ref((held := publication()).store.memory)
+        server.publish(held)
+        del held
+        with Intruder(source).greet() as line:
+            line.accepted()
+            state = server.state()
+            server.withdraw("target")
+        wait_until(lambda: server.state().is_idle)
+        gc.collect()
+        assert len(state.sessions) == 1
+        assert memory() is None

@@ -38,7 +38,8 @@ def raise_limit() -> None:
     logger.info("raised the limit of open files of this process (RLIMIT_NOFILE) from %d to %d", soft, wanted)
 
 
-def _limit() -> int:
+def limit_of_process() -> int:
+    """How many descriptors this process may have now, within reason."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if soft == resource.RLIM_INFINITY else min(soft, _MOST)
 
@@ -53,7 +54,7 @@ class Descriptors:
     @property
     def limit(self) -> int:
         """How many peers may take; read anew each time, because others may change the limit of the process."""
-        return _limit() // SHARE
+        return limit_of_process() // SHARE
 
     def take(self, count: int) -> bool:
         """Takes `count` descriptors until `give`, if so many are left. Whether that was so."""
@@ -74,7 +75,7 @@ def is_among_the_last(descriptor: int) -> bool:
 
     The system always hands out the lowest free number, so a high one means that few are left.
     """
-    limit = _limit()
+    limit = limit_of_process()
     return descriptor >= limit - min(limit // _RESERVED_SHARE, _MOST_RESERVED)
 
 
