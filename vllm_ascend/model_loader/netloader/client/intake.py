@@ -61,7 +61,7 @@ class Intake:
         )
 
     def require_complete(self) -> None:
-        """Raises ProtocolError where a delivery came to its end and chunks are missing."""
+        """Raises PeerError where a delivery came to its end and chunks are missing."""
         self._inventory.require_complete()
 
     def release(self, memory: Memory) -> None:

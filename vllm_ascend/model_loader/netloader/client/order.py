@@ -252,9 +252,9 @@ class SourceOrder:
         self._later = []
 
     def _postpone(self, candidate: Candidate) -> None:
-        """A configured source may be postponed for ever, a replica only as often as it may fail."""
+        """A configured source may be postponed without end, a replica only as often as a source may fail."""
         self._failures[candidate.endpoint] += candidate.is_replica
-        if not candidate.is_replica or self._failures[candidate.endpoint] < TRIES:
+        if self._failures[candidate.endpoint] < TRIES:
             self._later.append(candidate)
 
     def _forget_replicas(self) -> None:
