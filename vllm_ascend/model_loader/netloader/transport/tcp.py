@@ -21,7 +21,8 @@ from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, 
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, FileRange
+from vllm_ascend.model_loader.netloader.wire.bulk import FileRange, receive_into, send_range
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import Attach, Fetch, Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
@@ -114,7 +115,14 @@ class _ChunkSender(Sender):
                 case Fetch(offset, length) as fetch:
                     with self.sending(fetch):
                         content = FileRange(self._descriptor, self._bytes, offset, length)
-                        channel.send_file(content, self._timeout, self._pacer, self.note_progress, self._aborted)
+                        send_range(
+                            channel.socket,
+                            content,
+                            timeout=self._timeout,
+                            pacer=self._pacer,
+                            progress=self.note_progress,
+                            given_up=self._aborted,
+                        )
 
 
 class _Pull:
@@ -180,7 +188,7 @@ class _Pull:
             # Chunks arrive in the order in which this connection has asked for them.
             chunk = requested.popleft()
             arrival = self._delivery.begin(chunk)
-            channel.receive_into(arrival.landing.host, timeout, arrival.advance)
+            receive_into(channel.socket, arrival.landing.host, timeout, arrival.advance)
             self._delivery.finish(arrival)
 
     def _fail(self, error: BaseException) -> None:

@@ -23,7 +23,8 @@ from vllm_ascend.model_loader.netloader.errors import (
 )
 from vllm_ascend.model_loader.netloader.weights.identity import Difference
 from vllm_ascend.model_loader.netloader.wire.access import Access, Proofs, challenge
-from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, connect, is_our_own
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline, connect
+from vllm_ascend.model_loader.netloader.wire.failures import is_our_own
 from vllm_ascend.model_loader.netloader.wire.foreign import ForeignProtocol
 from vllm_ascend.model_loader.netloader.wire.messages import (
     PROTOCOL_VERSION,
