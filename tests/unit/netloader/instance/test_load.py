@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from support.engines import TRANSPORTS, close_listeners
-from support.loads import Checkpoint, Instance, Model
+from support.loads import CPU, Checkpoint, Instance, Model
 from support.sources import IDENTITY, fetch
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -29,10 +29,12 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourcesExhausted,
     UnsupportedModel,
 )
-from vllm_ascend.model_loader.netloader.instance.filling import Loaded
+from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.load import require_one_checkpoint
 from vllm_ascend.model_loader.netloader.instance.ranks import _Card
-from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights
+from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
+from vllm_ascend.model_loader.netloader.model.live import Int8Cache
+from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, LiveWeights
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights import arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -399,6 +401,35 @@ def test_what_post_processing_changes_is_served_as_it_was_loaded(
 def test_changes_are_looked_for_only_if_somebody_wants_to_know(checkpoint: Checkpoint) -> None:
     instance = Instance(checkpoint).start(process=lambda model: model.first.data.add_(1))
     assert instance.summary.changed is None
+
+
+def loaded_in_place(model: Model) -> Loaded:
+    """What a load on an accelerator returns, where parameters are served from where they are."""
+    weights = LiveWeights(model, CPU)
+    memory = weights.allocate()
+    memory.seal()
+    weights.note_originals(memory, Int8Cache())
+    request = Request(IDENTITY, RankCoordinates(), weights.manifest)
+    return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {})))
+
+
+def test_what_post_processing_leaves_alone_is_served_from_where_it_is(checkpoint: Checkpoint) -> None:
+    instance = Instance(checkpoint)
+    load, loaded = instance.begin(), loaded_in_place(instance.model)
+    load.publish(instance.model, loaded)
+    assert load.summary.changed == []
+    assert heard(Endpoint.parse(load.summary.listening or "")) == ""
+
+
+def test_what_post_processing_has_lost_is_declined_with_the_setting_that_keeps_it(checkpoint: Checkpoint) -> None:
+    instance = Instance(checkpoint, {"listen_port": nowhere().port})
+    load, loaded = instance.begin(), loaded_in_place(instance.model)
+    instance.model.first.data.add_(1)
+    load.publish(instance.model, loaded)
+    assert load.summary.listening is None
+    for reason in (load.summary.not_served or "", heard(listener_of(instance))):
+        assert "post-processing changed 1 tensors (first) and nothing keeps their originals: set INT8_CACHE" in reason
+    assert is_given_up(loaded)
 
 
 def test_a_draft_model_makes_no_ranks_meet(checkpoint: Checkpoint) -> None:

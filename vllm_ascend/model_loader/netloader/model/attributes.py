@@ -111,7 +111,7 @@ class Snapshot:
 
 
 def require_settable(model: nn.Module, attributes: Mapping[str, AttributeValue]) -> None:
-    """Raises SourceRefused where `attributes` from a peer are not plain attributes of `model`'s own modules."""
+    """Raises SourceRefused if one of the `attributes` from a peer is no plain attribute of a module of `model`."""
     modules = dict(model.named_modules())
     for name in attributes:
         prefix, _, attribute = name.rpartition(".")
