@@ -11,7 +11,6 @@ is kept, and answered anew each time.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,7 +63,7 @@ class Settings:
 
 
 class RequestHandler:
-    """Handles the requests of all connections, each in a thread of its own.
+    """Handles the requests of all connections, each in its connection's thread, by means of the server's other parts.
 
     `settings` and `peers` may be replaced at any time; what begins afterwards goes by the new ones.
     """
@@ -82,13 +81,13 @@ class RequestHandler:
     ) -> None:
         self.settings = settings
         self.peers: tuple[Peer, ...] = ()
-        self._listener = listener
-        self._publications = publications
-        self._sessions = sessions
-        self._replicas = replicas
-        self._turns = turns
-        self._waiting_room = WaitingRoom(turns)
-        self._log = log
+        self.listener = listener
+        self.publications = publications
+        self.sessions = sessions
+        self.replicas = replicas
+        self.turns = turns
+        self.waiting_room = WaitingRoom(turns)
+        self.log = log
 
     def handle(self, connection: Connection) -> bool:
         """Does what the client of a new connection asks for. Whether the connection is kept, because the client waits.
@@ -97,7 +96,7 @@ class RequestHandler:
         """
         channel, timeout = connection.channel, self.settings.timeouts.connect
         welcome(channel, self.settings.access, timeout)
-        self._listener.guard.succeeded(connection.peer.host)
+        self.listener.guard.succeeded(connection.peer.host)
 
         for _ in range(MAX_INQUIRIES):
             request = channel.receive(Deadline(timeout))
@@ -112,15 +111,15 @@ class RequestHandler:
                 case Announce(session_id, port):
                     self._note_replica(session_id, Endpoint(connection.peer.host, port))
                 case Join() as join:
-                    return self._join(connection, join)
+                    return JoinRequest(self, connection, join).begin()
             return False
         return False
 
     def _status(self) -> Status:
-        return answers.status(self._publications, self.settings.transports, len(self._sessions), self._turns.waiting)
+        return answers.status(self.publications, self.settings.transports, len(self.sessions), self.turns.waiting)
 
     def _attach(self, channel: Channel, session_id: bytes) -> None:
-        session = self._sessions.find(session_id)
+        session = self.sessions.find(session_id)
         timeout = self.settings.timeouts.connect
         if session is None:
             channel.send(Refuse(_UNKNOWN_SESSION), timeout)
@@ -132,95 +131,100 @@ class RequestHandler:
             session.sender.attach(channel)
 
     def _note_replica(self, session_id: bytes, endpoint: Endpoint) -> None:
-        if not self._replicas.note_serving(session_id, endpoint):
+        if not self.replicas.note_serving(session_id, endpoint):
             raise ProtocolError("it announces weights that it did not take from here")
-        self._log.say(logging.INFO, endpoint.host, "%s serves weights that it took from here", endpoint)
+        self.log.say(logging.INFO, endpoint.host, "%s serves weights that it took from here", endpoint)
 
-    def _answer(self, join: Join) -> Acceptance | Refuse:
-        return answers.answer(join, self._publications, self.settings.transports, self.peers)
 
-    def _join(self, connection: Connection, join: Join) -> bool:
+class JoinRequest(Guest):
+    """A client that wants weights, from its Join until it is served or refused. It may wait for a turn in between."""
+
+    def __init__(self, handler: RequestHandler, connection: Connection, join: Join) -> None:
+        super().__init__(connection.channel, connection.peer.host)
+        self._handler = handler
+        self._connection = connection
+        self._join = join
+
+    def begin(self) -> bool:
         """Serves or refuses the client, or lets it wait for a turn. Whether it waits."""
-        answer = self._answer(join)
+        answer = self._answer()
         if isinstance(answer, Refuse) or not answer.needs_turn:
-            self._serve(connection, join)
+            self._serve()
             return False
 
-        turn = self._turns.take(connection.peer.host)
+        turn = self._handler.turns.take(self.address)
         if turn is not None:
-            self._serve_in_turn(connection, join, turn)
+            self._serve_in_turn(turn)
             return False
 
-        self._waiting_room.admit(
-            Guest(
-                channel=connection.channel,
-                address=connection.peer.host,
-                notice=functools.partial(self._notice, join),
-                go_on=functools.partial(self._go_on, connection, join),
-                reconsider=functools.partial(self._reconsider, connection, join),
-                leave=functools.partial(self._listener.end, connection),
-            )
-        )
+        self._handler.waiting_room.admit(self)
         return True
 
-    def _notice(self, join: Join, ahead: int, served: int) -> Wait | None:
-        """What somebody who waits is told. None if there is nothing to wait for any more.
-
-        Replicas are named only together with the root digest by which the client can tell them from strangers.
-        """
-        answer = self._answer(join)
+    def notice(self, ahead: int, served: int) -> Wait | None:
+        """See `Guest`. Replicas are named only with the root digest that tells them from strangers."""
+        answer = self._answer()
         if isinstance(answer, Refuse) or not answer.needs_turn:
             return None
         publication = answer.publication
         root = publication.store.root_if_known()
-        referrals = self._replicas.referrals(publication.role, publication.store.generation) if root else ()
+        referrals = self._handler.replicas.referrals(publication.role, publication.store.generation) if root else ()
         return Wait(ahead, referrals, root, publication.identity.fingerprint, served)
 
-    def _go_on(self, connection: Connection, join: Join, turn: Turn) -> None:
-        """Serves, in a new thread, a client that waited and whose turn has come."""
+    def go_on(self, turn: Turn) -> None:
+        """Serves the client in a new thread."""
 
-        def serve(connection: Connection) -> bool:
-            self._serve_in_turn(connection, join, turn)
+        def serve(_: Connection) -> bool:
+            self._serve_in_turn(turn)
             return False
 
         try:
-            self._listener.go_on(connection, serve)
+            self._handler.listener.go_on(self._connection, serve)
         except RuntimeError:  # there is no thread, and the listener has closed the connection
-            self._turns.leave(turn)
+            self._handler.turns.leave(turn)
 
-    def _reconsider(self, connection: Connection, join: Join) -> None:
-        """Answers, in a new thread, a client that waited for something that is no longer served."""
+    def reconsider(self) -> None:
+        """Begins again in a new thread."""
+        begin_again = JoinRequest(self._handler, self._connection, self._join).begin
         with contextlib.suppress(RuntimeError):  # there is no thread, and the listener has closed the connection
-            self._listener.go_on(connection, functools.partial(self._join, join=join))
+            self._handler.listener.go_on(self._connection, lambda _: begin_again())
 
-    def _serve_in_turn(self, connection: Connection, join: Join, turn: Turn) -> None:
+    def leave(self, reason: PeerError | OSError) -> None:
+        """Closes the connection."""
+        self._handler.listener.end(self._connection, reason)
+
+    def _answer(self) -> Acceptance | Refuse:
+        handler = self._handler
+        return answers.answer(self._join, handler.publications, handler.settings.transports, handler.peers)
+
+    def _serve_in_turn(self, turn: Turn) -> None:
         with turn:
-            self._serve(connection, join, turn)
+            self._serve(turn)
 
-    def _serve(self, connection: Connection, join: Join, turn: Turn | None = None) -> None:
+    def _serve(self, turn: Turn | None = None) -> None:
         """Serves the client what is held now, or refuses it. Asks again as long as that changes before it begins."""
         is_answered = False
         while not is_answered:
-            answer = self._answer(join)
+            answer = self._answer()
             if isinstance(answer, Refuse):
-                self._refuse(connection, answer)
+                self._refuse(answer)
                 return
 
             beside_connections = answer.transport.traits.descriptors
             if not descriptors.of_peers.take(beside_connections):
-                self._refuse(connection, Refuse("no room: this process may have no more open files (RLIMIT_NOFILE)"))
+                self._refuse(Refuse("no room: this process may have no more open files (RLIMIT_NOFILE)"))
                 return
             try:
-                is_answered = self._sessions.run(connection, answer, turn, self.settings.timeouts)
+                timeouts = self._handler.settings.timeouts
+                is_answered = self._handler.sessions.run(self._connection, answer, turn, timeouts)
             finally:
                 descriptors.of_peers.give(beside_connections)
 
-    def _refuse(self, connection: Connection, refusal: Refuse) -> None:
-        peer = connection.peer
+    def _refuse(self, refusal: Refuse) -> None:
+        peer, log = self._connection.peer, self._handler.log
         if refusal.referrals:
-            self._log.say(logging.INFO, peer.host, "referred %s to %s", peer, ", ".join(refusal.referrals))
+            log.say(logging.INFO, peer.host, "referred %s to %s", peer, ", ".join(refusal.referrals))
         else:
             details = "; ".join(map(str, refusal.differences))
             text = "refused %s: %s%s"
-            self._log.say(logging.WARNING, peer.host, text, peer, refusal.reason, f": {details}" if details else "")
-        connection.channel.send(refusal, self.settings.timeouts.connect)
+            log.say(logging.WARNING, peer.host, text, peer, refusal.reason, f": {details}" if details else "")
+        self.channel.send(refusal, self._handler.settings.timeouts.connect)

@@ -14,8 +14,7 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import PeerError, Stalled
@@ -34,28 +33,39 @@ _MOST_FRAGMENTS: Final = 16
 """Incomplete messages that may arrive from a client that waits: it has nothing to say."""
 
 
-@dataclass(eq=False)
-class Guest:
-    """A client at `address` that waits for a turn, and what is to be done for it.
+class Guest(ABC):
+    """A client at `address` that waits on `channel` for its turn, and what is to be done for it.
 
-    - `notice` makes the next message to it, given how many clients come first and how many have a turn. It returns None
-      if there is nothing to wait for any more; then `reconsider` is called.
-    - `go_on` is given the turn when it has come, and must see to it that the turn is left.
-    - `leave` is told why the connection is over.
-
-    None of them may block, or keep weights alive while the client waits. After `go_on`, `reconsider` or `leave`, the
-    room does not use the channel any more.
+    No method may block, and a guest may not keep weights alive. Exactly one of `go_on`, `reconsider` and `leave` is
+    called in the end; after that, the room does not use the channel any more.
     """
 
-    channel: Channel
-    address: str
-    notice: Callable[[int, int], Wait | None]
-    go_on: Callable[[Turn], None]
-    reconsider: Callable[[], None]
-    leave: Callable[[PeerError | OSError], None]
-    fragments: int = 0
-    knows: bool = False
-    """Whether it has had its first notice."""
+    def __init__(self, channel: Channel, address: str) -> None:
+        self.channel = channel
+        self.address = address
+        self.has_notice = False
+        """Whether it has been told that it waits."""
+        self.fragments = 0
+        """Incomplete messages that have arrived from it."""
+
+    @abstractmethod
+    def notice(self, ahead: int, served: int) -> Wait | None:
+        """The next message to it, if `ahead` clients come first and `served` have a turn.
+
+        None if there is nothing to wait for any more; `reconsider` follows.
+        """
+
+    @abstractmethod
+    def go_on(self, turn: Turn) -> None:
+        """Its turn has come; from now on `turn` is the guest's to leave."""
+
+    @abstractmethod
+    def reconsider(self) -> None:
+        """What it waited for is gone."""
+
+    @abstractmethod
+    def leave(self, reason: PeerError | OSError) -> None:
+        """Its connection is over."""
 
 
 class WaitingRoom:
@@ -158,9 +168,9 @@ class WaitingRoom:
         """To everybody of `waiting`, which is in order, or only to those who have had none yet."""
         served = self._turns.taken
         for ahead, (turn, guest) in enumerate(waiting):
-            if guest.knows and not to_all:
+            if guest.has_notice and not to_all:
                 continue
-            guest.knows = True
+            guest.has_notice = True
             notice = guest.notice(ahead, served)
             if notice is None:
                 self._forget(selector, turn, guest)
