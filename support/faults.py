@@ -46,7 +46,7 @@ def source(
 
 
 def assert_little_came_twice(received: int) -> None:
-    """Of WEIGHTS, at most 1 % came twice, and the chunk that each connection was taking when it broke."""
+    """At most 1 % of WEIGHTS came twice, and besides the chunk that each connection was taking when it broke."""
     assert received <= NBYTES * 1.01 + CONNECTIONS * CHUNK
 
 

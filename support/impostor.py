@@ -106,7 +106,7 @@ class Impostor:
             line.send(self._bytes[heard["offset"] : heard["offset"] + heard["length"]])
 
     def right_answer(self, kind: str) -> Message | None:
-        """To a message of a client, by its name; None for Fetch, which bytes answer."""
+        """The right answer to a message of a client, given its name. None for Fetch, which bytes answer."""
         return {
             "Hello": Welcome(),
             "Join": Accept(SESSION, 1, "tcp", {}, digest=BLAKE3),

@@ -160,7 +160,7 @@ def many_hosts() -> Iterator[str]:
 
 
 def netloader_threads() -> list[str]:
-    """Those that serve or fetch now, in this process."""
+    """The names of the threads that serve or fetch now, in this process."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("netloader")]
 
 

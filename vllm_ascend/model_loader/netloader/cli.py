@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _endpoint(text: str) -> Endpoint:
-    """For argparse, which shows what is wrong with an argument only by its own exception."""
+    """The endpoint that `text` names. Raises what argparse shows to the user."""
     try:
         return Endpoint.parse(text)
     except ValueError as error:

@@ -22,7 +22,8 @@
       SourcesExhausted       nobody is left to ask: load from disk, or stop where FALLBACK forbids it
 
 Errors of the operating system and of msgspec are translated where they occur, and chained. A PeerError belongs to a
-session, on either side of it; the client makes a SourceError of it once it knows what that means for its search.
+session, on either side of it; the client makes a SourceError of it once it knows what that means for its search. An
+exception that never leaves its module is private to it, and not in this tree.
 """
 
 from __future__ import annotations

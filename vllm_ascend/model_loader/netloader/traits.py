@@ -64,7 +64,7 @@ GLOO: Final = Traits("process_group", "cpu", descriptors=8, exposure=Exposure.PR
 """A session takes about that many descriptors for Gloo's listener and pairs."""
 
 TABLE: Final = (SHARED_MEMORY, HCCL, TCP, GLOO)
-"""In the order of preference."""
+"""All rows, in the order of preference."""
 
 NAMES: Final = tuple(dict.fromkeys(row.name for row in TABLE))
 """All that TRANSPORT may name."""

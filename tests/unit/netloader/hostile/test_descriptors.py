@@ -72,7 +72,7 @@ def test_the_highest_numbers_are_for_the_engine(soft: int, first: int) -> None:
 
 
 def knock(source: Endpoint, opened: contextlib.ExitStack, count: int) -> list[Intruder]:
-    """So many strangers, each from another address."""
+    """Connects `count` strangers, each from another address."""
     return [opened.enter_context(Intruder(source, host)) for host, _ in zip(many_hosts(), range(count), strict=False)]
 
 

@@ -37,7 +37,7 @@ TIMEOUTS = Timeouts(connect=20.0, stall=2.0)
 ON_HOST = Tensors.of_shapes((8 << 20,))
 """More than the buffers of a connection hold."""
 LIVE = dataclasses.replace(ON_HOST, served_on=torch.device("cpu"))
-"""As on an accelerator, where the memory must not be read once it moves."""
+"""The same weights as on an accelerator, where nothing may read the memory once it moves."""
 
 
 @dataclasses.dataclass
@@ -143,7 +143,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Access:
 
 @pytest.fixture(autouse=True)
 def any_number_of_tries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nothing but `end` ends those who ask for ever."""
+    """Lets clients ask without end, so that nothing but `end` ends them."""
     for module in (sender, server_session):
         monkeypatch.setattr(module, "TRIES_PER_CHUNK", 1 << 40)
 
@@ -169,7 +169,7 @@ def test_no_client_keeps_its_session_alive(
 
 
 def set_buffers_of(server: WeightServer, nbytes: int) -> None:
-    """Of connections from now on, which inherit them."""
+    """Sets the buffers of all connections from now on, which inherit them from the listener."""
     assert server.listener.bound is not None
     set_buffers(server.listener.bound.socket, nbytes)
 

@@ -250,7 +250,7 @@ def _some_bytes(corpus: Corpus, line: Line) -> bytes:
 
 
 def _whole(content: bytes, role: Role) -> bytes:
-    """With what it ends in where nobody is asked for a token."""
+    """`content` with the checksum of a frame of `role`."""
     return content + tag(None, role, 0, content)
 
 

@@ -170,7 +170,7 @@ STRANGE_WORDS: dict[str, Callable[[Intruder], object]] = {
 def test_a_server_ends_the_session_of_a_client_that_says_while_gathering(
     say: Callable[[Intruder], object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At once, though its time would be long."""
+    """It is noticed at once, though the timeout is long."""
     with serving(SMALL, GROUP, timeouts=PATIENT) as (server, source):
         with gathering(source) as line:
             with contextlib.suppress(ConnectionError):  # it may be over before all is said
@@ -212,7 +212,7 @@ def test_gloo_listens_only_on_the_address_by_which_the_client_came() -> None:
 
 
 def listening_addresses() -> set[str]:
-    """Of this process's sockets, from the kernel's tables."""
+    """Where sockets of this process listen, by the kernel's tables."""
     inodes = {os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path)}
     found = set()
     for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:

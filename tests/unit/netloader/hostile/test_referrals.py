@@ -102,7 +102,7 @@ def test_a_client_follows_a_limited_number_of_referrals(answer: type[Wait] | typ
     number = itertools.count()
 
     def refer(line: Line, _: dict[str, Any]) -> None:
-        """To others at every time, where nobody is."""
+        """Names other addresses each time, at which nobody is."""
         others = tuple(f"127.9.{n // 250}.{n % 250 + 1}:{port}" for n in itertools.islice(number, REFERRALS_LIMIT // 2))
         line.say(Wait(1, others, SMALL_ROOT) if answer is Wait else Refuse("not here", referrals=others))
         if next(number) > REFERRALS_FOLLOWED:

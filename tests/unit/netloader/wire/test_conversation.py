@@ -262,7 +262,7 @@ class TwoPeers(RuleBasedStateMachine):
         return [(role, kind) for role in Role for kind in allowed(self.expected, role)]
 
     def framed_by(self, role: Role, content: bytes, number: int | None = None, key: bytes | None = None) -> bytes:
-        """As the next frame of `role`."""
+        """`content` as the next frame of `role`, or as another one by `number` or `key`."""
         if self.key is None:
             return framed(content)
         return tagged(key or self.key, role, len(self.overheard[role]) if number is None else number, content)

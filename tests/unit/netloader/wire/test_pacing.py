@@ -15,7 +15,7 @@ from vllm_ascend.model_loader.netloader.wire.pacing import Pacer, give_way
 RATE = 1000
 PIECE = 50
 CREDIT_SECONDS = 0.05
-"""Of time that was not used, and may be made up for."""
+"""Seconds of unused time that may be made up for."""
 
 Work = tuple[float, int]
 """How long a user is busy with other things, then how many bytes it sends."""

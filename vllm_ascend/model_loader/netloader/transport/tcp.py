@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import ConnectionLost, ProtocolError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, TransportError, one_line
 from vllm_ascend.model_loader.netloader.traits import TCP
 from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
@@ -72,7 +72,7 @@ class _ChunkSender(Sender):
     def attach(self, channel: Channel) -> None:
         with self._lock:
             if self._aborted.is_set() or len(self._channels) >= MAX_DATA_CONNECTIONS:
-                raise ProtocolError(f"the session is over or has {MAX_DATA_CONNECTIONS} data connections already")
+                raise PeerError(f"the session is over or has {MAX_DATA_CONNECTIONS} data connections already")
             self._channels.add(channel)
 
         try:

@@ -22,7 +22,7 @@ from vllm_ascend.model_loader.netloader.errors import ConfigError, ProtocolError
 from vllm_ascend.model_loader.netloader.files import warn_of_others
 
 MIN_TOKEN_BYTES: Final = 16
-"""Of a token, without the white space around it."""
+"""Bytes that a token must have, not counting the white space around it."""
 CHALLENGE_BYTES: Final = 32
 
 
