@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +11,10 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, ModelWeights
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
 
-def module(parameters: dict[str, torch.Tensor], **buffers: torch.Tensor) -> nn.Module:
+def module(parameters: dict[str, torch.Tensor], **buffers: torch.Tensor) -> Any:
     """A module of these parameters and persistent buffers, over exactly the given memory."""
     made = nn.Module()
     for name, tensor in parameters.items():
@@ -39,10 +41,13 @@ NAMES = [
 class Layers(nn.Module):
     """Two layers with a buffer each and one table that is no weight."""
 
+    scale: torch.Tensor
+    table: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Parameter(torch.arange(12.0).view(3, 4))
-        self.layers = nn.ModuleList([nn.Linear(4, 2), nn.BatchNorm1d(3)])
+        self.layers: Any = nn.ModuleList([nn.Linear(4, 2), nn.BatchNorm1d(3)])
         self.register_buffer("scale", torch.tensor([2.0, 4.0]))
         self.register_buffer("table", torch.full((5,), 7.0), persistent=False)
 
@@ -56,7 +61,7 @@ def seeded_layers(seed: int) -> Layers:
     return model
 
 
-def contents_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def contents_of(model: Any) -> dict[str, torch.Tensor]:
     """Copies of all weights of `model`, by name."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -73,13 +78,14 @@ def empty_arena(weights: ModelWeights) -> Arena:
     return Arena.create(weights.manifest.nbytes)
 
 
-def is_inside(tensor: torch.Tensor, arena: Arena) -> bool:
+def is_inside(tensor: torch.Tensor, arena: Memory) -> bool:
+    assert isinstance(arena, Arena)
     """Whether all of `tensor` lies in the memory of `arena`."""
     begin = torch.frombuffer(arena.writable(), dtype=torch.uint8).data_ptr()
     return begin <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= begin + arena.nbytes
 
 
-def loaded_from_disk(model: nn.Module, load: Callable[[nn.Module], None] = lambda _: None) -> WeightStore:
+def loaded_from_disk(model: Any, load: Callable[[Any], object] = lambda _: None) -> WeightStore:
     """What a load from disk leaves: `model` bound to a sealed arena that holds what `load` brought."""
     weights = ArenaWeights(model)
     arena = empty_arena(weights)
@@ -90,7 +96,7 @@ def loaded_from_disk(model: nn.Module, load: Callable[[nn.Module], None] = lambd
     return WeightStore(weights.manifest, arena, 1)
 
 
-def bound_to(model: nn.Module, store: WeightStore) -> ModelWeights:
+def bound_to(model: Any, store: WeightStore) -> ModelWeights:
     """`model` after a fetch of `store`, as a peer that shares its memory has it."""
     weights = ArenaWeights(model)
     assert weights.manifest.mismatch(store.manifest) == ()
@@ -108,7 +114,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
 
-def sharing() -> nn.Module:
+def sharing() -> Any:
     """Three parameters over one memory: all of it, two of its rows, and a column."""
     storage = torch.zeros(4, 6)
     return module({"rows": storage[1:3], "whole": storage, "column": storage[:, 2], "other": torch.zeros(2)})

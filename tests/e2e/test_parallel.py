@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ def test_all_ranks_reload_or_none(load: Load, models: Path, tmp_path: Path) -> N
     for each in ranks:
         each.finish_loading()
     assert [generation(each) for each in ranks] == [number + 1 for number in before]
-    extra = {"SOURCE": [ranks[0].address], "FALLBACK": "error"}
-    clients = start_ranks(load, new, tmp_path, extra, TWO_TENSOR_RANKS)
+    from_ranks = {"SOURCE": [ranks[0].address], "FALLBACK": "error"}
+    clients = start_ranks(load, new, tmp_path, from_ranks, TWO_TENSOR_RANKS)
     expected = start_ranks(load, new, tmp_path, {"SERVE": False}, TWO_TENSOR_RANKS)
     digests = [each.finish_loading().digests for each in clients]
     assert digests == [each.finish_loading().digests for each in expected]
@@ -134,7 +134,7 @@ def test_ranks_that_load_different_checkpoints_say_so(load: Load, models: Path, 
 
 
 def start_ranks(
-    load: Load, model: str, directory: Path, extra: dict[str, object], engine: dict[str, Any]
+    load: Load, model: str, directory: Path, extra: Mapping[str, object], engine: dict[str, Any]
 ) -> list[Loader]:
     """The processes of an instance with these engine arguments, not waited for."""
     if "data_parallel_size" in engine:
@@ -145,7 +145,7 @@ def start_ranks(
     return [load(model, extra, rank=rank, init_method=init_method, engine=engine) for rank in range(ranks)]
 
 
-def start_replicas(load: Load, model: str, extra: dict[str, object], engine: dict[str, Any]) -> list[Loader]:
+def start_replicas(load: Load, model: str, extra: Mapping[str, object], engine: dict[str, Any]) -> list[Loader]:
     """Data-parallel replicas of one rank each, as vLLM's engines start them."""
     address = {"data_parallel_address": "127.0.0.1"}
     meeting = {"data_parallel_master_port": two_free_ports(), "_data_parallel_master_port_list": []}

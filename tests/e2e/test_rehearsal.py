@@ -60,7 +60,7 @@ class Model(nn.Module):
     def __init__(self, process: Process, *, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(SIZE, SIZE)
-        self.layers = nn.ModuleList(Layer(process) for _ in range(2))
+        self.layers: Any = nn.ModuleList(Layer(process) for _ in range(2))
         self.head = self.embedding if tied else nn.Linear(SIZE, SIZE, bias=False)
         self.requires_grad_(False)
         record_metadata_for_reloading(self)
@@ -248,7 +248,7 @@ class WithView(Model):
 
 
 def test_a_view_of_a_weight_is_reloaded_with_it() -> None:
-    model = WithView(nothing).filled(1).processed()
+    model: Any = WithView(nothing).filled(1).processed()
     reload(model, WithView(nothing).filled(2))
     assert torch.equal(model.view, Model(nothing).filled(2).layers[0].weight.view(-1))
 

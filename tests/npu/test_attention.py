@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ class Layer:
         self.layer = NPUAttentionBackend.get_impl_cls()(shape.heads, shape.size, self.scale, shape.key_heads)
         self.cache = cache_of_vllm(NPUAttentionBackend, shape)
         self.cache.normal_()
-        self.mask = causal_mask(NPU)
+        self.mask = causal_mask(torch.device(NPU))
         self.requests: dict[str, Request] = {}
         self._random = torch.Generator().manual_seed(0)
         self._free = torch.randperm(BLOCKS, generator=self._random).tolist()
@@ -112,7 +113,7 @@ class Layer:
         return result[0].transpose(0, 1).to(query.dtype)
 
 
-def cache_of_vllm(backend: object, shape: Shape) -> torch.Tensor:
+def cache_of_vllm(backend: Any, shape: Shape) -> torch.Tensor:
     """The second of three layers' caches, as vLLM's worker makes it."""
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
@@ -131,12 +132,17 @@ def cache_of_vllm(backend: object, shape: Shape) -> torch.Tensor:
     size = 3 * layer_stride
     tensor = KVCacheTensor(size=size, layers=["x", "y", "z"], layer_stride=layer_stride, block_stride=block_stride)
     raw = torch.zeros(size, dtype=torch.int8, device=NPU)
-    return create_kv_cache_views(raw, spec, BLOCKS, layout, tensor)[1]
+    views: list[torch.Tensor] = create_kv_cache_views(raw, spec, BLOCKS, layout, tensor)
+    return views[1]
+
+
+TOLERANCE: dict[int, Any] = {2: {"rtol": 2e-2, "atol": 2e-2}}
+"""By bytes of an element; torch's own for others."""
 
 
 def assert_close(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     ours, expected = pair
-    torch.testing.assert_close(ours, expected, **({"rtol": 2e-2, "atol": 2e-2} if ours.dtype.itemsize == 2 else {}))
+    torch.testing.assert_close(ours, expected, **TOLERANCE.get(ours.dtype.itemsize, {}))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -171,9 +177,9 @@ def test_what_only_pads_a_batch_is_not_written_into_the_cache() -> None:
 
 def test_without_a_cache_there_is_nothing_to_attend_to() -> None:
     layer = Layer(SHAPES["as many KV heads"])
-    tensors = [torch.randn(5, 4, 64, device=NPU) for _ in range(4)]
-    result = layer.layer.forward(None, *tensors[:3], torch.tensor([]), None, tensors[3])
-    assert result is tensors[3]
+    query, key, value, output = (torch.randn(5, 4, 64, device=NPU) for _ in range(4))
+    result = layer.layer.forward(None, query, key, value, torch.tensor([]), None, output)
+    assert result is output
     assert not result.any()
 
 
@@ -187,7 +193,7 @@ def test_without_a_cache_there_is_nothing_to_attend_to() -> None:
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
-def test_what_a_layer_wants_more_is_refused_by_name(argument: dict[str, object], word: str) -> None:
+def test_what_a_layer_wants_more_is_refused_by_name(argument: dict[str, Any], word: str) -> None:
     from vllm_ascend.attention.backend import NPUAttentionImpl
 
     with pytest.raises(ValueError, match=f"attention with {word} is not supported on NPUs"):
@@ -214,7 +220,7 @@ def test_the_builder_takes_lengths_from_the_host() -> None:
         block_table_tensor=torch.arange(6, dtype=torch.int32, device=NPU).view(3, 2),
         slot_mapping=torch.arange(8, device=NPU),
     )
-    batch = NPUAttentionMetadataBuilder(None, [], None, NPU).build(0, common)
+    batch = NPUAttentionMetadataBuilder(None, [], None, torch.device(NPU)).build(0, common)
     assert (batch.query_ends, batch.key_lengths) == ([3, 4], [3, 200])
     assert batch.block_table.tolist() == [[0, 1], [2, 3]]
     assert batch.slots.tolist() == [0, 1, 2, 3]

@@ -85,7 +85,12 @@ def on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], list[list[i
 
     def answer(make: Make) -> list[list[int]]:
         if make not in known:
-            request = {"load_format": "auto", "prompts": PROMPTS, "digests": False, "engine": {"dtype": "float32"}}
+            request: dict[str, Any] = {
+                "load_format": "auto",
+                "prompts": PROMPTS,
+                "digests": False,
+                "engine": {"dtype": "float32"},
+            }
             loader = pools["cpu"].load(make(models), **request).finish_loading()
             known[make] = tokens(loader.answers)
             loader.end()

@@ -46,7 +46,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def assert_close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if ours.dtype.itemsize == 2 else {"rtol": 1e-5, "atol": 1e-5}
+    tolerance: dict[str, Any] = (
+        {"rtol": 2e-2, "atol": 2e-2} if ours.dtype.itemsize == 2 else {"rtol": 1e-5, "atol": 1e-5}
+    )
     torch.testing.assert_close(ours.cpu(), expected.cpu(), **tolerance)
 
 

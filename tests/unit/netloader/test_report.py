@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -84,11 +85,11 @@ nestings = st.recursive(
 
 
 @given(steps=st.lists(nestings, max_size=4))
-def test_the_phases_add_up_to_the_time_in_which_any_ran(steps: list[object]) -> None:
+def test_the_phases_add_up_to_the_time_in_which_any_ran(steps: list[Any]) -> None:
     clock = Clock(0.0)
     phases = Phases(clock)
 
-    def run(steps: list[object]) -> float:
+    def run(steps: list[Any]) -> float:
         spent = 0.0
         for step in steps:
             if isinstance(step, tuple):

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def recording_pauses(client: Client) -> list[tuple[int, float]]:
 
 
 @contextlib.contextmanager
-def ways(*tampers: Tamper, **terms: object) -> Iterator[tuple[Client, list[Endpoint]]]:
+def ways(*tampers: Tamper, **terms: Any) -> Iterator[tuple[Client, list[Endpoint]]]:
     """A source for each of `tampers`, and a client on whose way from it bytes meet with that."""
     names = [f"way{number}" for number in range(len(tampers))]
     with contextlib.ExitStack() as servers:
@@ -524,8 +525,8 @@ def test_what_was_verified_comes_with_the_digests_it_was_verified_by(access: Acc
     with serving(EIGHT, MEMORY, access=access) as (_, source):
         _, fetched = fetch(EIGHT, MEMORY, source, access=access)
     assert fetched.evidence is not None
-    with fetched.memory.writable() as data:
-        made = tuple(digest_of(data[at : at + CHUNK]) for at in range(0, EIGHT.manifest.nbytes, CHUNK))
+    data = fetched.memory.contents()
+    made = tuple(digest_of(data[at : at + CHUNK]) for at in range(0, EIGHT.manifest.nbytes, CHUNK))
     assert fetched.evidence.digests == made
     assert fetched.evidence.root == root_of(EIGHT.manifest.digest, {}, made)
 

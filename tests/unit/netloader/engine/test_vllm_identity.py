@@ -44,7 +44,7 @@ def identity_of(configuration: VllmConfig, name: str | None = None) -> ModelIden
 def draft(configuration: VllmConfig) -> Any:
     """The configuration of a draft model, as speculative decoding makes it."""
     changed = copy.copy(configuration.model_config)
-    changed.runner_type = "draft"  # type: ignore[misc]
+    changed.runner_type = "draft"
     return changed
 
 
@@ -76,7 +76,7 @@ def test_a_repository_is_known_by_its_name_and_the_commit_that_its_branch_led_to
     assert identity_of(configuration).revision == ""
     configuration.model_config.revision = "main"
     assert identity_of(configuration).revision == "main"
-    configuration.model_config.revision = SimpleNamespace(resolved="c0ffee")  # type: ignore[assignment]
+    configuration.model_config.revision = SimpleNamespace(resolved="c0ffee")
     assert (identity_of(configuration).name, identity_of(configuration).revision) == ("org/model", "c0ffee")
 
 

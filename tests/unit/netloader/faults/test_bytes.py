@@ -20,8 +20,8 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport import delivery, digests
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
-from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.weights.manifest import TensorSpec, chunks
+from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 pytestmark = pytest.mark.timeout(120)
@@ -52,14 +52,13 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def served_bytes(tensors: Tensors) -> bytes:
     """All bytes as a server holds them."""
     store = tensors.store(verify=False)
-    contents = bytes(store.bytes)
+    contents = bytes(store.bytes[:])
     store.close()
     return contents
 
 
-def contents_of(arena: Arena) -> bytes:
-    with arena.writable() as data:
-        return bytes(data)
+def contents_of(memory: Memory) -> bytes:
+    return bytes(memory.contents()[:])
 
 
 ORIGINAL = served_bytes(WEIGHTS)
@@ -149,7 +148,7 @@ def names(kind: Callable[[random.Random], Damage]) -> str:
     return kind.__name__.replace("_", " ")
 
 
-@pytest.fixture(params=ACCESS.values(), ids=ACCESS.keys())
+@pytest.fixture(params=list(ACCESS.values()), ids=list(ACCESS))
 def access(request: pytest.FixtureRequest) -> Access:
     chosen: Access = request.param
     return chosen

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import descriptors, listener
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.messages import Attach
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
@@ -139,7 +141,7 @@ def test_what_sessions_open_counts_too(opened: contextlib.ExitStack, monkeypatch
 def test_a_session_takes_no_more_than_its_transport_says(name: str, opened: contextlib.ExitStack) -> None:
     kinds = transports([name])
     store = SMALL.store()
-    assert len(store.bytes) == SMALL.manifest.nbytes  # mapped now, which takes a descriptor of the store's own
+    assert store.bytes.nbytes == SMALL.manifest.nbytes  # mapped now, which takes a descriptor of the store's own
     before = len(os.listdir("/proc/self/fd"))
     with kinds[0].sender(store, PATIENT, Pacer(None)):
         assert len(os.listdir("/proc/self/fd")) - before <= kinds[0].traits.descriptors
@@ -149,12 +151,12 @@ def test_a_session_takes_no_more_than_its_transport_says(name: str, opened: cont
 def test_an_error_does_not_end_the_accepting_thread(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    channel, failures = listener.Channel, iter([MemoryError("none left"), RuntimeError("unforeseen")])
+    failures = iter([MemoryError("none left"), RuntimeError("unforeseen")])
 
-    def failing(*arguments: object) -> object:
+    def failing(*arguments: Any) -> Channel:
         for failure in failures:
             raise failure
-        return channel(*arguments)  # type: ignore[arg-type]
+        return Channel(*arguments)
 
     with serving(SMALL, TCP, timeouts=PATIENT) as (server, source):
         monkeypatch.setattr(listener, "Channel", failing)

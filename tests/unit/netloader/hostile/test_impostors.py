@@ -154,7 +154,7 @@ def test_an_end_during_the_transfer_is_told(caplog: pytest.LogCaptureFixture) ->
     assert_orderly(caplog)
 
 
-WRONG_PARAMETERS: dict[str, tuple[str, dict[str, str | int]]] = {
+WRONG_PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
     "no socket": ("shared_memory", {}),
     "a socket that is a number": ("shared_memory", {"socket": 7}),
     "an empty socket": ("shared_memory", {"socket": ""}),
@@ -167,7 +167,7 @@ WRONG_PARAMETERS: dict[str, tuple[str, dict[str, str | int]]] = {
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("transport", "parameters"), WRONG_PARAMETERS.values(), ids=WRONG_PARAMETERS.keys())
 def test_a_client_gives_up_a_source_with_parameters(
-    transport: str, parameters: dict[str, str | int], caplog: pytest.LogCaptureFixture
+    transport: str, parameters: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with Impostor({"Join": answering(accepting(transport, **parameters))}) as impostor:
         assert outlives(impostor, kinds=transports([transport]), timeouts=Timeouts(1, 1))

@@ -122,7 +122,7 @@ def free_descriptors(count: int) -> Iterator[None]:
 def test_a_session_for_which_descriptors_run_out_leaves_none(name: str) -> None:
     (transport,) = transports([name])
     store, failures = SMALL.store(), 0
-    assert len(store.bytes) == SMALL.manifest.nbytes  # mapped now, which takes a descriptor of the store's own
+    assert store.bytes.nbytes == SMALL.manifest.nbytes  # mapped now, which takes a descriptor of the store's own
     before = held()
     for free in range(4):
         with free_descriptors(free):

@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Join, Offer
+from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Join, Offer, Wait
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -61,13 +61,13 @@ def test_hundreds_that_wait_have_one_thread_and_the_order_is_made_once_for_a_cha
         made, arrange = list[int](), admission.arrange
         monkeypatch.setattr(admission, "arrange", lambda *turns: (made.append(1), arrange(*turns))[1])
         for _ in range(3):
-            places = sorted(line.hear_kind(waiting.Wait)["ahead"] for line in lines)
+            places = sorted(line.hear_kind(Wait)["ahead"] for line in lines)
         assert places == list(range(200))
         assert not made  # nothing has changed
         lines[0].reset()
         wait_until(lambda: server.state().waiting == 199)
         for line in lines[1:]:
-            while line.hear_kind(waiting.Wait)["ahead"] > 198:
+            while line.hear_kind(Wait)["ahead"] > 198:
                 pass
         assert len(made) <= 2
         opened.close()
@@ -78,7 +78,7 @@ def test_whoever_waits_is_told_how_many_are_served_and_how_many_come_first(opene
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=2) as (_, source):
         hold_turns(source, opened, 2)
         first, second = queue(source, opened, 2)
-        heard = [line.hear_kind(waiting.Wait) for line in (first, second)]
+        heard = [line.hear_kind(Wait) for line in (first, second)]
         assert [(wait["served"], wait["ahead"]) for wait in heard] == [(2, 0), (2, 1)]
 
 
@@ -116,7 +116,7 @@ def test_whoever_waits_hears_the_reason_when_its_weights_are_gone(opened: contex
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         server.suspend("it sleeps")
         while (heard := line.hear())["type"] == "Wait":
             pass
@@ -127,7 +127,7 @@ def test_whoever_waits_takes_what_is_served_when_its_turn_comes(opened: contextl
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         server.publish(Publication(IDENTITY, RankCoordinates(), SMALL.store(generation=7)))
         while (heard := line.hear())["type"] == "Wait":
             pass
@@ -156,12 +156,12 @@ def test_whoever_waits_is_told_of_what_is_served_now(
         server.publish(Publication(IDENTITY, RankCoordinates(), store))
         assert server.turns.take("127.9.0.1") is not None  # for ever
         line = any_fingerprint(source, opened)
-        heard = line.hear_kind(waiting.Wait)
+        heard = line.hear_kind(Wait)
         assert (heard["root"], heard["fingerprint"]) == (roots[0], IDENTITY.fingerprint)
         store = OTHER_WEIGHTS.store(server.next_generation("target"))
         roots.append(store.root())
         server.publish(Publication(RELOADED, RankCoordinates(), store))
-        while (heard := line.hear_kind(waiting.Wait))["root"] == roots[0]:
+        while (heard := line.hear_kind(Wait))["root"] == roots[0]:
             pass
         assert (heard["root"], heard["fingerprint"]) == (roots[1], RELOADED.fingerprint)
 
@@ -189,7 +189,7 @@ def test_whoever_waits_for_what_there_is_no_more_hears_so_before_its_turn(
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         assert server.turns.take("127.9.0.1") is not None  # for ever
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         change(server)
         while (heard := line.hear())["type"] == "Wait":
             pass
@@ -208,7 +208,7 @@ def test_whoever_waits_keeps_no_weights_that_were_replaced(
             store = OTHER_WEIGHTS.store(server.next_generation("target"))
             served.append(weakref.ref(store.memory))
             server.publish(Publication(RELOADED, RankCoordinates(), store))
-            any_fingerprint(source, opened).hear_kind(waiting.Wait)
+            any_fingerprint(source, opened).hear_kind(Wait)
         wait_until(lambda: gc.collect() >= 0 and not any(memory() for memory in served[:-1]))
         assert server.state().waiting == 3
 
@@ -226,11 +226,11 @@ def test_whoever_waits_has_nothing_to_say(act: object, opened: contextlib.ExitSt
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         line, other = queue(source, opened, 2)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         act(line)  # type: ignore[operator]
         line.hear_out()
         wait_until(lambda: server.state().waiting == 1)
-        other.hear_kind(waiting.Wait)
+        other.hear_kind(Wait)
 
 
 def test_whoever_waits_and_drips_is_sent_away(
@@ -240,7 +240,7 @@ def test_whoever_waits_and_drips_is_sent_away(
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         with contextlib.suppress(OSError):
             line.send(b"\x00\x00\xff\xff")
             while server.state().waiting:
@@ -292,7 +292,7 @@ def test_where_no_thread_can_be_had_nobody_keeps_a_turn(
         holder = contextlib.ExitStack()
         hold_turns(source, holder, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         monkeypatch.setattr(threading.Thread, "start", fail_for_who_waits)
         holder.close()
         while (heard := line.hear())["type"] == "Wait":
@@ -307,13 +307,13 @@ def test_an_error_among_those_who_wait_sends_them_away_and_not_the_next(
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         with monkeypatch.context() as patch:
             patch.setattr(server.turns, "in_order", lambda: None)
             line.hear_out()
             wait_until(lambda: not server.state().waiting)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         opened.close()
         wait_until(lambda: is_idle(server))
 
@@ -322,7 +322,7 @@ def test_turns_of_a_server_that_is_configured_anew(opened: contextlib.ExitStack)
     with serving(SMALL, TCP, timeouts=PATIENT, max_clients=1) as (server, source):
         hold_turns(source, opened, 1)
         (line,) = queue(source, opened, 1)
-        line.hear_kind(waiting.Wait)
+        line.hear_kind(Wait)
         server.configure(replace(server.settings, max_clients=2))
         while (heard := line.hear())["type"] == "Wait":
             pass

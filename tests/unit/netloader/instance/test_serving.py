@@ -165,7 +165,7 @@ def test_an_engine_that_is_gone_leaves_its_port_to_the_next(port: int | None) ->
     port = port and free_port()
     first = Engine(listen_port=port)
     first.models["target"] = nn.Module()
-    first.models["target"].itself = first.models["target"]  # type: ignore[assignment]  # dies only when collected
+    first.models["target"].itself = first.models["target"]  # dies only when collected
     first.loads(SMALL)
     serving.decline(first.models["target"], "draft", "the first has a reason", first.options)
     [before] = map(weakref.ref, serving.servers_of(first))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights
 
 
 def changed_by(
-    process: Callable[[nn.Module], None],
-    names: tuple[str, ...] | None = None,
+    process: Callable[[Any], object],
+    names: Any = None,
     make: Callable[[], nn.Module] = lambda: seeded_layers(1),
 ) -> list[str]:
     """What `process` changes in a model that was loaded from disk and is served."""
@@ -49,7 +50,7 @@ def test_nothing_is_changed_after_loading() -> None:
 
 def test_nothing_is_changed_after_fetching() -> None:
     store = loaded_from_disk(seeded_layers(1))
-    client = seeded_layers(2)
+    client: Any = seeded_layers(2)
     weights = bound_to(client, store)
     assert weights.find_changes(client, store.memory, Int8Cache("dram")) == []
     client.layers[0].bias.data[1] += 1
@@ -58,7 +59,7 @@ def test_nothing_is_changed_after_fetching() -> None:
 
 
 def test_weights_with_other_contents_are_changed() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.embed.data[2, 3] += 1
         model.layers[0].bias.data.zero_()
 
@@ -67,7 +68,7 @@ def test_weights_with_other_contents_are_changed() -> None:
 
 @pytest.mark.parametrize("position", [0, -1])
 def test_one_changed_byte_is_a_change(position: int) -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         contents = model.w.data.view(torch.uint8)
         contents[position] ^= 1
 
@@ -77,7 +78,7 @@ def test_one_changed_byte_is_a_change(position: int) -> None:
 
 
 def test_values_that_are_equal_in_other_bytes_are_a_change_and_nan_is_none() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.zero.data.neg_()
         model.nan.data.mul_(1)
 
@@ -100,7 +101,7 @@ REPLACED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED.keys())
 @pytest.mark.parametrize("in_place", [False, True], ids=["new parameter", "same parameter"])
 def test_a_replaced_weight_is_changed(replace: Callable[[torch.Tensor], torch.Tensor], in_place: bool) -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         replaced = replace(model.w.data)
         if in_place:
             model.w.data = replaced
@@ -121,14 +122,14 @@ def test_a_replaced_weight_is_changed(replace: Callable[[torch.Tensor], torch.Te
 )
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 def test_a_weight_that_has_no_plain_memory_any_more_is_changed(replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.w = nn.Parameter(replace(model.w.data), requires_grad=False)
 
     assert changed_by(process, make=partial(module, {"w": torch.ones(4, 3)})) == ["w"]
 
 
 def test_a_removed_weight_is_changed() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         del model.embed
         del model.layers[1].running_var
         model.layers[0].bias = None
@@ -137,7 +138,7 @@ def test_a_removed_weight_is_changed() -> None:
 
 
 def test_an_equal_tensor_elsewhere_is_no_change() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.embed = nn.Parameter(model.embed.detach().clone())
         model.layers[0].weight.data = model.layers[0].weight.data.clone()
         model.scale = model.scale.clone()
@@ -149,7 +150,7 @@ def test_an_equal_tensor_elsewhere_is_no_change() -> None:
 
 
 def test_what_post_processing_adds_is_no_change() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.embed_scale = nn.Parameter(torch.ones(1))
         model.register_buffer("offset", torch.zeros(1))
 
@@ -157,7 +158,7 @@ def test_what_post_processing_adds_is_no_change() -> None:
 
 
 def test_persistent_buffers_may_be_changed_and_others_do_not_count() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.scale.add_(1)
         model.layers[1].num_batches_tracked.add_(1)
         model.table.add_(1)
@@ -166,7 +167,7 @@ def test_persistent_buffers_may_be_changed_and_others_do_not_count() -> None:
 
 
 def test_a_weight_that_becomes_a_buffer_of_the_same_contents_is_no_change() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         contents = model.embed.data
         del model.embed
         model.register_buffer("embed", contents)
@@ -190,7 +191,7 @@ def test_a_weight_that_becomes_a_buffer_of_the_same_contents_is_no_change() -> N
 def test_names_restrict_what_is_looked_at_by_any_part_of_a_name(
     names: Sequence[str] | None, expected: list[str]
 ) -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.add_(1)
 
@@ -198,7 +199,7 @@ def test_names_restrict_what_is_looked_at_by_any_part_of_a_name(
 
 
 def test_weights_without_elements_are_changed_only_by_type_and_shape() -> None:
-    def process(model: nn.Module) -> None:
+    def process(model: Any) -> None:
         model.same.data = torch.empty(0, 8)
         model.narrower.data = torch.empty(0, 4)
         model.of_another_type.data = torch.empty(0, dtype=torch.int8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_parameters_within_the_memory_of_another_travel_once() -> None:
     )
 
 
-def assert_shared(model: nn.Module) -> None:
+def assert_shared(model: Any) -> None:
     model.whole.data.copy_(torch.arange(24.0).view(4, 6))
     assert torch.equal(model.rows, model.whole[1:3])
     assert torch.equal(model.column, model.whole[:, 2])
@@ -63,7 +65,7 @@ def test_parameters_that_share_memory_share_it_in_the_arena_too() -> None:
 
 
 def test_a_loader_that_parts_shared_memory_makes_a_model_that_is_not_served() -> None:
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.rows.data = torch.zeros(2, 6)
 
     with pytest.raises(UnsupportedModel, match="loading parted rows from the memory that it shared"):
@@ -71,7 +73,7 @@ def test_a_loader_that_parts_shared_memory_makes_a_model_that_is_not_served() ->
 
 
 def test_a_base_that_a_loader_puts_elsewhere_with_its_aliases_is_brought_in_as_one() -> None:
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         storage = torch.arange(24.0).view(4, 6)
         model.whole.data, model.rows.data, model.column.data = storage, storage[1:3], storage[:, 2]
 
@@ -82,7 +84,7 @@ def test_a_base_that_a_loader_puts_elsewhere_with_its_aliases_is_brought_in_as_o
 
 
 def test_a_parameter_within_a_buffer_follows_it() -> None:
-    def make() -> nn.Module:
+    def make() -> Any:
         storage = torch.zeros(6)
         return module({"part": storage[2:4]}, whole=storage)
 
@@ -94,7 +96,7 @@ def test_a_parameter_within_a_buffer_follows_it() -> None:
     assert client.part.tolist() == [9.0, 9.0]
 
 
-def buffer_within_a_parameter() -> nn.Module:
+def buffer_within_a_parameter() -> Any:
     storage = torch.zeros(6)
     return module({"whole": storage}, part=storage[2:4])
 
@@ -118,6 +120,8 @@ def test_a_buffer_within_a_parameter_travels_with_it() -> None:
 
 class Convolution(nn.Module):
     """Keeps a view of its weight in another shape beside it, as vLLM's Mamba 2 mixer does."""
+
+    rows: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +157,7 @@ def test_parameters_that_share_memory_by_different_storages_are_recognised_or_re
 
 
 def test_parameters_without_elements_are_described_and_bound() -> None:
-    def make(value: float) -> nn.Module:
+    def make(value: float) -> Any:
         return module({"none": torch.empty(0, 8), "w": torch.full((3,), value), "bias": torch.empty(0)})
 
     store = loaded_from_disk(make(1.0))

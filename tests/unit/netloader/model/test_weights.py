@@ -7,6 +7,7 @@ import gc
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -73,7 +74,7 @@ def test_a_client_that_filled_its_own_arena_serves_what_it_received() -> None:
     weights = ArenaWeights(client)
     arena = empty_arena(weights)
     with arena.writable() as bytes_:
-        bytes_[:] = first.bytes
+        bytes_[:] = first.bytes[:]
     weights.bind(arena)
     gc.collect()
     arena.seal()
@@ -84,12 +85,12 @@ def test_a_client_that_filled_its_own_arena_serves_what_it_received() -> None:
 def test_post_processing_does_not_change_what_is_served() -> None:
     model = seeded_layers(1)
     store = loaded_from_disk(model)
-    before = bytes(store.bytes)
+    before = bytes(store.bytes[:])
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.zero_()
     model.embed = nn.Parameter(model.embed.data.t().contiguous())
     gc.collect()
-    assert bytes(store.bytes) == before
+    assert bytes(store.bytes[:]) == before
 
 
 def test_moving_keeps_what_the_model_has_initialised() -> None:
@@ -147,7 +148,7 @@ def test_moving_keeps_what_lies_in_a_mapped_file(tmp_path: Path) -> None:
 
 
 def test_what_a_loader_writes_in_place_is_collected() -> None:
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.embed.data.fill_(3.0)
         model.scale.fill_(4.0)
 
@@ -162,7 +163,7 @@ def test_what_a_loader_puts_elsewhere_is_brought_into_the_arena() -> None:
     model = Layers()
     elsewhere = torch.full((3, 4), 3.0)
 
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.embed.data = elsewhere
 
     store = loaded_from_disk(model, load)
@@ -177,7 +178,7 @@ def test_what_a_loader_puts_elsewhere_in_another_memory_order_is_brought_in() ->
     model = Layers()
     elsewhere = torch.arange(12.0).view(4, 3).t()
 
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.embed.data = elsewhere
 
     store = loaded_from_disk(model, load)
@@ -188,19 +189,19 @@ def test_what_a_loader_puts_elsewhere_in_another_memory_order_is_brought_in() ->
 
 
 def test_a_loader_that_replaces_what_it_loads_makes_a_model_that_is_not_served() -> None:
-    def replace_parameter(model: nn.Module) -> None:
+    def replace_parameter(model: Any) -> None:
         model.embed = nn.Parameter(torch.zeros(3, 4))
 
-    def replace_buffer(model: nn.Module) -> None:
+    def replace_buffer(model: Any) -> None:
         model.scale = torch.zeros(2)
 
-    def add(model: nn.Module) -> None:
+    def add(model: Any) -> None:
         model.scale_inverse = nn.Parameter(torch.zeros(1))
 
-    def add_buffer(model: nn.Module) -> None:
+    def add_buffer(model: Any) -> None:
         model.register_buffer("offset", torch.zeros(1))
 
-    def remove(model: nn.Module) -> None:
+    def remove(model: Any) -> None:
         del model.embed
 
     cases = [
@@ -216,7 +217,7 @@ def test_a_loader_that_replaces_what_it_loads_makes_a_model_that_is_not_served()
 
 
 def test_a_loader_that_changes_a_type_makes_a_model_that_is_not_served() -> None:
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.w.data = torch.zeros(3, dtype=torch.int8)
 
     with pytest.raises(UnsupportedModel, match=r"loading changed w from float32 \[3\] to torch.int8 \[3\]"):
@@ -224,7 +225,7 @@ def test_a_loader_that_changes_a_type_makes_a_model_that_is_not_served() -> None
 
 
 def test_a_loader_that_changes_a_shape_makes_a_model_that_is_not_served() -> None:
-    def load(model: nn.Module) -> None:
+    def load(model: Any) -> None:
         model.embed.data = torch.zeros(4, 3)
 
     with pytest.raises(
@@ -234,6 +235,6 @@ def test_a_loader_that_changes_a_shape_makes_a_model_that_is_not_served() -> Non
 
 
 def test_a_buffer_of_a_type_that_torch_cannot_copy_is_served_or_unsupported() -> None:
-    model = module({}, w=torch.empty(4, dtype=torch.uint4))
+    model = module({}, w=torch.empty(4, dtype=torch.uint4))  # type: ignore[attr-defined]  # unknown to torch's annotations  # type: ignore[attr-defined]  # unknown to torch's annotations
     with contextlib.suppress(UnsupportedModel):
         loaded_from_disk(model)

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,8 +128,11 @@ def test_a_port_on_which_somebody_listens_is_not_taken(wanted: str | None) -> No
 
 def test_nobody_else_takes_the_port_of_a_listener() -> None:
     with contextlib.closing(ListeningSocket("127.0.0.1", 0, 5)) as listener:
-        for options in itertools.product((0, 1), repeat=2):
-            with pytest.raises(OSError, match="Address already in use"), held("127.0.0.1", *options, listener.port):
+        for reuse_address, reuse_port in itertools.product((0, 1), repeat=2):
+            with (
+                pytest.raises(OSError, match="Address already in use"),
+                held("127.0.0.1", reuse_address, reuse_port, listener.port),
+            ):
                 pass
 
 
@@ -150,11 +154,11 @@ def test_a_host_that_is_not_this_one_is_a_wrong_configuration(host: str, reason:
 def test_name_servers_that_do_not_answer_leave_an_instance_unserved(
     answer: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = socket.getaddrinfo
+    original: Any = socket.getaddrinfo
 
     def getaddrinfo(host: str, *arguments: object, flags: int = 0, **further: object) -> object:
         if flags & socket.AI_NUMERICHOST:
-            return original(host, *arguments, flags=flags, **further)  # type: ignore[arg-type]
+            return original(host, *arguments, flags=flags, **further)
         if answer is None:
             raise TimeoutError("no name server has told the address")
         raise socket.gaierror(answer, "Temporary failure in name resolution")

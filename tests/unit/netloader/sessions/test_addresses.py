@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import socket
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def test_an_announcement_goes_to_the_server_from_which_the_weights_came() -> Non
             _, fetched = fetch(SMALL, TCP, Endpoint(NAME, servers[0].port))
             announce(fetched.address, fetched.session, 19001, 5, Access())
             source = servers[HOSTS.index(fetched.address.host)]
-            wait_until(lambda source=source: bool(source.state().replicas["target"]))
+            wait_until(functools.partial(has_replicas, source))
 
 
 @pytest.mark.usefixtures("round_robin")
@@ -102,4 +103,12 @@ def test_behind_one_address_of_several_servers_the_cause_is_named() -> None:
         SMALL.assert_in(fetched.memory)
         assert client.attempts[0].source == str(virtual.endpoint)
         for server in servers:
-            wait_until(lambda server=server: not server.state().sessions)
+            wait_until(functools.partial(has_no_sessions, server))
+
+
+def has_replicas(server: WeightServer) -> bool:
+    return bool(server.state().replicas["target"])
+
+
+def has_no_sessions(server: WeightServer) -> bool:
+    return not server.state().sessions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,7 +30,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     AttributeValue,
 )
 
-ATTRIBUTES: dict[str, AttributeValue] = {
+ATTRIBUTES: dict[str, Any] = {
     "has_own_embed_tokens": True,
     "layers.0.rank": -7,
     "ratio": 0.5,

@@ -29,6 +29,7 @@ from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire import greeting
+from vllm_ascend.model_loader.netloader.wire.channel import connect
 
 MEGABYTE = 1 << 20
 TCP = transports(["tcp"])
@@ -83,7 +84,6 @@ def test_what_keeps_this_process_from_having_an_arena_is_named(
 
 
 def test_a_process_without_descriptors_does_not_blame_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = greeting.connect
 
     def run_out(endpoint: Any, timeout: float) -> Any:
         if next(calls) > 0:
@@ -188,7 +188,7 @@ def dripping(pieces: int, pause: float) -> Any:
             line.send(content[begin : begin + step])
             time.sleep(pause)
 
-    line_bytes = bytes(SMALL.store().bytes)
+    line_bytes = bytes(SMALL.store().bytes[:])
     return drip
 
 

@@ -6,14 +6,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from support.impostor import Impostor, answering, hanging_up, silent
+from support.impostor import Act, Impostor, answering, hanging_up, silent
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
 from support.strangers import Intruder, is_idle
 from support.wait import wait_until
@@ -28,12 +29,12 @@ from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport import delivery, digests
-from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
-from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import STRANGER_REPLY_LIMIT, Accept, Done, Fetch, Refuse, Wait
 
@@ -65,7 +66,7 @@ def referrals_of(server: WeightServer) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def trusted(kinds: tuple[object, ...] = TCP) -> Iterator[tuple[WeightServer, Endpoint]]:
+def trusted(kinds: Sequence[Transport] = TCP) -> Iterator[tuple[WeightServer, Endpoint]]:
     """A server with one turn."""
     with serving(WEIGHTS, kinds, timeouts=PATIENT, max_clients=1) as (server, source):
         yield server, source
@@ -140,9 +141,7 @@ def test_a_replica_cannot_give_weights_another_fingerprint() -> None:
     assert (fetched.source, fetched.fingerprint) == (replica, IDENTITY.fingerprint)
 
 
-def replace_fingerprint(fingerprint: str) -> object:
-    import msgspec
-
+def replace_fingerprint(fingerprint: str) -> ModelIdentity:
     return msgspec.structs.replace(IDENTITY, fingerprint=fingerprint)
 
 
@@ -211,7 +210,7 @@ ROOT = "5eed" * 16
 
 
 @contextlib.contextmanager
-def silent_replicas(act: object = silent) -> Iterator[list[Impostor]]:
+def silent_replicas(act: Act = silent) -> Iterator[list[Impostor]]:
     with contextlib.ExitStack() as scope:
         yield [scope.enter_context(Impostor({"Join": act}, WEIGHTS)) for _ in range(SILENT_REPLICAS)]
 

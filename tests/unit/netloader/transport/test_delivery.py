@@ -55,6 +55,12 @@ def altered(content: bytes, *numbers: int) -> bytes:
     return bytes(result)
 
 
+def writable(delivery: Delivery) -> memoryview:
+    """The memory that is being filled, to be spoilt."""
+    assert isinstance(delivery.memory, Arena)
+    return delivery.memory.writable()
+
+
 def next_chunk(delivery: Delivery) -> Chunk:
     chunk = delivery.take()
     assert chunk is not None
@@ -231,7 +237,7 @@ def test_a_chunk_of_which_bytes_are_missing_does_not_pass(receiving: Receive, ve
     received = receiving(content)
     with received.delivery(digests_of(content) if verified else None) as delivery:
         chunk = next_chunk(delivery)
-        delivery.memory.contents()[:] = content
+        writable(delivery)[:] = content
         arrival = delivery.begin(chunk)
         arrival.advance(arrived)
         delivery.finish(arrival)
@@ -258,9 +264,9 @@ def test_bytes_are_digested_as_they_come(receiving: Receive) -> None:
     with received.delivery(digests_of(content)) as delivery:
         chunk = next_chunk(delivery)
         arrival = delivery.begin(chunk)
-        delivery.memory.contents()[:PIECE] = content[:PIECE]
+        writable(delivery)[:PIECE] = content[:PIECE]
         arrival.advance(PIECE)
-        delivery.memory.contents()[:] = bytes(PIECE) + content[PIECE:]
+        writable(delivery)[:] = bytes(PIECE) + content[PIECE:]
         arrival.advance(CHUNK - PIECE)
         assert arrival.passes()
 
@@ -321,7 +327,7 @@ def test_digests_are_compared_and_bytes_are_not_read_again(receiving: Receive) -
     received = receiving(content)
     with received.delivery(digests_of(content)) as delivery:
         received.bring_all(delivery)
-        delivery.memory.contents()[:] = bytes(len(content))
+        writable(delivery)[:] = bytes(len(content))
         assert received.inventory.missing(digests_of(content)) == []
 
 
@@ -421,7 +427,7 @@ class Connection:
             piece = bytearray(self._content[self._position : end])
             if self._spoils_at is not None and self._position <= self._spoils_at < end:
                 piece[self._spoils_at - self._position] ^= 0x10
-            self._delivery.memory.contents()[self._position : end] = piece
+            writable(self._delivery)[self._position : end] = piece
             self._arrival.advance(end - self._position)
             self._position = end
         if self._position == chunk.offset + chunk.length and finish_at_once:

@@ -31,7 +31,7 @@ def test_a_store_gives_its_bytes_in_the_address_space_of_its_manifest() -> None:
     arena.seal()
     store = WeightStore(manifest, arena, 7)
     assert store.bytes.nbytes == manifest.nbytes == 128
-    assert store.bytes.readonly
+    assert store.bytes[:].readonly
     assert bytes(store.bytes[:12]) == torch.tensor([1.0, 2.0, 3.0]).numpy().tobytes()
     assert bytes(store.bytes[64:67]) == b"\xff\xff\x00"
     assert store.bytes is store.bytes

@@ -540,7 +540,7 @@ def test_filling_while_pages_are_made_loses_nothing() -> None:
     arena = Arena.create(nbytes)
     tensor = tensor_in(arena, TensorSpec("w", "uint8", (nbytes,), (1,), 0))
     half = nbytes // 2
-    os.pwrite(arena.descriptor, content[half:].numpy(), half)
+    os.pwrite(arena.descriptor, content[half:].numpy().data, half)
     arena.make_pages()
     tensor[:half].copy_(content[:half])
     arena.seal()

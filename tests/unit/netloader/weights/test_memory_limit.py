@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_group_leaves_its_limit_without_what_is_used(tmp_path: Path) -> None:
 
 
 def test_files_can_be_dropped_and_shared_memory_cannot(tmp_path: Path) -> None:
-    statistics = {"anon": 1, "file": 500, "shmem": 200, "slab_reclaimable": 40}
+    statistics: dict[str, Any] = {"anon": 1, "file": 500, "shmem": 200, "slab_reclaimable": 40}
     assert left(proc(tmp_path, V2, "0::/pod\n", pod=v2(1000, 900, **statistics))) == (440, "pod")
 
 
@@ -78,12 +79,12 @@ def test_a_group_that_is_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_groups_above_count_too(tmp_path: Path) -> None:
-    groups = {"pods": v2(600, 500), "pods__pod": v2("max", 200), "pods__pod__container": v2(1000, 100)}
+    groups: dict[str, Any] = {"pods": v2(600, 500), "pods__pod": v2("max", 200), "pods__pod__container": v2(1000, 100)}
     assert left(proc(tmp_path, V2, "0::/pods/pod/container\n", **groups)) == (100, "pods")
 
 
 def test_in_a_namespace_the_group_is_the_top(tmp_path: Path) -> None:
-    assert left(proc(tmp_path, V2, "0::/\n", **{"": v2(1000, 300)})) == (700, ".")
+    assert left(proc(tmp_path, V2, "0::/\n", **dict[str, Any]({"": v2(1000, 300)}))) == (700, ".")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,10 @@ def test_what_may_be_swapped_out_counts(tmp_path: Path, swap: str | None, expect
 
 
 def test_the_first_version_is_read_too(tmp_path: Path) -> None:
-    groups = {"docker": v1(0x7FFFFFFFFFFFF000, 900), "docker__id": v1(1000, 900, total_cache=500, total_shmem=200)}
+    groups: dict[str, Any] = {
+        "docker": v1(0x7FFFFFFFFFFFF000, 900),
+        "docker__id": v1(1000, 900, total_cache=500, total_shmem=200),
+    }
     assert left(proc(tmp_path, V1, "3:cpu:/x\n4:memory:/docker/id\n0::/y\n", **groups)) == (400, "docker/id")
 
 
@@ -140,7 +144,7 @@ def limited_group(nbytes: int) -> Iterator[Path]:
         group.rmdir()
 
 
-LIMITS = {
+LIMITS: dict[str, Callable[[int], int]] = {
     "memory.limit_in_bytes": lambda nbytes: nbytes,
     "memory.memsw.limit_in_bytes": lambda nbytes: nbytes,
     "memory.max": lambda nbytes: nbytes,

@@ -349,7 +349,7 @@ def test_files_of_tls_that_are_no_use_are_refused_with_their_keys_and_paths(
 
 def test_files_that_were_read_may_go(tmp_path: Path, identification: Identification) -> None:
     copies = Identification(
-        *(shutil.copy(file, tmp_path) for file in (identification.cert, identification.key, identification.ca))
+        *(str(shutil.copy(file, tmp_path)) for file in (identification.cert, identification.key, identification.ca))
     )
     access = copies.access(token_file(tmp_path, TOKEN))
     shutil.rmtree(tmp_path)

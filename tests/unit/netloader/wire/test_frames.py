@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tracemalloc
 
 import pytest
@@ -63,6 +64,10 @@ def test_a_conversation_that_arrives_byte_by_byte_is_the_same(
     assert converse(pair, key, ending).state is State.ENDED
 
 
+def cut_at(offset: int, data: bytes) -> list[bytes]:
+    return [data[:offset], data[offset:]] if offset < len(data) else [data]
+
+
 @authentication
 @pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS.keys())
 def test_a_conversation_that_is_cut_at_any_offset_is_the_same(
@@ -70,7 +75,7 @@ def test_a_conversation_that_is_cut_at_any_offset_is_the_same(
 ) -> None:
     longest = TAG_BYTES + max(len(frame(each)) for each in EXAMPLES.values())
     for offset in range(1, longest):
-        pair = Pair(cut=lambda data, at=offset: [data[:at], data[at:]] if at < len(data) else [data])
+        pair = Pair(cut=functools.partial(cut_at, offset))
         assert converse(pair, key, ending).state is State.ENDED
 
 
@@ -122,7 +127,7 @@ def test_no_bit_of_a_message_changes_unnoticed(kind: type[Message]) -> None:
         altered = bytearray(genuine)
         altered[bit // 8] ^= 1 << bit % 8
         end = listener_for(kind)
-        end.feed(altered)
+        end.feed(bytes(altered))
         with pytest.raises(ProtocolError, match="was altered on the way"):
             end.next_message()
 
@@ -183,7 +188,7 @@ def test_a_message_with_strange_fields_is_a_protocol_error_or_a_message(
     listen(role, state, framed(having(EXAMPLES[kind], **fields)))
 
 
-REPEATABLE = {CLIENT: (State.DATA, Fetch), SERVER: (State.JOINING, Wait)}
+REPEATABLE: dict[Role, tuple[State, type[Message]]] = {CLIENT: (State.DATA, Fetch), SERVER: (State.JOINING, Wait)}
 """What each side may say again and again."""
 
 

@@ -27,11 +27,12 @@ Answer = Callable[[], list[str]]
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
     """What the name servers answer for a name, by a function that may take its time."""
     answers: dict[str, Answer] = {}
-    original = socket.getaddrinfo
+    original: Any = socket.getaddrinfo
 
     def getaddrinfo(host: str, port: int, *arguments: Any, flags: int = 0, **further: Any) -> list[Any]:
         if host not in answers or flags & socket.AI_NUMERICHOST:
-            return original(host, port, *arguments, flags=flags, **further)
+            found: list[Any] = original(host, port, *arguments, flags=flags, **further)
+            return found
         return [
             answer
             for address in answers[host]()
