@@ -1,17 +1,17 @@
-"""Digests of chunks, by which whoever receives bytes knows that they are the ones that were served.
+"""Digests of chunks, by which a client knows that the bytes it has received are the ones that were served.
 
 Every chunk has a BLAKE3 digest (https://github.com/BLAKE3-team/BLAKE3-specs), whoever serves it and whatever protects
 the connection. One root digest over the manifest, the attributes and the digests of all chunks names the contents of a
-store: it depends on nothing else, and nobody can make other contents with the same root. So a client that knows the
-root from a source it trusts can take the bytes from anybody, what one source brought counts with the next, and two
-instances are the same if their roots are.
+store. It depends on nothing else, and nobody can make other contents with the same root. So a client that knows the
+root from a source that it trusts can take the bytes from anybody; what one source has brought counts with the next; and
+two instances hold the same weights if their roots are equal.
 
-With a token, digests travel in frames that carry a tag (`wire.conversation`), and under TLS encrypted, so nobody on the
-way can put others in their place.
+With a token, digests travel in frames that carry a tag (`wire.conversation`), and under TLS they are encrypted, so
+nobody on the way can replace them.
 
-A store's digests are made once, from memory that stays as it is: ahead by a thread, or when first asked for. Whoever
-has verified a whole store serves it on with the digests that it was verified by, so that damage in between would be
-seen at the next station.
+The digests of a store are made once, from memory that no longer changes: ahead by a thread, or when they are first
+asked for. Whoever has verified a whole store passes it on with the digests that it was verified by, so the next client
+would notice damage that happened in between.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ logger = logging.getLogger(__name__)
 BLAKE3: Final = "blake3"
 DIGEST_BYTES: Final = 32
 CHUNK_BYTES: Final = 16 << 20
-"""Bytes that are asked for, moved, verified and, when damaged, fetched again as one."""
+"""Bytes that are asked for, moved, verified and, if they are damaged, fetched again together."""
 PIECE_BYTES: Final = 1 << 20
-"""Bytes that are digested at a time: small enough to be in the processor's cache still when they have just arrived."""
+"""Bytes that are digested at a time: so few that they are still in the processor's cache when they have arrived."""
 _ROOT_CONTEXT: Final = "vllm-ascend netloader 2026-11 root digest of contents"
 """Keeps roots apart from every other BLAKE3 digest of the same bytes."""
 
 
 class Running(Protocol):
-    """A digest of bytes that come one after another."""
+    """A digest that is being made of bytes which come one after another."""
 
-    def update(self, data: memoryview, /) -> Any: ...
+    def update(self, data: memoryview, /) -> Any:
+        """Takes in the next bytes."""
 
-    def digest(self) -> bytes: ...
+    def digest(self) -> bytes:
+        """The digest of all bytes so far: DIGEST_BYTES bytes."""
 
 
 def start() -> Running:
-    """The digest of a chunk, to be updated with its bytes in order."""
+    """A new digest of no bytes yet, to be updated with those of a chunk in their order."""
     return blake3()
 
 
 def digest_of(data: memoryview) -> bytes:
-    """The digest of a whole chunk: DIGEST_BYTES bytes."""
+    """The digest of `data`, a whole chunk: DIGEST_BYTES bytes."""
     running = start()
     for offset, length in chunks(data.nbytes, PIECE_BYTES):
         running.update(data[offset : offset + length])
@@ -64,7 +66,8 @@ def digest_of(data: memoryview) -> bytes:
 def root_of(manifest_digest: str, attributes: Mapping[str, Any], chunk_digests: Sequence[bytes]) -> str:
     """The root digest of contents, in hexadecimal.
 
-    `manifest_digest` is that of `Manifest.digest`; `attributes` are what loading sets beside the weights.
+    `manifest_digest` is `Manifest.digest`, `attributes` are what loading sets on the model beside its tensors, and
+    `chunk_digests` are those of all chunks, in order.
     """
     told = msgspec.msgpack.encode((manifest_digest, CHUNK_BYTES, sorted(attributes.items())))
     running = blake3(derive_key_context=_ROOT_CONTEXT)
@@ -74,9 +77,10 @@ def root_of(manifest_digest: str, attributes: Mapping[str, Any], chunk_digests: 
 
 
 class StoreDigests:
-    """The digests of the chunks of `data`, which must not change. `known` spares making them."""
+    """The digests of the chunks of a store, each made when it is first wanted, or ahead by a thread."""
 
     def __init__(self, data: Readable, known: Sequence[bytes] = ()) -> None:
+        """`data` must not change. `known` are the digests of all its chunks where they exist already."""
         self._data = data
         self._chunks = tuple(chunks(data.nbytes, CHUNK_BYTES))
         self._digests: list[bytes | None] = list(known) or [None] * len(self._chunks)
@@ -85,7 +89,10 @@ class StoreDigests:
         self._maker: threading.Thread | None = None
 
     def make_ahead(self) -> None:
-        """Makes those that there are not in a thread, which `stop` ends."""
+        """Starts a thread that makes the digests which do not exist yet; `stop` ends it.
+
+        Where no thread can be had, that is logged, and the digests are made when they are asked for.
+        """
         if self.complete:
             return
         self._stop.clear()
@@ -101,29 +108,34 @@ class StoreDigests:
 
     @property
     def count(self) -> int:
-        """Of chunks."""
+        """The number of chunks, and so of digests."""
         return len(self._chunks)
 
     @property
     def complete(self) -> bool:
-        """Whether all digests exist, so that asking for them reads nothing."""
+        """Whether all digests exist, so that nothing has to be read for them."""
         return None not in self._digests
 
     @property
     def stopped(self) -> bool:
+        """Whether the thread that makes digests ahead has been told to end."""
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """Returns when the thread no longer reads the data; `make_ahead` goes on where it was."""
+        """Returns when the thread no longer reads the data. A later `make_ahead` goes on where it was."""
         self._stop.set()
         if self._maker is not None and self._maker is not threading.current_thread():
             self._maker.join()
 
     def part(self, first: int, count: int) -> tuple[bytes, ...]:
-        """The digests of `count` chunks from number `first`, of those that exist."""
+        """The digests of up to `count` chunks, from number `first` on; fewer where there are fewer chunks.
+
+        Makes those that do not exist yet.
+        """
         return tuple(self._digest(number) for number in range(first, min(first + count, len(self._chunks))))
 
     def all(self) -> tuple[bytes, ...]:
+        """The digests of all chunks, in order. Makes those that do not exist yet."""
         return self.part(0, len(self._chunks))
 
     def _digest(self, number: int) -> bytes:

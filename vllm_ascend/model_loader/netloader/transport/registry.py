@@ -12,9 +12,9 @@ from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 
 
 def transports(names: Iterable[str], device: str = "cpu") -> tuple[Transport, ...]:
-    """The named transports, in that order, for weights that are computed with on `device`, named as torch does.
+    """The transports of these names, in their order, for weights that `device`, named as torch does, computes with.
 
-    Raises KeyError for a name that the configuration should have refused. Only `process_group` needs torch.
+    Raises KeyError for a name that the configuration should have refused. Only `process_group` imports torch.
     """
     return tuple(_MAKERS[name](device) for name in names)
 

@@ -15,7 +15,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 @dataclass(frozen=True)
 class Request:
-    """The weights that one rank needs."""
+    """The weights that one rank needs: which model and role, which part of it, and how its tensors are laid out."""
 
     identity: ModelIdentity
     coordinates: RankCoordinates
@@ -24,10 +24,11 @@ class Request:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """Memory that stays as it is, its manifest, and a generation that grows whenever a process replaces these weights.
+    """Weights that can be served: memory whose contents no longer change, and what clients must know of it.
 
-    `memory` must be servable; whoever publishes the store closes it. `attributes` is what else loading has set on the
-    model; without `digests`, clients cannot verify what they get.
+    `memory` must be servable. `generation` grows whenever a process replaces these weights. `attributes` is what
+    loading has set on the model beside its tensors. Without `digests`, clients cannot verify what they get. Whoever
+    publishes the store closes it.
     """
 
     manifest: Manifest
@@ -42,7 +43,10 @@ class WeightStore:
         return self.memory.reader()
 
     def root(self) -> str:
-        """The root digest of the contents; makes what digests there are not. Empty where there are to be none."""
+        """The root digest of the contents, in hexadecimal. Empty for a store without digests.
+
+        Makes the digests that do not exist yet, which reads the memory.
+        """
         return "" if self.digests is None else self._root
 
     @cached_property
@@ -51,11 +55,11 @@ class WeightStore:
         return root_of(self.manifest.digest, self.attributes, self.digests.all())
 
     def root_if_known(self) -> str:
-        """As `root`, but empty as long as a digest is missing, so that it costs nothing."""
+        """The root digest of the contents if all digests exist, so that nothing has to be read; otherwise empty."""
         return self.root() if self.digests is not None and self.digests.complete else ""
 
     def close(self) -> None:
-        """Gives up the memory; a session that still reads from an arena keeps its mapping. Idempotent."""
+        """Gives up the memory. A session that still reads from an arena keeps its own mapping of it. Idempotent."""
         if self.digests is not None:
             self.digests.stop()
         self.memory.close()
