@@ -17,7 +17,6 @@ from vllm_ascend.model_loader.netloader.errors import (
     PeerError,
     SourceError,
     SourceFailed,
-    SourceTooSlow,
     TransportError,
     one_line,
 )
@@ -83,29 +82,23 @@ class Connections:
         if self._control is not None:
             self._control.close()
 
-    def leave(self, reason: Exception) -> None:
-        """Tells the source why its client goes, where the protocol allows it."""
-        if not self.control.may_send(Leave):
-            return
-        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
-            self.control.send(Leave(one_line(str(reason))), self._timeout)
-
     @contextlib.contextmanager
     def failures_translated(self) -> Iterator[None]:
-        """What the source has done wrong becomes a SourceError; what this process lacks becomes a TransportError.
+        """A scope in which what the source does wrong becomes a SourceError, and what this process lacks becomes a
+        TransportError.
 
-        The source is told, unless it was the one that went.
+        The source is told why its client goes, unless it was the one that went.
         """
         try:
             yield
-        except SourceTooSlow as error:
-            self.leave(error)
-            raise
         except PeerError as error:
             raise SourceFailed(self._explanation(error)) from error
         except OSError as error:
-            self.leave(error)
+            self._leave(error)
             raise TransportError(f"this process cannot go on: {error}") from error
+        except (SourceError, TransportError) as error:
+            self._leave(error)
+            raise
 
     def _connect(self) -> Channel:
         channel = greet(self._address, self._access, self._timeout)
@@ -116,10 +109,16 @@ class Connections:
             channel.shut_down()
         return channel
 
+    def _leave(self, reason: Exception) -> None:
+        if not self.control.may_send(Leave):
+            return
+        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
+            self.control.send(Leave(one_line(str(reason))), self._timeout)
+
     def _explanation(self, error: PeerError) -> str:
         """Why the source has ended the session, if it has: it breaks the transfer off first, and then says so."""
         if not isinstance(error, ConnectionLost):
-            self.leave(error)
+            self._leave(error)
             return str(error)
 
         with contextlib.suppress(PeerError, OSError):

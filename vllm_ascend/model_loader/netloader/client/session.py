@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.client.verification import (
     verify,
 )
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, SourceRefused, TransportError
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.transport.base import (
     CopyingTransport,
@@ -220,11 +220,7 @@ class ClientSession:
         ours = self._options.request.identity.fingerprint
         if ours and accept.fingerprint not in ("", ours):
             raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
-        try:
-            self._options.check_attributes(accept.attributes)
-        except SourceRefused as refusal:
-            self._connections.leave(refusal)
-            raise
+        self._options.check_attributes(accept.attributes)
 
         self._accept = accept
         return None
@@ -241,8 +237,7 @@ class ClientSession:
                 evidence = self._obtain_evidence()
 
         with self._phases("transfer"), contextlib.closing(self._open_delivery(evidence)) as delivery:
-            with self._farewell():
-                transport.receive(self._reception(), delivery)
+            transport.receive(self._reception(), delivery)
         self._intake.require_complete()
 
         with self._phases("verify"):
@@ -252,12 +247,11 @@ class ClientSession:
     def _map(self, transport: MappingTransport) -> tuple[Memory, Evidence | None]:
         """Adopts the source's own pages, which no other source can fill: where that fails, they are given up."""
         with self._phases("transfer"):
-            with self._farewell():
-                memory = transport.adopt(self._reception())
-            self._intake.progress.set(memory.nbytes)
+            memory = transport.adopt(self._reception())
 
         evidence: Evidence | None = None
         with self._phases("verify"), _closed_on_failure(memory):
+            self._intake.progress.set(memory.nbytes)
             if self.candidate.is_replica:
                 evidence = self._obtain_evidence()
                 verify(memory, self._intake.chunks, evidence)
@@ -287,19 +281,15 @@ class ClientSession:
     def _obtain_evidence(self) -> Evidence:
         manifest, timeouts = self._options.request.manifest, self._options.timeouts
         making = 0.0 if self.candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
-        try:
-            evidence = obtain(
-                self._connections.control,
-                self._accepted(),
-                manifest,
-                count=len(self._intake.chunks),
-                send_timeout=timeouts.connect,
-                deadline=Deadline(timeouts.stall + making),
-            )
-            require_promised(evidence, self.candidate)
-        except SourceRefused as refusal:
-            self._connections.leave(refusal)
-            raise
+        evidence = obtain(
+            self._connections.control,
+            self._accepted(),
+            manifest,
+            count=len(self._intake.chunks),
+            send_timeout=timeouts.connect,
+            deadline=Deadline(timeouts.stall + making),
+        )
+        require_promised(evidence, self.candidate)
         return evidence
 
     def _confirm(self, evidence: Evidence | None) -> None:
@@ -314,15 +304,6 @@ class ClientSession:
             )
         if evidence is not None and evidence.digests and confirm.root != evidence.root:
             raise ProtocolError("the root digest that it confirms is not the one of its chunks")
-
-    @contextlib.contextmanager
-    def _farewell(self) -> Iterator[None]:
-        """Tells the source when its transport does not work here, since nothing is wrong with the source."""
-        try:
-            yield
-        except TransportError as error:
-            self._connections.leave(error)
-            raise
 
 
 @contextlib.contextmanager
