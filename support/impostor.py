@@ -183,10 +183,10 @@ def accepting(transport: str = "tcp", digest: str = BLAKE3, **parameters: str | 
 
 
 def outlives(
-    impostor: Impostor, tensors: Tensors = SMALL, kinds: Sequence[Transport] | None = None, **terms: Any
+    impostor: Impostor, tensors: Tensors = SMALL, kinds: Sequence[Transport] | None = None, **options: Any
 ) -> str:
     """How a client ends that asks `impostor`: with every byte right, or with one line for each attempt."""
-    client = client_for(tensors, kinds or transports(["tcp"]), **{"timeouts": Timeouts(20.0, 20.0), **terms})
+    client = client_for(tensors, kinds or transports(["tcp"]), **{"timeouts": Timeouts(20.0, 20.0), **options})
     reasons: tuple[str, ...] = ()
     try:
         fetched = client.fetch([impostor.endpoint])

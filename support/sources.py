@@ -128,20 +128,20 @@ def serving(
 
 
 def client_for(
-    wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **terms: Any
+    wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **options: Any
 ) -> Client:
-    """A client that does not pause between tries; `terms` are further ones of `FetchOptions`."""
+    """A client that does not pause between tries; `options` are further ones of `FetchOptions`."""
     request = wanted.request() if isinstance(wanted, Tensors) else wanted
     if isinstance(wanted, Tensors):
-        terms.setdefault("allocate", wanted.allocate)
-    return Client(FetchOptions(request, timeouts, **terms), transports, sleep=lambda _: None)
+        options.setdefault("allocate", wanted.allocate)
+    return Client(FetchOptions(request, timeouts, **options), transports, sleep=lambda _: None)
 
 
 def fetch(
-    wanted: Tensors | Request, transports: Sequence[Transport], *sources: Endpoint, **terms: Any
+    wanted: Tensors | Request, transports: Sequence[Transport], *sources: Endpoint, **options: Any
 ) -> tuple[Client, Fetched]:
     """Raises SourcesExhausted."""
-    client = client_for(wanted, transports, **terms)
+    client = client_for(wanted, transports, **options)
     return client, client.fetch(sources)
 
 

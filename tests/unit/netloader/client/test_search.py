@@ -107,12 +107,12 @@ def recording_pauses(client: Client) -> list[tuple[int, float]]:
 
 
 @contextlib.contextmanager
-def ways(*tampers: Tamper, **terms: Any) -> Iterator[tuple[Client, list[Endpoint]]]:
+def ways(*tampers: Tamper, **options: Any) -> Iterator[tuple[Client, list[Endpoint]]]:
     """A source for each of `tampers`, and a client on whose way from it bytes meet with that."""
     names = [f"way{number}" for number in range(len(tampers))]
     with contextlib.ExitStack() as servers:
         sources = [servers.enter_context(serving(EIGHT, (Way(name),)))[1] for name in names]
-        yield client_for(EIGHT, [Way(*way) for way in zip(names, tampers, strict=True)], **terms), sources
+        yield client_for(EIGHT, [Way(*way) for way in zip(names, tampers, strict=True)], **options), sources
 
 
 @contextlib.contextmanager

@@ -80,11 +80,13 @@ def turn_taken(source: Endpoint) -> Iterator[Intruder]:
         yield line
 
 
-def fetched_past(stranger: Endpoint, server: WeightServer, source: Endpoint, **terms: object) -> tuple[Client, Fetched]:
+def fetched_past(
+    stranger: Endpoint, server: WeightServer, source: Endpoint, **options: object
+) -> tuple[Client, Fetched]:
     """What a client gets that waits at `source`, which refers it to `stranger`; the turn comes when that was tried."""
     announce(source, take_everything(source), stranger.port, 5, Access())
     wait_until(lambda: referrals_of(server))
-    client = client_for(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, **terms)
+    client = client_for(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, **options)
     with turn_taken(source) as held, fetching(client, source) as result:
         wait_until(lambda: client.attempts and inquire(source, 5).waiting)
         held.reset()
