@@ -77,14 +77,16 @@ class NetLoaderConfig:
 
         Raises ConfigError where TRANSPORT has none that can carry them.
         """
-        rows = traits.serving(device)
+        rows = traits.rows_for(device)
         if self.transport is None:
             under_tls = self.tls_cert is not None
             return tuple(row.name for row in rows if (row.used_under_tls if under_tls else row.used_in_clear))
 
         possible = [row.name for row in rows]
         usable = tuple(name for name in self.transport if name in possible)
-        if not usable or ("process_group" in self.transport and "process_group" not in possible):
+        # Shared memory may be named for a whole fleet, but whoever names a library's transport means that library.
+        needs_library = any(row.library for row in traits.TABLE if row.name in {*self.transport} - {*possible})
+        if not usable or needs_library:
             raise ConfigError(
                 f"Netloader key TRANSPORT has the value {json.dumps(self.transport)}: weights on {device} devices are "
                 f"carried by {', '.join(possible)}"

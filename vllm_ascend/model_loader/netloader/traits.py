@@ -1,8 +1,8 @@
 """What is true of each transport, in one table that can be read without importing any of them.
 
-The configuration decides from it which transports a rank offers, the server how many descriptors a session costs and of
-what to warn the operator, the client whether bytes have to be verified. A transport that uses another library on
-another kind of device has one row for each.
+The configuration reads here which transports carry weights for a device, and which of them are used by default. The
+server reads how many descriptors a session takes, whether it needs a turn, and what to warn the operator of. A
+transport that uses another library on another kind of device has a row for each of them.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ NAMES: Final = tuple(dict.fromkeys(row.name for row in TABLE))
 """All that TRANSPORT may name."""
 
 
-def serving(device: str) -> tuple[Traits, ...]:
+def rows_for(device: str) -> tuple[Traits, ...]:
     """What can carry weights for a device of that type, best first."""
     return tuple(row for row in TABLE if row.device in (device, ANY))
 
 
 def traits_of(name: str, device: str) -> Traits:
     """The row of the transport `name` for a device of that type. Raises KeyError where there is none."""
-    rows = {row.name: row for row in serving(device)}
+    rows = {row.name: row for row in rows_for(device)}
     return rows[name]

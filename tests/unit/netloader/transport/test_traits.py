@@ -44,7 +44,7 @@ def test_a_transport_has_the_traits_of_its_row() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "npu", "another"])
 def test_a_transport_has_one_row_for_a_device(device: str) -> None:
-    assert set(Counter(row.name for row in traits.serving(device)).values()) == {1}
+    assert set(Counter(row.name for row in traits.rows_for(device)).values()) == {1}
 
 
 @pytest.mark.parametrize("device", BACKENDS)
@@ -58,6 +58,6 @@ def test_what_exposes_anything_names_the_library_that_does(row: Traits) -> None:
 
 
 def test_a_device_that_no_row_names_is_served_by_those_for_any() -> None:
-    assert {row.device for row in traits.serving("another")} == {ANY}
+    assert {row.device for row in traits.rows_for("another")} == {ANY}
     with pytest.raises(KeyError):
         traits.traits_of("shared_memory", "another")
