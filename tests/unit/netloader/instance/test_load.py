@@ -33,7 +33,6 @@ from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.load import require_one_checkpoint
 from vllm_ascend.model_loader.netloader.instance.ranks import _Card
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
-from vllm_ascend.model_loader.netloader.model.live import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, LiveWeights
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights import arena
@@ -408,7 +407,7 @@ def loaded_in_place(model: Model) -> Loaded:
     weights = LiveWeights(model, CPU)
     memory = weights.allocate()
     memory.seal()
-    weights.note_originals(memory, Int8Cache())
+    weights.note_originals(memory)
     request = Request(IDENTITY, RankCoordinates(), weights.manifest)
     return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {})))
 

@@ -31,9 +31,9 @@ def changed_by(
     """What `process` changes in a model that was loaded from disk and is served."""
     model = make()
     store = loaded_from_disk(model)
-    weights = ArenaWeights(model)
+    weights = ArenaWeights(model, Int8Cache("dram", names))
     process(model)
-    changed = weights.find_changes(model, store.memory, Int8Cache("dram", names))
+    changed = weights.find_changes(model, store.memory)
     assert changed is not None
     return changed
 
@@ -41,7 +41,7 @@ def changed_by(
 def test_changes_are_looked_for_only_if_originals_are_to_be_kept() -> None:
     model = seeded_layers(1)
     store = loaded_from_disk(model)
-    assert ArenaWeights(model).find_changes(model, store.memory, Int8Cache("no")) is None
+    assert ArenaWeights(model).find_changes(model, store.memory) is None
 
 
 def test_nothing_is_changed_after_loading() -> None:
@@ -51,11 +51,12 @@ def test_nothing_is_changed_after_loading() -> None:
 def test_nothing_is_changed_after_fetching() -> None:
     store = loaded_from_disk(seeded_layers(1))
     client: Any = seeded_layers(2)
-    weights = bound_to(client, store)
-    assert weights.find_changes(client, store.memory, Int8Cache("dram")) == []
+    bound_to(client, store)
+    weights = ArenaWeights(client, Int8Cache("dram"))
+    assert weights.find_changes(client, store.memory) == []
     client.layers[0].bias.data[1] += 1
     client.scale[0] = 0
-    assert weights.find_changes(client, store.memory, Int8Cache("dram")) == ["layers.0.bias", "scale"]
+    assert weights.find_changes(client, store.memory) == ["layers.0.bias", "scale"]
 
 
 def test_weights_with_other_contents_are_changed() -> None:

@@ -163,12 +163,12 @@ def test_without_a_copy_it_is_named_with_the_setting_that_keeps_it(
 
 def test_weights_that_are_served_from_where_they_are_note_their_originals() -> None:
     model = Model()
-    weights, cache = LiveWeights(model, CPU), Int8Cache("dram")
+    weights = LiveWeights(model, CPU, Int8Cache("dram"))
     memory = weights.allocate()
     original = contents_of(memory)
-    weights.note_originals(memory, cache)
+    weights.note_originals(memory)
     add_in_place(model)
-    assert weights.find_changes(model, memory, cache) == ["large"]
+    assert weights.find_changes(model, memory) == ["large"]
     assert contents_of(memory) == original
 
 

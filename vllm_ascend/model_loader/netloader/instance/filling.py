@@ -94,8 +94,8 @@ class Filler:
     def fill(self, model: nn.Module) -> Loaded:
         """Fills `model`, which nobody has loaded yet, from the first source that delivers, else from disk.
 
-        Raises SourcesExhausted, or UnsupportedModel where sources cannot be asked, if FALLBACK forbids the disk; NoRoom
-        if the process would be killed; or whatever the engine's loader raises.
+        Raises SourcesExhausted or UnsupportedModel if FALLBACK forbids the disk, NoRoom if this process would be killed
+        for the memory that it takes, or whatever the engine's loader raises.
         """
         order: _Order | None = None
         not_served = ""
@@ -118,7 +118,8 @@ class Filler:
 
     def _order_for(self, model: nn.Module) -> _Order:
         """Raises UnsupportedModel."""
-        weights = weights_of(model, self.rank.loads_on)
+        cache = Int8Cache(self.config.int8_cache, self.config.int8_cache_name)
+        weights = weights_of(model, self.rank.loads_on, cache)
         with self.phases("join"):
             identity = self.rank.identify()
             if self.config.sources_for(self.rank.number):
@@ -166,7 +167,7 @@ class Filler:
         try:
             memory = order.weights.allocate()
         except UnsupportedModel as error:
-            self._say_not_served(str(error))
+            self.rank.log_not_served(str(error))
             return dataclasses.replace(self._fill_alone(order.model, str(error)), nbytes=order.nbytes)
 
         with _released_on_failure(memory):
@@ -190,7 +191,7 @@ class Filler:
 
         kept: Kept | None = None
         if reason:
-            self._say_not_served(reason)
+            self.rank.log_not_served(reason)
             release(memory)
         else:
             request = order.request_as_read(record, fingerprint)
@@ -208,12 +209,12 @@ class Filler:
                 memory.seal()
         except OSError as error:
             reason = f"the arena cannot be sealed: {error}"
-            self._say_not_served(reason)
+            self.rank.log_not_served(reason)
             release(memory)
             return None, reason
 
         # Post-processing comes next, and on an accelerator it changes what is to be served.
-        order.weights.note_originals(memory, Int8Cache(self.config.int8_cache, self.config.int8_cache_name))
+        order.weights.note_originals(memory)
         if not order.weights.keeps_originals:
             self.rank.watch_changes()
         return Kept(order.weights, contents), ""
@@ -224,9 +225,6 @@ class Filler:
         if mixture:
             logger.error("%s may be a mixture: %s", self.rank.weights_name, mixture)
         return fingerprint, mixture
-
-    def _say_not_served(self, reason: str) -> None:
-        logger.error("%s cannot be served: %s", self.rank.weights_name, reason)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,11 @@ class ModelLoad:
         self._undo.callback(self._publisher.abandon)
 
     def fill(self, model: nn.Module) -> Loaded:
-        """Fills `model` from the first source that delivers, else from disk. Raises as `Filler.fill`."""
+        """Fills `model`, which nobody has loaded yet, from the first source that delivers, else from disk.
+
+        Raises SourcesExhausted or UnsupportedModel if FALLBACK forbids the disk, NoRoom if this process would be killed
+        for the memory that it takes, or whatever the engine's loader raises.
+        """
         try:
             loaded = self._filler.fill(model)
         except UnsupportedModel as error:

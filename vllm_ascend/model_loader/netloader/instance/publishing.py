@@ -19,7 +19,6 @@ from vllm_ascend.model_loader.netloader.instance.announcing import tell_source
 from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
-from vllm_ascend.model_loader.netloader.model.live import Int8Cache
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -64,7 +63,6 @@ class Publisher:
         self._rank = rank
         self._access = access
         self._output = output
-        self._cache = Int8Cache(config.int8_cache, config.int8_cache_name)
         self._options = serving.ServeOptions(config, access, transports, rank.number, rank.engine)
         self.not_served = self._open()
 
@@ -98,7 +96,7 @@ class Publisher:
             serving.open_listener(self._rank.role, self._options)
         except OSError as error:
             reason = error.strerror or str(error)
-            logger.error("%s cannot be served: %s", self._rank.weights_name, reason)
+            self._rank.log_not_served(reason)
             return reason
         return ""
 
@@ -133,18 +131,18 @@ class Publisher:
         """Gives up what cannot be served after all. Returns the `reason`."""
         if loaded.kept is not None:
             loaded.kept.release()
-        logger.error("%s cannot be served: %s", self._rank.weights_name, reason)
+        self._rank.log_not_served(reason)
         return reason
 
     def _find_changes(self, model: nn.Module, kept: Kept) -> list[str] | None:
         """Raises UnsupportedModel if an original is kept nowhere."""
-        changed = kept.weights.find_changes(model, kept.contents.memory, self._cache)
+        changed = kept.weights.find_changes(model, kept.contents.memory)
         if changed is not None and kept.weights.keeps_originals:
             logger.info(
                 "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "
                 "so INT8_CACHE %r keeps nothing beside them",
                 len(changed),
                 self._rank.role,
-                self._cache.place,
+                kept.weights.cache.place,
             )
         return changed

@@ -6,6 +6,7 @@ at work hands over a `Rank` made of a few constants and small functions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 """Is told how many more bytes have arrived, by any thread."""
@@ -55,3 +58,7 @@ class Rank:
     def weights_name(self) -> str:
         """What log messages call the weights of this rank."""
         return f"the {self.role} weights of rank {self.number}"
+
+    def log_not_served(self, reason: str) -> None:
+        """Logs why the weights of this rank are not served, although the configuration asks for it."""
+        logger.error("%s cannot be served: %s", self.weights_name, reason)

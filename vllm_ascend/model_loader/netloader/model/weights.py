@@ -39,6 +39,7 @@ from vllm_ascend.model_loader.netloader.weights.manifest import Alias, TensorSpe
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
 _CPU: Final = torch.device("cpu")
+_NO_CACHE: Final = Int8Cache()
 
 
 class ModelWeights(ABC):
@@ -47,9 +48,13 @@ class ModelWeights(ABC):
     keeps_originals: ClassVar[bool]
     """Whether the memory keeps what was loaded, whatever post-processing does to the model."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Raises UnsupportedModel, naming the tensor, if a manifest cannot describe where the weights lie."""
+    def __init__(self, model: nn.Module, device: torch.device, cache: Int8Cache) -> None:
+        """`cache` says which originals are to be kept when post-processing changes them.
+
+        Raises UnsupportedModel, naming the tensor, if a manifest cannot describe where the weights lie.
+        """
         self.device = device
+        self.cache = cache
         self._parameters = dict(model.named_parameters())
         self._buffers = persistent_buffers(model)
         tensors = {name: tensor.data for name, tensor in self._tensors.items()}
@@ -93,11 +98,11 @@ class ModelWeights(ABC):
         """
 
     @abstractmethod
-    def note_originals(self, memory: Memory, cache: Int8Cache) -> None:
-        """Prepares `memory` for post-processing, which may change what it serves. `cache` says what to copy."""
+    def note_originals(self, memory: Memory) -> None:
+        """Prepares `memory` for post-processing, which may change what it serves."""
 
     @abstractmethod
-    def find_changes(self, model: nn.Module, memory: Memory, cache: Int8Cache) -> list[str] | None:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str] | None:
         """The names of the weights that post-processing has changed in `model`, None if nobody wants to know.
 
         `model` need not be the one that was filled. Raises UnsupportedModel, naming the tensors, if an original that is
@@ -131,9 +136,9 @@ class ArenaWeights(ModelWeights):
 
     keeps_originals = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cache: Int8Cache = _NO_CACHE) -> None:
         """Raises UnsupportedModel, naming the tensor, if a manifest cannot describe where the weights lie."""
-        super().__init__(model, _CPU)
+        super().__init__(model, _CPU, cache)
 
     def allocate(self) -> Memory:
         """An empty arena, whose pages are being made in the background. Raises UnsupportedModel or NoRoom."""
@@ -175,23 +180,23 @@ class ArenaWeights(ModelWeights):
                     tensor.data = view
         self._bind_followers()
 
-    def note_originals(self, memory: Memory, cache: Int8Cache) -> None:
+    def note_originals(self, memory: Memory) -> None:
         """Does nothing: a sealed arena keeps the originals of all weights."""
 
-    def find_changes(self, model: nn.Module, memory: Memory, cache: Int8Cache) -> list[str] | None:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str] | None:
         """The names of the weights that differ in `model` from the sealed arena in contents, type, shape or strides.
 
-        `cache` restricts it to the names that it covers. None if it is off, and for a model on an accelerator, whose
+        INT8_CACHE_NAME restricts it to some names. None if INT8_CACHE is off, and for a model on an accelerator, whose
         weights are all elsewhere.
         """
         current = current_tensors(model)
-        if cache.place == "no" or not all(tensor.device.type in ("cpu", "meta") for tensor in current.values()):
+        if self.cache.place == "no" or not all(tensor.device.type in ("cpu", "meta") for tensor in current.values()):
             return None
         original = numpy.frombuffer(memory.reader()[0 : memory.nbytes], numpy.uint8)
         return [
             spec.name
             for spec in self.manifest.tensors
-            if cache.may_cover(spec.name)
+            if self.cache.may_cover(spec.name)
             and not _is_original(current.get(spec.name), spec, original[spec.offset : spec.end])
         ]
 
@@ -206,6 +211,10 @@ class LiveWeights(ModelWeights):
     """The weights of a model on an accelerator, served from where they are."""
 
     keeps_originals = False
+
+    def __init__(self, model: nn.Module, device: torch.device, cache: Int8Cache = _NO_CACHE) -> None:
+        """Raises UnsupportedModel, naming the tensor, if a manifest cannot describe where the weights lie."""
+        super().__init__(model, device, cache)
 
     def allocate(self) -> LiveMemory:
         """The parameters and buffers as they are."""
@@ -230,11 +239,11 @@ class LiveWeights(ModelWeights):
             require_plain_memory(spec.name, tensor, self.device)
         _live(memory).hold({spec.name: tensor for spec, tensor in loaded.items()})
 
-    def note_originals(self, memory: Memory, cache: Int8Cache) -> None:
-        """Notes what every tensor holds, and copies the tensors that `cache` covers."""
-        _live(memory).remember(cache)
+    def note_originals(self, memory: Memory) -> None:
+        """Notes what every tensor holds, and copies the tensors that INT8_CACHE covers."""
+        _live(memory).remember(self.cache)
 
-    def find_changes(self, model: nn.Module, memory: Memory, cache: Int8Cache) -> list[str]:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str]:
         """The names of the weights that post-processing has changed in `model`; they are served from their copies.
 
         Raises UnsupportedModel, naming the tensors, if the original of one is kept nowhere.
@@ -242,12 +251,12 @@ class LiveWeights(ModelWeights):
         return _live(memory).reconcile(current_tensors(model))
 
 
-def weights_of(model: nn.Module, device: torch.device) -> ModelWeights:
-    """The weights of `model`, which lie on `device`.
+def weights_of(model: nn.Module, device: torch.device, cache: Int8Cache) -> ModelWeights:
+    """The weights of `model`, which lie on `device`. `cache` says which originals are to be kept.
 
     Raises UnsupportedModel, naming the tensor, if a manifest cannot describe where they lie.
     """
-    return ArenaWeights(model) if device.type == "cpu" else LiveWeights(model, device)
+    return ArenaWeights(model, cache) if device.type == "cpu" else LiveWeights(model, device, cache)
 
 
 def _is_original(tensor: torch.Tensor | None, spec: TensorSpec, original: numpy.typing.NDArray[numpy.uint8]) -> bool:
