@@ -19,6 +19,7 @@ from torch import nn
 from support.engines import TRANSPORTS, close_listeners
 from support.loads import CPU, Checkpoint, Instance, Model
 from support.sources import IDENTITY, fetch
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -236,7 +237,7 @@ def test_a_loader_that_replaces_a_weight_makes_a_model_that_is_not_served(checkp
     assert (instance.model.value, instance.summary.outcome) == (1.0, "disk")
     assert instance.summary.not_served == "loading replaced, added or removed first"
     instance.model = Model()
-    assert arenas() == 0, "only the model has kept the memory"
+    wait_until(lambda: arenas() == 0)  # only the model has kept the memory
 
 
 def test_a_mixture_of_checkpoints_is_loaded_and_not_served(checkpoint: Checkpoint) -> None:
@@ -249,7 +250,7 @@ def test_a_mixture_of_checkpoints_is_loaded_and_not_served(checkpoint: Checkpoin
     with pytest.raises(ReloadRefused, match="nothing was changed, reload again when nobody writes to it"):
         require_one_checkpoint(instance.loaded)
     instance.model = Model()
-    assert arenas() == 0, "only the model has kept the memory"
+    wait_until(lambda: arenas() == 0)  # only the model has kept the memory
 
 
 def test_a_mixture_shows_in_the_log_where_nobody_serves(
@@ -291,7 +292,7 @@ def test_an_instance_that_does_not_serve_listens_nowhere_and_keeps_no_memory(che
         with pytest.raises(SourceError):
             inquire(Endpoint("127.0.0.1", port), 5)
         instance.model, instance.loaded = Model(), None
-        assert arenas() <= before, "only the model has kept the memory"
+        wait_until(lambda: arenas() <= before)  # only the model has kept the memory
 
 
 def test_what_was_served_before_is_withdrawn_by_a_load_that_does_not_serve(checkpoint: Checkpoint) -> None:
@@ -310,7 +311,7 @@ def test_a_port_that_somebody_else_has_is_reported_and_the_load_goes_on(checkpoi
         instance = Instance(checkpoint, {"listen_port": sock.getsockname()[1]}).start()
     assert (instance.model.value, instance.summary.outcome) == (1.0, "disk")
     assert "is bound by another socket" in instance.summary.not_served
-    assert arenas() == 0
+    wait_until(lambda: arenas() == 0)
 
 
 def test_publishing_that_fails_is_reported_and_does_not_stop_the_load(
@@ -369,7 +370,7 @@ def test_a_load_that_fails_on_the_disk_gives_back_memory_and_port(nothing: Check
     with pytest.raises(FileNotFoundError):
         Instance(nothing, config).start()
     assert json.loads((tmp_path / "report-0.json").read_text())["outcome"] == "failed"
-    assert arenas() == 0
+    wait_until(lambda: arenas() == 0)
     with pytest.raises(SourceError):
         inquire(Endpoint("127.0.0.1", port), 5)
 
