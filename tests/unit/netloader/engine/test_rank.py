@@ -22,7 +22,7 @@ def rank_for(folder: Path, role: str = "target", *, on_host: bool = False) -> Ra
     configuration = configuration_of(write_config(folder))
     model_config = copy.copy(configuration.model_config)
     if role == "draft":
-        model_config.runner_type = "draft"  # type: ignore[misc]
+        model_config.runner_type = "draft"
     return rank_of(configuration, model_config, configuration.load_config, "ours/model", on_host=on_host)
 
 
