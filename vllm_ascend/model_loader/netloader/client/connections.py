@@ -34,7 +34,6 @@ class Connections:
 
     def __init__(self, source: Endpoint, access: Access, timeout: float) -> None:
         """`timeout` is how many seconds connecting, greeting and one message may take."""
-        self._source = source
         self._access = access
         self._timeout = timeout
         self._control: Channel | None = None
@@ -55,8 +54,9 @@ class Connections:
         return self._address
 
     def open(self) -> Channel:
-        """Connects and greets. Returns the control connection. Raises SourceError, or TransportError if this process
-        cannot connect.
+        """Connects and greets, and returns the control connection.
+
+        Raises SourceError, or TransportError where this process cannot connect.
         """
         self._control = self._connect()
         with self.failures_translated():

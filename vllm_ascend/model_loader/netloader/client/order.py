@@ -1,13 +1,12 @@
-"""In which order a client asks sources, and who is asked again. A value without I/O, threads or a clock of its own.
+"""In which order a client asks sources, and who is asked again: a value without I/O, threads or a clock of its own.
 
 Whoever drives it takes the next step (`next`), does it, and says what came of it: the source failed, is busy, refers to
-others, or others have been named meanwhile. A candidate that nothing is said of was asked for the last time.
+others, or has named others meanwhile. A candidate of which nothing is said was asked for the last time.
 
-Configured sources come first, in their order, and then those that they name: the other ranks of their own instance, of
-which they know, and replicas, which have taken their weights and said so. Whoever is named is asked next, before the
-sources that are left. A replica is trusted with nothing but time: it is believed only if its contents are those that
-the source promised, it is never asked again once it has failed, and all replicas together may waste only so many
-seconds.
+Configured sources are asked in their order. Whoever they name is asked next, before those that are left: the other
+ranks of their own instance, of which they know, and replicas, which have taken their weights and said so. A replica is
+trusted with nothing but time. It is believed only if its contents are those that the source promised, it is never asked
+again once it has failed, and all replicas together may waste only so many seconds.
 
 Sources that failed in the middle are asked again in the next round, which begins after a pause; those that are too slow
 are asked again only where there is no disk to fall back to, when nobody else is left.

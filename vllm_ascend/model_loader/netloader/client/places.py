@@ -43,11 +43,11 @@ class Turn:
 class Places:
     """All places that a client has in queues, and the session that it attends to meanwhile.
 
-    `order` hears of the replicas that are named to those who wait, and of turns that are given back. Use it with
-    `with`, which gives up all places in the end.
+    Use it with `with`, which gives up all places in the end.
     """
 
     def __init__(self, order: SourceOrder) -> None:
+        """`order` hears of the replicas that are named to those who wait, and of turns that are given back."""
         self._order = order
         self._changed = threading.Condition()
         self._listening: dict[ClientSession, threading.Thread] = {}
@@ -75,12 +75,14 @@ class Places:
     def keep(self, session: ClientSession, wait: Wait) -> bool:
         """Keeps the place of `session`, to which the source has said `wait`, if it is worth keeping.
 
-        Returns whether this object has taken the session over. Raises TransportError where no thread can be had.
+        Returns whether it is kept, and the session no longer the caller's. Raises TransportError where no thread can be
+        had.
         """
         self._note_replicas(session, wait)
+
         candidate = session.candidate
         with self._changed:
-            # From here on no turn elsewhere breaks this session off, so only now is it certain whether one has.
+            # A turn elsewhere breaks off only what is attended to. So whether one has is certain from here on.
             self._attended = None
             if session.broken_off:
                 self._order.postponed(candidate)
@@ -111,7 +113,7 @@ class Places:
         return turn
 
     def wait(self, timeout: float) -> float:
-        """Returns when a turn has come, somebody else was named, or `timeout` seconds are over; the seconds it took."""
+        """Waits up to `timeout` seconds for a turn or for somebody else to be named. Returns how many that took."""
         begun = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._turns or self._has_news, timeout)
@@ -155,7 +157,7 @@ class Places:
             if is_wanted and attended is not None:
                 attended.break_off()
 
-        # Only now can the turn be taken, for which whoever attends to the other session looks when that has ended.
+        # The turn was noted first: as soon as the attended session ends, its thread looks for one.
         if not is_wanted:
             session.close()
         elif attended is not None:

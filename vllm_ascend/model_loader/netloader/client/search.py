@@ -81,7 +81,7 @@ class Search:
             pauses(),
             wait_timeout=options.wait_timeout,
             replica_seconds=options.timeouts.stall,
-            follows_replicas=options.verify,  # nobody could tell a replica from a stranger without
+            follows_replicas=options.verify,  # without verification, a replica is no better than a stranger
             disk_remains=options.disk_remains,
         )
         self._places = Places(self._order)
@@ -143,13 +143,15 @@ class Search:
 
     @contextlib.contextmanager
     def _attempt(self, session: ClientSession) -> Iterator[contextlib.ExitStack]:
-        """A scope within which the client attends to `session`, and that says in the end what came of it.
+        """A scope within which the client attends to `session`; at its end the order hears what came of that.
 
-        The stack that is yielded closes the session.
+        The stack that is yielded closes the session, unless somebody else has taken it over.
         """
         candidate, begun, held = session.candidate, time.monotonic(), self._intake.nbytes_held
         with contextlib.ExitStack() as scope:
             scope.callback(session.close)
+
+            # Attending ends before the outcome is judged: only then is it certain whether a turn elsewhere was the end.
             try:
                 with self._places.attending(session):
                     yield scope

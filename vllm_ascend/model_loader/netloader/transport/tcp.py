@@ -90,7 +90,7 @@ class _ChunkSender(Sender):
                 channel.shut_down()
 
     def close(self) -> None:
-        # First no connection may go on: only then do those that are left come to their end by themselves.
+        # This comes first: a connection ends by itself only when the session is over.
         self.abort()
 
         with self._lock:
