@@ -28,6 +28,7 @@ static HcclResult reduce_parts(hccl_round *round, const hccl_call *call, const c
         result = hccl_no_memory(call->name);
         goto done;
     }
+
     for (uint32_t peer = 0; peer < comm->size; peer++) {
         const char *part = send + parts.places[peer] * size;
 
@@ -42,6 +43,7 @@ static HcclResult reduce_parts(hccl_round *round, const hccl_call *call, const c
             hccl_take(round, peer, next, own);
         next += own;
     }
+
     if ((result = hccl_exchange(round)))
         goto done;
     if (own)

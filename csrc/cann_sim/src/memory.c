@@ -46,32 +46,38 @@ static uintptr_t end_of(const sim_region *region)
     return (uintptr_t)region->base + region->size;
 }
 
+/* With the lock held. */
+static sim_place locate(const void *address, size_t length, int *device)
+{
+    uintptr_t begin = (uintptr_t)address, end = begin + length;
+    size_t index = regions_up_to(address);
+    const sim_region *first, *last;
+
+    if (!index || end_of(&regions[index - 1]) <= begin) {
+        bool runs_into_device =
+            index < region_count && (uintptr_t)regions[index].base < end && regions[index].device >= 0;
+
+        return runs_into_device ? SIM_BROKEN : SIM_PAGEABLE;
+    }
+    first = &regions[index - 1];
+    *device = first->device;
+    /* Mapped memory may be in several pieces, side by side. */
+    for (last = first; end_of(last) < end; last++) {
+        const sim_region *next = last + 1;
+
+        if (next == regions + region_count || (uintptr_t)next->base != end_of(last) || next->device != first->device)
+            return first->device < 0 ? SIM_PAGEABLE : SIM_BROKEN;
+    }
+    return first->device < 0 ? SIM_PINNED : SIM_DEVICE_MEMORY;
+}
+
 sim_place sim_locate(const void *address, size_t length, int *device)
 {
-    uintptr_t end = (uintptr_t)address + length;
-    sim_place place = SIM_PAGEABLE;
-    size_t index;
+    int ignored;
+    sim_place place;
 
     pthread_mutex_lock(&lock);
-    index = regions_up_to(address);
-    if (index && end_of(&regions[index - 1]) > (uintptr_t)address) {
-        const sim_region *first = &regions[index - 1];
-
-        place = first->device < 0 ? SIM_PINNED : SIM_DEVICE_MEMORY;
-        /* Mapped memory may be in several pieces, side by side. */
-        while (end > end_of(&regions[index - 1])) {
-            if (index == region_count || (uintptr_t)regions[index].base != end_of(&regions[index - 1]) ||
-                regions[index].device != first->device) {
-                place = first->device < 0 ? SIM_PAGEABLE : SIM_BROKEN;
-                break;
-            }
-            index++;
-        }
-        if (device)
-            *device = first->device;
-    } else if (index < region_count && end > (uintptr_t)regions[index].base && regions[index].device >= 0) {
-        place = SIM_BROKEN;
-    }
+    place = locate(address, length, device ? device : &ignored);
     pthread_mutex_unlock(&lock);
     return place;
 }

@@ -38,7 +38,8 @@ static void release_physical(sim_object *object)
     physical *memory = (physical *)object;
 
     sim_give_memory(memory->device, memory->size);
-    close(memory->file);
+    if (memory->file >= 0)
+        close(memory->file);
     free(memory);
 }
 
@@ -119,38 +120,28 @@ done:
  * and mapped nowhere. */
 aclError aclrtMallocPhysical(aclrtDrvMemHandle *handle, size_t size, const aclrtPhysicalMemProp *prop, uint64_t flags)
 {
-    physical *memory = NULL;
+    physical *memory;
     aclError error;
+    int device;
 
     (void)flags;
     if (!handle || !prop || !size || size % GRANULE || prop->location.type != ACL_MEM_LOCATION_TYPE_DEVICE)
         return FAIL(ACL_ERROR_INVALID_PARAM, "%zu bytes are not a multiple of 2 MiB, or not asked of a device", size);
-    if ((error = CHECK_DEVICE(prop->location.id)))
-        return error;
-    if ((error = sim_take_memory(__func__, (int)prop->location.id, size)))
+    device = (int)prop->location.id;
+    if ((error = CHECK_DEVICE(prop->location.id)) || (error = sim_take_memory(__func__, device, size)))
         return error;
     if (!(memory = calloc(1, sizeof *memory))) {
-        sim_give_memory((int)prop->location.id, size);
+        sim_give_memory(device, size);
         return sim_no_memory(__func__);
     }
-    memory->device = (int)prop->location.id;
-    memory->size = size;
-    memory->file = memfd_create("cann_sim", MFD_CLOEXEC);
-    if (memory->file < 0 || ftruncate(memory->file, (off_t)size)) {
-        error = FAIL(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no %zu bytes left", size);
-        goto failed;
-    }
-    if (!(*handle = sim_publish(SIM_PHYSICAL, &memory->object, release_physical))) {
-        error = ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
-        goto failed;
-    }
-    return ACL_SUCCESS;
 
-failed:
-    if (memory->file >= 0)
-        close(memory->file);
-    free(memory);
-    sim_give_memory((int)prop->location.id, size);
+    *memory = (physical){.device = device, .size = size, .file = memfd_create("cann_sim", MFD_CLOEXEC)};
+    if (memory->file < 0 || ftruncate(memory->file, (off_t)size))
+        error = FAIL(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host has no %zu bytes left", size);
+    else if (!(*handle = sim_publish(SIM_PHYSICAL, &memory->object, release_physical)))
+        error = ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+    if (error)
+        release_physical(&memory->object);
     return error;
 }
 
