@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.proxy import Fault, Proxy, Stream, kill
+from support.peers.proxy import Fault, Proxy, Stream, kill
 from support.vllm.loaders import Load, Loader, Pool, loading
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from support.peers.strangers import Intruder, netloader_threads
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
-from support.strangers import Intruder, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts

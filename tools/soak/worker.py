@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy
 
-from support.proxy import Fault, Proxy, Stream, close, flip, reset, throttle
+from support.peers.proxy import Fault, Proxy, Stream, close, flip, reset, throttle
 from support.synthetic import IDENTITY, request_of
 from tools.soak.setting import FAULTY_HOST, HOST, STRANGERS_HOST, TIMEOUTS, Kind, Result, Setting, Task, prepare_process
 from vllm_ascend.model_loader.netloader.client.fetch import Client

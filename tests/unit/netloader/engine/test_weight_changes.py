@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from support.engines import TRANSPORTS, Engine, StuckTransport, close_listeners, identity
+from support.peers.strangers import Intruder
 from support.sources import SMALL, fetch
-from support.strangers import Intruder
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.engine.weight_changes import watch

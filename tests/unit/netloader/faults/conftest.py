@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.faults import CHUNK
+from support.peers.faults import CHUNK
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.transport import delivery, digests

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from support.faults import (
+from support.peers.faults import (
     ACCESS,
     BOTH_SIDES,
     CHUNK,
@@ -21,7 +21,7 @@ from support.faults import (
     source,
     why_left,
 )
-from support.proxy import Effect, Fault, Stream, flip, insert, lose_a_byte, repeat_a_byte
+from support.peers.proxy import Effect, Fault, Stream, flip, insert, lose_a_byte, repeat_a_byte
 from support.sources import SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from support.faults import (
+from support.peers.faults import (
     BROKEN,
     CHUNK,
     IMPATIENT,
@@ -21,7 +21,7 @@ from support.faults import (
     payload,
     source,
 )
-from support.proxy import Effect, Fault, Proxy, Stream, close, half_close, hold, kill, reset, silence, silence_all
+from support.peers.proxy import Effect, Fault, Proxy, Stream, close, half_close, hold, kill, reset, silence, silence_all
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import connections

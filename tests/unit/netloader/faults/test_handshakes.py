@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from support.faults import ACCESS, BOTH_SIDES, BROKEN, GREETING, TCP, said, source, why_left
-from support.proxy import Fault, Stream, close, half_close, reset, silence_all
+from support.peers.faults import ACCESS, BOTH_SIDES, BROKEN, GREETING, TCP, said, source, why_left
+from support.peers.proxy import Fault, Stream, close, half_close, reset, silence_all
 from support.sources import SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.wire.access import Access

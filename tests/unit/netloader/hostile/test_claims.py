@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from support.logs import assert_no_error_of_the_server
-from support.messages import SESSION
-from support.silences import LARGE
+from support.peers.messages import SESSION
+from support.peers.silences import LARGE
+from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, PATIENT, SMALL, assert_serves, serving
-from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server import peer_log

@@ -14,9 +14,9 @@ from dataclasses import replace
 import pytest
 
 from support.logs import assert_no_error_of_the_server
-from support.silences import LARGE, SILENCES, Arrival, attached
+from support.peers.silences import LARGE, SILENCES, Arrival, attached
+from support.peers.strangers import Intruder, is_idle, many_hosts
 from support.sources import PATIENT, SMALL, assert_serves, fetch, serving
-from support.strangers import Intruder, is_idle, many_hosts
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

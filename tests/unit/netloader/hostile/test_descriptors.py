@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from support.peers.strangers import Intruder, is_idle, many_hosts
 from support.sources import SMALL, fetch, serving
-from support.strangers import Intruder, is_idle, many_hosts
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from support.certificates import Authority
+from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, Tensors, fetch, serving
-from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

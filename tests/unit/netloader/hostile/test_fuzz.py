@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.certificates import Authority
-from support.corpus import GARBAGE, LIMITS, SAID_BY, Corpus
-from support.impostor import Act, Impostor, outlives, sending
 from support.logs import LINE_LIMIT, assert_orderly
-from support.messages import other, payload, tag
+from support.peers.corpus import GARBAGE, LIMITS, SAID_BY, Corpus
+from support.peers.impostor import Act, Impostor, outlives, sending
+from support.peers.messages import other, payload, tag
+from support.peers.strangers import Intruder, Line, is_idle, many_hosts
 from support.sources import SMALL, fetch, serving
-from support.strangers import Intruder, Line, is_idle, many_hosts
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

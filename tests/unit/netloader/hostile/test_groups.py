@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 
-from support.corpus import Corpus
-from support.impostor import Act, Impostor, accepting, answering, hanging_up, outlives, saying, sending, silent
 from support.logs import assert_orderly
-from support.messages import payload
+from support.peers.corpus import Corpus
+from support.peers.impostor import Act, Impostor, accepting, answering, hanging_up, outlives, saying, sending, silent
+from support.peers.messages import payload
+from support.peers.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.sources import SMALL, fetch, serving
-from support.strangers import Intruder, Line, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.distributed.process_group import VALUES_LIMIT, Rendezvous
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from support.corpus import GARBAGE, SAID_BY
-from support.impostor import (
+from support.logs import assert_orderly
+from support.peers.corpus import GARBAGE, SAID_BY
+from support.peers.impostor import (
     Act,
     Impostor,
     accepting,
@@ -21,10 +22,9 @@ from support.impostor import (
     sending,
     silent,
 )
-from support.logs import assert_orderly
-from support.messages import SESSION
+from support.peers.messages import SESSION
+from support.peers.strangers import Line
 from support.sources import SMALL, Tensors
-from support.strangers import Line
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports

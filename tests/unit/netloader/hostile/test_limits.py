@@ -19,9 +19,9 @@ from typing import Self
 import msgspec
 import pytest
 
+from support.peers.strangers import Intruder, is_idle
 from support.process import model
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, serving
-from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from support.impostor import Act, Impostor, Misbehaved, answering, outlives, saying
 from support.logs import assert_orderly
+from support.peers.impostor import Act, Impostor, Misbehaved, answering, outlives, saying
+from support.peers.strangers import Line
 from support.sources import SMALL
-from support.strangers import Line
 from vllm_ascend.model_loader.netloader.client.order import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.wire.messages import REFERRALS_LIMIT, Refuse, Wait

@@ -10,12 +10,20 @@ import time
 import msgspec
 import pytest
 
-from support.corpus import GARBAGE, LIMITS
 from support.logs import assert_no_error_of_the_server
-from support.messages import SESSION
-from support.silences import LARGE, Arrival, after_hello, after_join, after_welcome, on_a_data_connection, on_connecting
+from support.peers.corpus import GARBAGE, LIMITS
+from support.peers.messages import SESSION
+from support.peers.silences import (
+    LARGE,
+    Arrival,
+    after_hello,
+    after_join,
+    after_welcome,
+    on_a_data_connection,
+    on_connecting,
+)
+from support.peers.strangers import Intruder, is_idle
 from support.sources import PATIENT, SMALL, assert_serves, serving
-from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.server import session as server_session

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from support.certificates import Authority
+from support.peers.strangers import Intruder, is_idle, many_hosts, netloader_threads
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
-from support.strangers import Intruder, is_idle, many_hosts, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

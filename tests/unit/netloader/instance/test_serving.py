@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from support.engines import TRANSPORTS, Engine, StuckTransport, close_listeners, identity
+from support.peers.strangers import Intruder
 from support.sources import SMALL, Tensors, fetch
-from support.strangers import Intruder
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -11,7 +11,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from support.impostor import CONTROL
+from support.peers.impostor import CONTROL
+from support.peers.strangers import Intruder
 from support.sources import (
     IDENTITY,
     IN_PROCESS,
@@ -24,7 +25,6 @@ from support.sources import (
     reasons,
     serving,
 )
-from support.strangers import Intruder
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support.engines import StuckTransport
+from support.peers.strangers import Intruder
 from support.sources import (
     IDENTITY,
     IN_PROCESS,
@@ -19,7 +20,6 @@ from support.sources import (
     publication,
     serving,
 )
-from support.strangers import Intruder
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.impostor import Impostor, answering
-from support.proxy import Proxy
+from support.peers.impostor import Impostor, answering
+from support.peers.proxy import Proxy
 from support.sources import IDENTITY, SMALL, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import announce

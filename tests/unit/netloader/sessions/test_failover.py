@@ -10,7 +10,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from support.impostor import CONTROL, source_that_says
+from support.peers.impostor import CONTROL, source_that_says
 from support.sources import IN_PROCESS, SHORT, SMALL, Tensors, client_for, fetch, logged, reasons, serving
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, TransportError

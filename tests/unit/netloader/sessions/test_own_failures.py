@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from support.impostor import Impostor
+from support.peers.impostor import Impostor
+from support.peers.strangers import Line
 from support.sources import SMALL, Tensors, client_for, fetch, serving
-from support.strangers import Line
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport

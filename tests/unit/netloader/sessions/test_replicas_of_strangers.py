@@ -14,9 +14,9 @@ import msgspec
 import pytest
 import torch
 
-from support.impostor import Act, Impostor, answering, hanging_up, silent
+from support.peers.impostor import Act, Impostor, answering, hanging_up, silent
+from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
-from support.strangers import Intruder, is_idle
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.fetch import Client

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.impostor import CONTROL, source_that_says
+from support.peers.impostor import CONTROL, source_that_says
 from support.sources import IN_PROCESS, SHORT, SMALL, serving
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from support.access import Certified, certified_by
 from support.certificates import Authority
+from support.peers.access import Certified, certified_by
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from support.conversation import TABLE, WAYS, Pair, allowed, arrived
-from support.messages import (
+from support.peers.conversation import TABLE, WAYS, Pair, allowed, arrived
+from support.peers.messages import (
     CHALLENGE,
     CLIENT,
     DIGEST,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from support.access import KNOWS, KNOWS_ANOTHER, MEMORY, OPEN, PATIENCE, Certified, Relay, settled, warnings
 from support.clock import Clock
-from support.proxy import Stream
+from support.peers.access import KNOWS, KNOWS_ANOTHER, MEMORY, OPEN, PATIENCE, Certified, Relay, settled, warnings
+from support.peers.proxy import Stream
 from support.sources import SHORT, SMALL, serving
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

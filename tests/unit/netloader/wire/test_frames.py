@@ -10,8 +10,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from support.conversation import GREETING, KEY, WAYS, Pair, arrived, listener_for
-from support.messages import CLIENT, EXAMPLES, SERVER, TAG_BYTES, framed, having, other, payload, tagged, with_length
+from support.peers.conversation import GREETING, KEY, WAYS, Pair, arrived, listener_for
+from support.peers.messages import (
+    CLIENT,
+    EXAMPLES,
+    SERVER,
+    TAG_BYTES,
+    framed,
+    having,
+    other,
+    payload,
+    tagged,
+    with_length,
+)
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State, frame
 from vllm_ascend.model_loader.netloader.wire.messages import (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from support.access import (
+from support.peers.access import (
     KNOWS,
     KNOWS_ANOTHER,
     MEMORY,
@@ -29,7 +29,7 @@ from support.access import (
     settled,
     warnings,
 )
-from support.proxy import Stream
+from support.peers.proxy import Stream
 from support.sources import SHORT, SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -8,8 +8,8 @@ import tracemalloc
 import msgspec
 import pytest
 
-from support.conversation import WAYS, Pair, listener_for
-from support.messages import CLIENT, EXAMPLES, IDENTITY, RANK, SERVER, SESSION, framed, having, other, payload
+from support.peers.conversation import WAYS, Pair, listener_for
+from support.peers.messages import CLIENT, EXAMPLES, IDENTITY, RANK, SERVER, SESSION, framed, having, other, payload
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State, frame

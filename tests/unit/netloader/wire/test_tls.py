@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from support.access import (
+from support.certificates import Authority
+from support.peers.access import (
     KNOWS,
     MEMORY,
     MODEL,
@@ -31,8 +32,7 @@ from support.access import (
     warnings,
     with_token,
 )
-from support.certificates import Authority
-from support.proxy import Stream
+from support.peers.proxy import Stream
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from support.peers.strangers import Intruder, Line
 from support.sources import IDENTITY, Tensors
-from support.strangers import Intruder, Line
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates

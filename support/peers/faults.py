@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from support.proxy import Effect, Fault, Proxy, Stream
+from support.peers.proxy import Effect, Fault, Proxy, Stream
 from support.sources import SMALL, Tensors, fetch, serving
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server.server import WeightServer

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
-from support.messages import CHECKSUM_BYTES, TAG_BYTES, payload, tag, with_length
+from support.peers.messages import CHECKSUM_BYTES, TAG_BYTES, payload, tag, with_length
 from support.sources import IDENTITY, SMALL, Tensors
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server.server import WeightServer

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from support.logs import LINE_LIMIT
-from support.messages import SESSION, payload
+from support.peers.messages import SESSION, payload
+from support.peers.strangers import Line, netloader_threads
 from support.sources import SMALL, Tensors, client_for
-from support.strangers import Line, netloader_threads
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from support import messages
-from support.messages import payload, with_length
+from support.peers import messages
+from support.peers.messages import payload, with_length
 from support.sources import IDENTITY, SMALL
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.conversation import Role

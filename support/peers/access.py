@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from support.certificates import Authority
-from support.proxy import Proxy, Stream
+from support.peers.proxy import Proxy, Stream
 from support.sources import IDENTITY, SMALL, fetch
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from support.messages import CLIENT, EXAMPLES, SERVER, other, speaker
+from support.peers.messages import CLIENT, EXAMPLES, SERVER, other, speaker
 from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State
 from vllm_ascend.model_loader.netloader.wire.messages import (
     Accept,

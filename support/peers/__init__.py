@@ -1,0 +1,1 @@
+"""What stands at the other end of a connection in tests: messages made by hand, lines with faults, and bad peers."""
