@@ -81,6 +81,7 @@ def checkpoint_fingerprint(files: Sequence[File]) -> str:
     """
     if not files:
         return ""
+
     digest = hashlib.sha256()
     places: list[_Place] = []
     for number, file in enumerate(files):
@@ -90,6 +91,7 @@ def checkpoint_fingerprint(files: Sequence[File]) -> str:
         digest.update(f"{file.name}\0{size}\0".encode())
         digest.update(header)
         places += _places(number, middles, size)
+
     for sample in _read_samples(files, _chosen(places)):
         digest.update(sample)
     return digest.hexdigest()
@@ -222,6 +224,7 @@ def _chosen(places: list[_Place]) -> list[_Place]:
     kinds: dict[str, list[_Place]] = {}
     for place in places:
         kinds.setdefault(place.kind, []).append(place)
+
     chosen: list[_Place] = []
     left = SAMPLES_PER_CHECKPOINT
     for done, members in enumerate(sorted(kinds.values(), key=len)):  # small kinds first: the others share what is left

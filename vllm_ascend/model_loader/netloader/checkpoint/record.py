@@ -55,6 +55,8 @@ class ReadRecord:
         files = files_in(real_folder, real_paths)
         if not self.folder:
             self.folder, self.real_folder = folder, real_folder
+
+        # Stamps are taken before the samples here, and after them in `finish`, so that any change shows.
         try:
             for file, stamp in _settled_stamps(files).items():
                 self._stamps.setdefault(file, stamp)

@@ -111,6 +111,7 @@ class _Preview(_Loader):
             prepared = self._prepare_weights(folder, source.subfolder, None, source.fall_back_to_pt, patterns)
         except RuntimeError as error:
             raise _NotHere from error
+
         folder, paths = where_they_are(*prepared[:2])
         files = files_in(folder, paths)
         require_complete(folder, files)

@@ -57,6 +57,7 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
     require_counterparts(weights, layers)
     require_that_views_follow(scratch, layers)
     _take_out_what_is_in_use(scratch, model)
+
     detours: dict[str, Mapping[str, torch.Tensor]] = {}
     known: dict[Hashable, _Outcome] = {}
     in_parts: set[str] = set()
@@ -71,6 +72,7 @@ def rehearse(scratch: nn.Module, model: nn.Module, model_config: ModelConfig) ->
             path = _join(prefix, name)
             require_same_layout(path, tensors, layers[path])
         detours |= {_join(prefix, name): tensors for name, tensors in outcome.detours.items()}
+
     for path in weights.keys() - in_parts:
         require_same_layout(path, weights[path], layers[path])
     return NewWeights(weights, detours)
@@ -101,6 +103,8 @@ def _rehearse_part(
             _process_attention(part, model_config.dtype)
             outcome = _Outcome(_on_meta(part), _detours(alone, _on_meta(part)))
             before = {name: tensor.clone() for name, tensor in _tensors(part)}
+
+        # Only now the reload: what it must bring again is what the first load has left.
         for layer in part.modules():
             get_layerwise_info(layer).restore_device = device
         initialize_layerwise_reload(part)
@@ -113,6 +117,7 @@ def _rehearse_part(
             f"vLLM cannot give {prefix} new weights in place: {type(error).__name__}: {error}. "
             f"Start the instance anew to change its weights"
         ) from error
+
     for name in before.keys() | after.keys():
         if name not in before or name not in after or not equal(before[name], after[name]):
             raise ReloadRefused(

@@ -54,6 +54,7 @@ def take_over(weights: NewWeights, model: nn.Module) -> set[str]:
     layers = layers_of(model)
     for prefix, places in weights.detours.items():
         _place(layers[prefix], places)
+
     loaded: set[nn.Module] = set()
     for prefix, tensors in weights.raw.items():
         layer = layers[prefix]

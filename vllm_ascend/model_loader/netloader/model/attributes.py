@@ -70,12 +70,14 @@ class Snapshot:
         """
         after = Snapshot.of(model)
         self._require_same_modules(after)
+
         changed = [name for name in self.attributes | after.attributes if self._has_changed(name, after)]
         impossible = {name for name in changed if not self._travels(name, after, model)}
         impossible |= {name for name in self.tensors | after.tensors if not self._same_tensor(name, after)}
         if impossible:
             names = ", ".join(sorted(impossible)[:8])
             raise UnsupportedModel(f"loading set {names}, which cannot be told to another process")
+
         return {name: value for name in changed if _is_plain_value(value := after.attributes[name])}
 
     def _require_same_modules(self, after: Snapshot) -> None:

@@ -90,6 +90,7 @@ def separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[
         (name for name in tensors if _extent(tensors[name])),
         key=lambda name: (tensors[name].data_ptr(), -_extent(tensors[name]), order[name]),
     )
+
     inside: dict[str, str] = {}
     base: str | None = None
     for name in by_address:
@@ -97,9 +98,11 @@ def separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[
             inside[name] = base
         else:
             base = name
+
     bases = [name for name in tensors if name not in inside]
     for name in bases:
         _require_dense(name, tensors[name])
+
     index = {name: number for number, name in enumerate(bases)}
     aliases = (name for name in tensors if name in inside)
     return bases, [_alias(name, tensors[name], index[inside[name]], tensors[inside[name]]) for name in aliases]
