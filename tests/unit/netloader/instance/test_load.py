@@ -20,6 +20,7 @@ from support.engines import TRANSPORTS, close_listeners
 from support.loads import CPU, Checkpoint, Instance, Model
 from support.sources import IDENTITY, fetch
 from support.wait import wait_until
+from vllm_ascend.model_loader.netloader.checkpoint.opened import Opened
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -265,8 +266,6 @@ def test_weights_that_come_from_beside_the_checkpoint_are_not_served(checkpoint:
     class Beside(Checkpoint):
         def load(self, model: nn.Module) -> Any:
             record = super().load(model)
-            from vllm_ascend.model_loader.netloader.checkpoint.opened import Opened
-
             record.note([Opened("/elsewhere/adapter.safetensors", "/elsewhere/adapter.safetensors")])
             return record
 
@@ -455,8 +454,8 @@ def test_a_rank_refers_clients_to_the_others(checkpoint: Checkpoint) -> None:
     here = RankCoordinates(tp_rank=0, tp_size=2)
     values = {"coordinates": here, "gather": other_rank(checkpoint.fingerprint())}
     instance = Instance(checkpoint, rank_values=values).start()
-    wanted = Request(IDENTITY, RankCoordinates(tp_rank=1, tp_size=2), ArenaWeights(Model()).manifest)
-    wanted = Request(msgspec.structs.replace(IDENTITY, fingerprint=""), wanted.coordinates, wanted.manifest)
+    identity = msgspec.structs.replace(IDENTITY, fingerprint="")
+    wanted = Request(identity, RankCoordinates(tp_rank=1, tp_size=2), ArenaWeights(Model()).manifest)
     with pytest.raises(SourcesExhausted) as caught:
         fetch(wanted, TRANSPORTS, instance.address)
     assert "10.0.0.2:7" in str(caught.value)
