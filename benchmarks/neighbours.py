@@ -1,4 +1,4 @@
-"""What requests for tokens feel of clients that fetch the weights from the same instance.
+"""How much requests for tokens are delayed by clients that fetch the weights from the same instance.
 
     python -m benchmarks.neighbours                        # SmolLM2-135M-Instruct
     python -m benchmarks.neighbours --model DIR --tokens 1000 --clients 1 8
@@ -73,7 +73,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import Join, Offer, Refuse
 IDLE = "idle"
 PROMPT = "Once upon a time,"
 TOKENS_PER_REQUEST = 400
-"""Below the length that `Instance` allows."""
+"""Fewer than fit into the length of a sequence that `Instance` allows."""
 PROBES = 3
 TIMEOUT = 10.0
 STREAM_TIMEOUT = 300.0
@@ -81,7 +81,7 @@ STREAM_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Case:
-    """`address` is where `clients` fetch."""
+    """How many clients fetch, and the address from which they do."""
 
     name: str
     clients: int
@@ -90,7 +90,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Round:
-    """`gaps` between events in seconds, `mean` of a token; bytes per second of all clients, and in transfers of one."""
+    """The `gaps` between events and the `mean` time of a token in seconds, and bytes per second.
+
+    `bandwidth` is that of all clients together; `bandwidth_in_transfer` leaves out the pauses of a single client.
+    """
 
     gaps: list[float]
     mean: float
@@ -219,7 +222,7 @@ class Streaming(Instance):
         return gaps, seconds / tokens
 
     def _event_times(self, tokens: int) -> list[float]:
-        """When something arrived: a token, or several at once."""
+        """The times at which something arrived: a token, or several at once."""
         body = {
             "model": "model",
             "prompt": PROMPT,
@@ -251,7 +254,7 @@ class Streaming(Instance):
 
 @dataclass(frozen=True)
 class Pulled:
-    """Bytes, and the time of their transfer; or all bytes so far, and when that was."""
+    """Bytes, and the seconds of their transfer; or all bytes so far, and when they were counted."""
 
     nbytes: int
     seconds: float
@@ -285,7 +288,7 @@ class Puller:
         return Pulled(self._nbytes, time.monotonic())
 
     def _start(self, source: Endpoint) -> None:
-        """Returns when bytes come."""
+        """Begins to fetch again and again, and returns when the first bytes arrive."""
         self._pulls, self._failure = [], None
         self._begun.clear()
         self._stop.clear()
@@ -324,7 +327,7 @@ class Puller:
 
 
 def request_of(source: Endpoint) -> Request:
-    """What `source` holds: it tells its manifest to whoever asks for another one."""
+    """A request for what `source` holds, which tells its manifest to whoever asks for another one."""
     holding = inquire(source, TIMEOUT).holdings[0]
     with greet(source, Access(), TIMEOUT) as channel:
         channel.send(Join(holding.identity, holding.coordinates, "unknown", (Offer("tcp"),)), TIMEOUT)

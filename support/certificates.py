@@ -18,7 +18,7 @@ _DAY = datetime.timedelta(days=1)
 
 @dataclass(frozen=True)
 class Identification:
-    """The files of one instance."""
+    """The files with certificate, key and authority of one instance."""
 
     cert: str
     key: str
@@ -29,7 +29,7 @@ class Identification:
 
 
 class Authority:
-    """Signs certificates and keeps them, and its own, in `directory`."""
+    """A certificate authority that keeps its own certificate, and those that it signs, in `directory`."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory / name
@@ -47,9 +47,9 @@ class Authority:
         days_ago: int = 0,
         ca: str | None = None,
     ) -> Identification:
-        """A certificate for `name` that ended `days_ago`, if any; its holder trusts `ca`, else this authority.
+        """Signs a certificate for `name`. Its holder trusts the authority in the file `ca`, by default this one.
 
-        With a `password`, the key is encrypted.
+        With `days_ago`, the certificate has expired so many days ago. With a `password`, the key is encrypted.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         encryption = BestAvailableEncryption(password) if password is not None else NoEncryption()

@@ -1,10 +1,10 @@
-"""A clock for what takes one as a parameter."""
+"""A clock to be handed to whatever takes one as a parameter."""
 
 from __future__ import annotations
 
 
 class Clock:
-    """Stands still until somebody passes time, in seconds."""
+    """A clock that stands still until `passes` moves it. Times are in seconds."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now

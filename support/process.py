@@ -1,7 +1,8 @@
-"""A server, or clients, in a process of its own.
+"""A server, or several clients, in a process of its own: `python -m support.process serve` or `fetch`.
 
-`serve` writes its port, and serves until its input ends. `fetch` writes "ready" and waits for a line; then it writes
-"moving" when the first bytes have come, and at the end how many clients are done, and keeps all until its input ends.
+`serve` writes its port, and serves until its input ends. `fetch` writes "ready" and waits for a line. Then it fetches,
+writes "moving" when the first bytes have arrived and how many clients have finished at the end, and keeps what it has
+fetched until its input ends.
 """
 
 from __future__ import annotations

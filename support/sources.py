@@ -1,4 +1,4 @@
-"""Small models, stores and servers that the tests of server, client and transports share."""
+"""Small models, and servers and clients of them on real sockets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ IDENTITY = ModelIdentity(
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors with deterministic contents; served from and fetched into an arena, or with devices, live there."""
+    """Named tensors whose contents are always the same.
+
+    They are served from an arena and fetched into one or, where devices are given, live on these.
+    """
 
     by_name: dict[str, torch.Tensor]
     served_on: torch.device | None = None
@@ -66,7 +69,7 @@ class Tensors:
         return manifest_of(self.by_name.items())
 
     def store(self, generation: int = 1, *, verify: bool = True) -> WeightStore:
-        """A store of these contents that can be served; the caller or a server closes it."""
+        """A store of these contents that can be served. The caller closes it, or the server that publishes it."""
         memory = self._memory(self.manifest, self.served_on)
         for spec in self.manifest.tensors:
             tensor_in(memory, spec).copy_(self.by_name[spec.name])
@@ -75,7 +78,7 @@ class Tensors:
         return WeightStore(self.manifest, memory, generation, digests=digests)
 
     def allocate(self, manifest: Manifest) -> Memory:
-        """What a client fills."""
+        """The memory that a client fills with tensors of this manifest."""
         return self._memory(manifest, self.wanted_on)
 
     @staticmethod
@@ -119,7 +122,7 @@ def serving(
     verify: bool = True,
     **settings: Any,
 ) -> Iterator[tuple[WeightServer, Endpoint]]:
-    """A server on a real socket that holds `tensors`; `settings` are further ones of `Settings`."""
+    """A server that holds `tensors`, and its address. `settings` are further fields of `Settings`."""
     access = access or Access()
     with WeightServer(host, 0, Settings(transports, timeouts, access, **settings)) as server:
         store = tensors.store(verify=verify)
@@ -130,7 +133,7 @@ def serving(
 def client_for(
     wanted: Tensors | Request, transports: Sequence[Transport], *, timeouts: Timeouts = SHORT, **options: Any
 ) -> Client:
-    """A client that does not pause between tries; `options` are further ones of `FetchOptions`."""
+    """A client that does not pause between tries. Further arguments are fields of `FetchOptions`."""
     request = wanted.request() if isinstance(wanted, Tensors) else wanted
     if isinstance(wanted, Tensors):
         options.setdefault("allocate", wanted.allocate)
@@ -140,7 +143,7 @@ def client_for(
 def fetch(
     wanted: Tensors | Request, transports: Sequence[Transport], *sources: Endpoint, **options: Any
 ) -> tuple[Client, Fetched]:
-    """Raises SourcesExhausted."""
+    """Fetches from the sources, and returns the client too. Raises SourcesExhausted."""
     client = client_for(wanted, transports, **options)
     return client, client.fetch(sources)
 
@@ -165,7 +168,7 @@ def assert_serves(source: Endpoint, tensors: Tensors = SMALL, **options: Any) ->
 
 @contextlib.contextmanager
 def fetching(client: Client, *sources: Endpoint) -> Iterator[Callable[[], Fetched]]:
-    """Fetches in a thread, to be ended by calling what is given."""
+    """Fetches in a thread. The function that is given waits for what was fetched, and fails if nothing was."""
     results: list[Fetched | Exception] = []
 
     def run() -> None:

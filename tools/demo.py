@@ -1,4 +1,4 @@
-"""The main job, seen: a server loads a model from disk, a client takes the weights from it, both answer the same.
+"""Shows what this is all about: a server loads a model from disk, a client takes its weights, and both answer alike.
 
 Starts two real `vllm serve` processes, asks both the same prompts at temperature 0 and prints a table. The exit status
 is 0 if the client took its weights from the server and all answers are equal.

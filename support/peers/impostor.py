@@ -28,11 +28,14 @@ Act = Callable[[Line, dict[str, Any]], object]
 
 
 class Misbehaved(Exception):
-    """The impostor has done what it was told to do, and ends all connections."""
+    """Raised by an act: the impostor has done what it was told to do, and ends all connections."""
 
 
 class Impostor:
-    """A server of `tensors` by tcp, and of anything by `acts`, which say what is done on a message by its name."""
+    """A server that offers `tensors` by tcp, and behaves except where `acts` say otherwise.
+
+    An act is called with each message of the name under which it is given.
+    """
 
     def __init__(self, acts: Mapping[str, Act], tensors: Tensors = SMALL, host: str = "127.0.0.1") -> None:
         self.acts: dict[str, Act] = dict.fromkeys(
@@ -117,7 +120,7 @@ class Impostor:
 
 
 def saying(*contents: bytes | Message) -> Act:
-    """Says so, and no more."""
+    """An act: says these messages, or frames with these contents, and ends all connections."""
 
     def act(line: Line, _: dict[str, Any]) -> None:
         for content in contents:
@@ -128,7 +131,7 @@ def saying(*contents: bytes | Message) -> Act:
 
 
 def sending(*pieces: bytes) -> Act:
-    """Sends unframed bytes, and no more."""
+    """An act: sends these bytes without framing them, and ends all connections."""
 
     def act(line: Line, _: dict[str, Any]) -> None:
         for piece in pieces:
@@ -139,12 +142,12 @@ def sending(*pieces: bytes) -> Act:
 
 
 def answering(message: Message) -> Act:
-    """Says `message` and goes on behaving."""
+    """An act: says `message` and goes on behaving."""
     return lambda line, _: line.say(message)
 
 
 def silent(_: Line, __: dict[str, Any]) -> None:
-    """Neither answers nor hangs up."""
+    """An act: neither answers nor hangs up."""
 
 
 def hanging_up(_: Line, __: dict[str, Any]) -> None:

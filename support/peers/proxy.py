@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _RECEIVE_BYTES = 64 << 10
 _BEGINNING = 1024
-"""Bytes that hold all that a client says up to Attach."""
+"""Bytes of a connection within which a client has said Attach, if it says it at all."""
 
 
 class Stream(enum.Enum):
@@ -80,9 +80,9 @@ class Proxy:
         self.payload_apart = payload_apart
         self.connections = 0
         self.silent = False
-        """Nothing passes any more, and all connections stay open."""
+        """Whether all connections stay open, but nothing passes any more."""
         self.passed: Counter[tuple[Stream, int]] = Counter()
-        """Bytes that went on, by stream and connection; those of all PAYLOAD under connection 0."""
+        """Bytes that have been passed on, by stream and connection; PAYLOAD of all of them is under connection 0."""
         self.payload_lock = asyncio.Lock()
         self._targets = itertools.cycle((target, *others))
         self._faults = list(faults)
@@ -104,7 +104,7 @@ class Proxy:
 
     @property
     def payload(self) -> int:
-        """Bytes of weights that went on."""
+        """Bytes of weights that have been passed on."""
         return self.passed[Stream.PAYLOAD, 0]
 
     @property
@@ -127,7 +127,7 @@ class Proxy:
         self._thread.join()
 
     def end_all(self) -> None:
-        """Resets every connection and closes the port, as the end of a process does. For effects."""
+        """Resets every connection and closes the port, as the end of a process does. To be called by effects."""
         assert self._accepting is not None
         self._accepting.cancel()
         for task, link in self._links.items():
@@ -135,7 +135,7 @@ class Proxy:
             task.cancel()
 
     def next_fault(self, stream: Stream, connection: int, begin: int, end: int) -> Fault | None:
-        """What goes wrong first between two positions. It does so only once."""
+        """The first fault between two positions of a stream, which is then struck from the list."""
         due = [
             fault
             for fault in self._faults
@@ -173,14 +173,14 @@ class Proxy:
 
 @dataclass
 class _Link:
-    """A client's connection to the proxy, and the one to the server that belongs to it."""
+    """A client's connection to the proxy, and the proxy's connection to the server that belongs to it."""
 
     proxy: Proxy
     number: int
     client: socket.socket
     server: socket.socket = field(default_factory=socket.socket)
     reset: bool = False
-    """Whether both end by a reset."""
+    """Whether both connections end by a reset."""
     silent: bool = False
     attached: bool = False
     """Whether the client has said Attach and the server has answered, so that weights follow."""
@@ -216,13 +216,13 @@ class _Link:
 
 
 class Direction:
-    """One direction of one connection."""
+    """One direction of one connection. Effects are told where they happen by it."""
 
     def __init__(self, link: _Link, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
         self.link = link
         self.sink = sink
         self.closed = False
-        """Whether what comes is thrown away."""
+        """Whether everything that arrives is thrown away."""
         self._source = source
         self._stream = stream
         self._beginning = bytearray()
@@ -277,11 +277,11 @@ class Direction:
 
 
 class _Ended(Exception):
-    """Ends both directions of a connection."""
+    """Raised by an effect: ends both directions of a connection."""
 
 
 def flip(mask: int) -> Effect:
-    """Inverts bits of the next byte."""
+    """An effect: the bits of `mask` are inverted in the next byte."""
 
     async def effect(_: Direction, following: bytearray) -> None:
         following[0] ^= mask
@@ -290,7 +290,7 @@ def flip(mask: int) -> Effect:
 
 
 def insert(content: bytes) -> Effect:
-    """Bytes come in between."""
+    """An effect: `content` arrives in addition."""
 
     async def effect(direction: Direction, _: bytearray) -> None:
         await direction.forward(content)
@@ -299,48 +299,50 @@ def insert(content: bytes) -> Effect:
 
 
 async def repeat_a_byte(direction: Direction, following: bytearray) -> None:
+    """An effect: the next byte arrives twice."""
     await direction.forward(following[:1])
 
 
 async def lose_a_byte(_: Direction, following: bytearray) -> None:
+    """An effect: the next byte does not arrive."""
     del following[0]
 
 
 async def close(direction: Direction, _: bytearray) -> None:
-    """This connection ends."""
+    """An effect: this connection ends."""
     raise _Ended
 
 
 async def reset(direction: Direction, _: bytearray) -> None:
-    """This connection ends, and what was on its way is lost."""
+    """An effect: this connection is reset, so that what was on its way is lost."""
     direction.link.reset = True
     raise _Ended
 
 
 async def half_close(direction: Direction, _: bytearray) -> None:
-    """This direction ends, the other one goes on."""
+    """An effect: this direction ends, and the other one goes on."""
     direction.closed = True
     direction.sink.shutdown(socket.SHUT_WR)
 
 
 async def silence(direction: Direction, _: bytearray) -> None:
-    """Nothing comes any more on this connection, in either direction."""
+    """An effect: nothing arrives any more on this connection, in either direction."""
     direction.link.silent = True
 
 
 async def silence_all(direction: Direction, _: bytearray) -> None:
-    """Nothing comes any more on any connection, present or later: the host is dead, or the network parted."""
+    """An effect: nothing arrives on any connection any more, as if the host had died or the network were cut."""
     direction.link.proxy.silent = True
 
 
 async def kill(direction: Direction, _: bytearray) -> None:
-    """The process ends."""
+    """An effect: all connections are reset and the port is closed, as if the server's process had ended."""
     direction.link.proxy.end_all()
     raise _Ended
 
 
 def throttle(rate: float, seconds: float) -> Effect:
-    """From now on this connection passes `rate` bytes per second in each direction, and ends after `seconds`."""
+    """An effect: this connection passes `rate` bytes per second in each direction, and ends after `seconds`."""
 
     async def effect(direction: Direction, _: bytearray) -> None:
         direction.link.rate = rate
@@ -350,7 +352,7 @@ def throttle(rate: float, seconds: float) -> Effect:
 
 
 def hold(begun: threading.Event, end: threading.Event) -> Effect:
-    """Says that it has begun, and lets nothing pass in this stream until the `end`."""
+    """An effect: sets `begun`, and lets nothing pass in this stream until `end` is set."""
 
     async def effect(_: Direction, __: bytearray) -> None:
         begun.set()

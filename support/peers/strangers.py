@@ -34,7 +34,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
 
 
 class Line:
-    """One connection, spoken on as `role`."""
+    """A connection on which a test speaks as `role`, without any rules."""
 
     def __init__(self, sock: socket.socket, role: Role) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,7 +61,7 @@ class Line:
         return self.send(self.tagged(content))
 
     def tagged(self, content: bytes) -> bytes:
-        """The next frame."""
+        """The next frame, with `content` and the ending that belongs to it."""
         ending = tag(self._key, self._role, self._said, content)
         self._said += 1
         return with_length(content + ending)
@@ -71,7 +71,7 @@ class Line:
         return self
 
     def hear(self) -> dict[str, Any]:
-        """The next message, unchecked. Raises EOFError where the peer has closed the connection."""
+        """The next message, whose ending is not checked. Raises EOFError if the peer has closed the connection."""
         content = self._read(int.from_bytes(self._read(4), "big"))
         heard: dict[str, Any] = msgspec.msgpack.decode(content[: -TAG_BYTES if self._key else -CHECKSUM_BYTES])
         return heard
@@ -91,7 +91,7 @@ class Line:
         return bytes(data)
 
     def read(self, count: int) -> bytes:
-        """Unframed bytes."""
+        """The next `count` bytes, whatever they are. Raises EOFError if the peer has closed the connection."""
         return self._read(count)
 
     def hear_out(self) -> None:
@@ -101,19 +101,19 @@ class Line:
                 pass
 
     def shut_down(self) -> None:
-        """Ends the connection for threads that use it."""
+        """Ends the connection in both directions, for other threads that use it too."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def reset(self) -> None:
-        """Ends the connection without a word."""
+        """Closes the connection such that the peer sees a reset."""
         with contextlib.suppress(OSError):  # the peer may have been the first
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
 
 class Intruder(Line):
-    """A client on the address `host` of this machine."""
+    """A client that connects from the address `host` of this machine."""
 
     def __init__(self, source: Endpoint, host: str = "127.0.0.3", access: Access | None = None) -> None:
         self._access = access or Access()
@@ -140,7 +140,7 @@ class Intruder(Line):
         return self.say(Join(IDENTITY, RankCoordinates(), tensors.manifest.digest, (offer,)))
 
     def accepted(self, transport: str = "tcp", tensors: Tensors = SMALL) -> bytes:
-        """Joins and waits for its turn. The session that it has then."""
+        """Joins and waits for its turn. Returns the identifier of its session."""
         self.join(transport, tensors)
         while (heard := self.hear())["type"] == "Wait":
             pass
@@ -149,13 +149,13 @@ class Intruder(Line):
         return session
 
     def attach(self, session: bytes) -> Self:
-        """Makes this a data connection."""
+        """Makes this a data connection of `session`."""
         self.say(Attach(session)).hear_kind(Attached)
         return self
 
 
 def many_hosts() -> Iterator[str]:
-    """Addresses of this machine, none of them one that a test's own client has."""
+    """Addresses of this machine, without end. The clients of the tests themselves come from none of them."""
     return (f"127.7.{number // 250}.{number % 250 + 1}" for number in itertools.cycle(range(50_000)))
 
 
@@ -165,5 +165,5 @@ def netloader_threads() -> list[str]:
 
 
 def is_idle(server: WeightServer) -> bool:
-    """Whether nothing is left of any peer."""
+    """Whether the server has no connection, session or waiting client left."""
     return server.state().is_idle and netloader_threads() == ["netloader-accept"]

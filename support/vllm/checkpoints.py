@@ -40,7 +40,7 @@ MLA = {
     "max_position_embeddings": 512,
 }
 GROUP = 64
-"""Weights that share a scale in the 4-bit formats."""
+"""How many weights share a scale in the 4-bit formats."""
 
 
 def dense(root: Path) -> str:
@@ -48,7 +48,7 @@ def dense(root: Path) -> str:
 
 
 def dense_retrained(root: Path) -> str:
-    """The layout of `dense`, other weights."""
+    """A checkpoint with the layout of `dense` and other weights."""
     return str(make_random_model(root / "dense_retrained", DENSE, seed=1))
 
 
@@ -62,13 +62,13 @@ def tied_retrained(root: Path) -> str:
 
 
 def biased(root: Path) -> str:
-    """Layer norms and linear layers with biases; learnt positions."""
+    """A model whose layer norms and linear layers have biases, and whose positions are learnt."""
     configuration = {"vocab_size": 2048, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}
     return str(make_random_model(root / "biased", configuration, architecture="gpt2"))
 
 
 def state_space(root: Path) -> str:
-    """Computes with a view of its convolution's weight."""
+    """A model that computes with a view of its convolution's weight."""
     configuration = {
         "vocab_size": 2048,
         "hidden_size": 256,
@@ -140,21 +140,21 @@ def encoder_only(root: Path) -> str:
 
 
 def pooling(root: Path) -> str:
-    """A decoder that gives embeddings."""
+    """A decoder that gives embeddings in place of tokens."""
     directory = make_random_model(root / "pooling", DENSE, architecture="qwen3")
     save_tokenizer(directory)
     return str(directory)
 
 
 def reranker(root: Path) -> str:
-    """A decoder of which vLLM makes a classifier; its head is the embedding."""
+    """A decoder of which vLLM makes a classifier, and whose head is the embedding."""
     directory = make_random_model(root / "reranker", {**DENSE, "tie_word_embeddings": True}, architecture="qwen3")
     save_tokenizer(directory)
     return str(directory)
 
 
 def encoder_decoder(root: Path) -> str:
-    """Speech to text: an audio encoder, a decoder with cross attention."""
+    """A model for speech to text: an audio encoder, and a decoder with cross attention."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     directory = root / "encoder_decoder"
@@ -182,7 +182,7 @@ def encoder_decoder(root: Path) -> str:
 
 
 def w8a8(root: Path) -> str:
-    """`dense` in compressed-tensors' int8: a scale per output channel, activations quantised per token."""
+    """`dense` in compressed-tensors' int8, with a scale per output channel and activations quantised per token."""
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     quantization = {
@@ -201,7 +201,7 @@ def w8a8(root: Path) -> str:
 
 
 def gptq(root: Path) -> str:
-    """The layout of GPTQ's 4-bit checkpoints over random values."""
+    """A checkpoint with the layout of GPTQ's 4-bit checkpoints and random values."""
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
 
     def quantise(weight: torch.Tensor) -> Tensors:
@@ -217,7 +217,7 @@ def gptq(root: Path) -> str:
 
 
 def awq(root: Path) -> str:
-    """The layout of AWQ's 4-bit checkpoints over random values."""
+    """A checkpoint with the layout of AWQ's 4-bit checkpoints and random values."""
     quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 
     def quantise(weight: torch.Tensor) -> Tensors:
@@ -232,7 +232,7 @@ def awq(root: Path) -> str:
 
 
 def eagle_draft(root: Path) -> str:
-    """An EAGLE head for `dense` with an embedding of its own, which vLLM notes while it loads."""
+    """An EAGLE head for `dense`. It has an embedding of its own, which vLLM notes while it loads it."""
     directory = root / "eagle_draft"
     if directory.exists():
         return str(directory)
@@ -281,7 +281,7 @@ def _change_config(directory: Path, changes: dict[str, Any]) -> None:
 
 
 def save_tokenizer(directory: Path, words: list[str] | None = None) -> str:
-    """Some engines need one, though the tests ask with token ids. The words get their numbers in order."""
+    """Saves a tokenizer whose words have their numbers in order: some engines need one, even if only ids are asked."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

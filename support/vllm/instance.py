@@ -1,4 +1,4 @@
-"""A `vllm serve` process with Netloader, started, watched, asked and ended. For the demo and the end-to-end tests."""
+"""A `vllm serve` process with Netloader: how it is started, watched, asked and ended."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from support.ports import free_port
 
 START_TIMEOUT = 300.0
 KV_CACHE_ON_NPU = 1 << 28
-"""Bytes; measuring how much there is room for would take long on the simulator."""
+"""Bytes of an instance's KV cache. To measure how much there is room for would take long on the simulator."""
 
 
 class InstanceFailed(Exception):
-    """The process ended or did not become ready; the message holds the end of its log."""
+    """The process has ended, or has not become ready. The message holds the end of its log."""
 
 
 class Instance:
-    """One `vllm serve MODEL --load-format netloader`. `directory` gets its log, report and address.
+    """One `vllm serve MODEL --load-format netloader`, which writes its log, report and address into `directory`.
 
-    It runs on CPUs, or with `npus` ("0", "2,3") on those of the simulated NPUs, whose environment this process must
-    have. Use it with `with`, or call `start` and `stop`; `stop` ends the whole process group.
+    `extra` are further keys of Netloader's configuration, and `arguments` further ones of the command. The instance
+    runs on CPUs or, with `npus` ("0", "2,3"), on these simulated NPUs, in whose environment this process must run. Use
+    it with `with`, or call `start` and `stop`, which ends the whole process group.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Instance:
             )
 
     def wait_until_ready(self, tell: Callable[[str], None] = lambda _: None) -> None:
-        """Returns when it answers requests; `tell` gets its latest log line now and then. Raises InstanceFailed."""
+        """Returns when it answers requests. `tell` is given its latest log line every second. Raises InstanceFailed."""
         end = time.monotonic() + START_TIMEOUT
         for _ in _every_second_until(end):
             if self._process is None or self._process.poll() is not None:
@@ -96,7 +97,7 @@ class Instance:
         raise InstanceFailed(f"{self.name} was not ready within {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
 
     def wait_until_ended(self, timeout: float = START_TIMEOUT) -> int:
-        """The exit status of a process that is expected to end by itself."""
+        """Waits for a process that ends by itself, and returns its exit status. Raises subprocess.TimeoutExpired."""
         assert self._process is not None
         return self._process.wait(timeout)
 
@@ -112,17 +113,17 @@ class Instance:
             return str(json.load(response)["choices"][0]["text"])
 
     def report(self, rank: int = 0) -> dict[str, Any]:
-        """What Netloader reported of the load."""
+        """What Netloader has reported of the load of that rank."""
         report: dict[str, Any] = json.loads(Path(f"{self._report}{rank}.json").read_text())
         return report
 
     @property
     def address(self) -> str:
-        """Where it serves its weights."""
+        """The address at which its first rank serves its weights."""
         return Path(f"{self._address}0.txt").read_text().strip()
 
     def kill(self) -> None:
-        """Ends it at once, as a crash does."""
+        """Ends the process group at once, as a crash does."""
         self._signal(signal.SIGKILL)
 
     def terminate(self) -> None:
@@ -136,7 +137,7 @@ class Instance:
         return dict(_session(self._process.pid))
 
     def stop(self) -> None:
-        """Ends it in an orderly way, and by force after ten seconds. Idempotent."""
+        """Ends the instance in an orderly way, or by force if that takes more than ten seconds. Idempotent."""
         if self._process is None:
             return
         self._signal(signal.SIGTERM)
@@ -186,7 +187,7 @@ def _every_second_until(end: float) -> Iterator[None]:
 
 
 def telling(name: str) -> Callable[[str], None]:
-    """For `wait_until_ready`: prints the latest log line every ten seconds, so that nobody waits in silence."""
+    """An argument for `wait_until_ready`, which prints the latest log line every ten seconds."""
     begun = last = time.monotonic()
 
     def tell(line: str) -> None:

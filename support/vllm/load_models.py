@@ -32,7 +32,7 @@ ANSWER_TOKENS = 16
 
 
 class Loads:
-    """What this process holds, and how it comes to hold something else."""
+    """The models that this process holds, and how it comes to hold others."""
 
     def __init__(self) -> None:
         from vllm.plugins import load_general_plugins
@@ -89,7 +89,7 @@ class Loads:
         return self._load(request)
 
     def drop(self) -> None:
-        """Gives up the model, and with it what vLLM holds once for a process."""
+        """Gives up all models, and what vLLM keeps once for a process."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         for engine in (self._engine, *self._others):

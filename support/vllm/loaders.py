@@ -29,7 +29,7 @@ class LoadFailed(AssertionError):
 
 
 def processor(**features: str) -> dict[str, str]:
-    """The environment in which vLLM finds other features: see tests/processor/sitecustomize.py."""
+    """An environment in which vLLM finds other features of the processor (tests/processor/sitecustomize.py)."""
     directories = [str(ROOT / "tests" / "processor"), *filter(None, [os.environ.get("PYTHONPATH")])]
     chosen = _chosen_features() | features
     return {
@@ -39,7 +39,7 @@ def processor(**features: str) -> dict[str, str]:
 
 
 def amx() -> str:
-    """Whether vLLM finds AMX where nothing else is chosen: "on" or "off"."""
+    """Says "on" if vLLM finds AMX in the environment of this process, else "off"."""
     import torch
 
     return _chosen_features().get("amx_tile", "on" if torch.cpu._is_amx_tile_supported() else "off")
@@ -97,12 +97,12 @@ class VllmProcess:
             self._output += data
 
     def ask_no_more(self) -> None:
-        """Lets it shut down, since vLLM's ranks share memory that has to be removed."""
+        """Lets the process shut down in an orderly way, because vLLM's ranks share memory that has to be removed."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def end(self) -> None:
-        """Waits for that, and ends it by force if it hangs."""
+        """Waits until the process has shut down, and ends it by force if it hangs."""
         assert self.process.stdout is not None
         try:
             self.process.wait(20)
@@ -113,7 +113,7 @@ class VllmProcess:
 
 
 _IDLE: Final = 4
-"""Processes that are kept for the next load; most tests need no more."""
+"""How many processes are kept for later loads. Most tests need no more."""
 
 
 class Pool:
@@ -130,7 +130,7 @@ class Pool:
         self._loads = 0
 
     def load(self, model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
-        """Starts a load in a process of its own: see `load_models` for `request`."""
+        """Starts a load in a process of its own. `load_models` says what else a `request` may hold."""
         self._loads += 1
         return Loader(self, self._directory / f"load-{self._loads}", model, extra or {}, request)
 
@@ -152,7 +152,7 @@ class Pool:
             process.ask_no_more()
 
     def end_idle(self) -> None:
-        """Makes room in memory: each of them has one to two gigabytes."""
+        """Ends the processes that nobody uses, each of which takes one to two gigabytes of memory."""
         while self._idle:
             self._idle.pop().ask_no_more()
 
@@ -209,7 +209,7 @@ class Loader:
         return self
 
     def fails_with(self) -> str:
-        """Waits for a load that must fail; returns its error."""
+        """Waits for a load that must fail, and returns its error."""
         reply = self.process.reply()
         assert "error" in reply, f"the load succeeded:\n{self.log_text()[-4000:]}"
         error: str = reply["error"]
@@ -234,7 +234,7 @@ class Loader:
         assert "result" in reply, f"{method} failed with {reply}:\n{self.log_text()[-4000:]}"
 
     def ask(self, prompts: list[Any]) -> list[Any]:
-        """What the engine that is held answers now."""
+        """What the engine that is held answers to `prompts` now."""
         self.process.ask({"ask": prompts})
         answers: list[Any] = self.finish_loading().answers
         return answers
@@ -263,7 +263,7 @@ class Loader:
         return Path(f"{self._prefix}-address-{self._rank}.txt").read_text().strip()
 
     def arena_bytes(self) -> int:
-        """Bytes of arena pages in the memory of the process now."""
+        """How many bytes of the process's memory are pages of an arena."""
         kibibytes, in_arena = 0, False
         for line in Path(f"/proc/{self.process.process.pid}/smaps").read_text().splitlines():
             if not line.split(" ", 1)[0].endswith(":"):

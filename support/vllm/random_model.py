@@ -30,13 +30,13 @@ LARGE: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-"""3.0 GB in bf16."""
+"""The configuration of a model with 3.0 GB of weights in bf16."""
 
 
 def make_random_model(
     directory: Path, configuration: dict[str, Any], *, architecture: str = "llama", seed: int = 0
 ) -> Path:
-    """Writes config.json and safetensors into `directory` unless they are there; returns it. No tokenizer."""
+    """Writes config.json and safetensors, but no tokenizer, into `directory` unless they are there. Returns it."""
     if (directory / "config.json").is_file():
         return directory
     import torch
