@@ -12,6 +12,7 @@
 #   verification   what the digests, a token and TLS cost
 #   neighbours     what requests feel of clients that fetch from the same instance
 #   fingerprint    recognising a checkpoint of 100 GB
+# All of them write their figures with --json FILE, draw them with --plot FILE.svg, and draw them again with --from FILE.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Benchmark(Generic[Figures]):
     add_options: Callable[[argparse.ArgumentParser], object] = lambda _: None
 
     def run(self) -> None:
-        """Does what the command line asks for."""
+        """Does what the command line asks for. Figures are written before anything can go wrong in showing them."""
         options = self._options()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if options.earlier is None:
@@ -41,9 +42,9 @@ class Benchmark(Generic[Figures]):
         else:
             figures = msgspec.json.decode(options.earlier.read_bytes(), type=self.figures)
 
-        self.show(figures)
         if options.json is not None:
             options.json.write_bytes(msgspec.json.format(msgspec.json.encode(figures)) + b"\n")
+        self.show(figures)
         if options.plot is not None:
             draw(self.panels(figures), options.plot)
 
@@ -58,7 +59,10 @@ class Benchmark(Generic[Figures]):
             "--from", type=Path, metavar="FILE", dest="earlier", help="measure nothing: take such a file"
         )
         parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="also draw the result")
-        return parser.parse_args()
+        options = parser.parse_args()
+        if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib, which make setup installs")
+        return options
 
 
 def progress(text: str) -> None:
