@@ -32,6 +32,7 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
+from vllm_ascend.model_loader.netloader.wire.messages import Join
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
 
 
@@ -101,6 +102,36 @@ def test_what_cannot_be_suspended_is_served_as_before() -> None:
             assert inquire(source, 5).declined == {}
             stuck.go.set()
         SMALL.assert_in(fetch(SMALL, (stuck,), source)[1].memory)
+
+
+def test_what_was_suspended_before_stays_so_when_more_cannot_be_suspended() -> None:
+    stuck, timeouts = StuckTransport(), Timeouts(connect=5.0, stall=0.2)
+    draft = publication("draft")
+    with serving(SMALL, (stuck,), timeouts=timeouts) as (server, source):
+        server.suspend("its weights are half replaced")
+        server.publish(draft)
+        with Intruder(source).greet() as line:
+            line.say(Join(draft.identity, draft.coordinates, SMALL.manifest.digest, (stuck.offer(),)))
+            wait_until(lambda: len(server.state().sessions) == 1)
+            with pytest.raises(TimeoutError):
+                server.suspend("it sleeps")
+            assert list(server.state().served) == ["draft"]
+            assert server.state().not_served == {"target": "its weights are half replaced"}
+            stuck.go.set()
+
+
+def test_digests_are_made_only_while_the_weights_stay_as_they_are() -> None:
+    with serving(SMALL, IN_PROCESS) as (server, _):
+        held = publication()
+        digests = held.store.digests
+        assert digests is not None
+        server.publish(held)
+        server.suspend("it sleeps")
+        assert digests.stopped
+        assert not digests.complete
+        server.resume()
+        wait_until(lambda: digests.complete)
+        assert not digests.stopped
 
 
 def test_a_session_that_comes_too_late_is_told_the_reason_for_that() -> None:
