@@ -1,4 +1,4 @@
-"""Processes that load models the way a vLLM worker does, for the tests to start, watch and end.
+"""Processes that load models the way a vLLM worker does, for tests and benchmarks to start, watch and end.
 
 Importing vLLM takes longer than loading a small model, so processes are kept and used again (`Pool`).
 """
