@@ -45,6 +45,8 @@ DISK = "disk"
 GLOO = "gloo per tensor"
 RAW = "raw sockets"
 RAW_NEW = "raw sockets, new memory"
+LOAD_TIMEOUT = 3600.0
+"""Seconds; the model may be large, and its files not in the page cache yet."""
 REFERENCES = (DISK, GLOO, RAW, RAW_NEW)
 _spawn = multiprocessing.get_context("spawn")
 
@@ -105,7 +107,7 @@ def measure_against(server: Loader, model: Path, rounds: int) -> Figures:
 def loaded(model: Path, extra: dict[str, Any] | None = None, **request: Any) -> Iterator[Loader]:
     """A process of its own that has loaded `model`, and serves it until the end of the `with` block."""
     with tempfile.TemporaryDirectory(prefix="weight-phase-") as scratch:
-        pool = Pool(Path(scratch))
+        pool = Pool(Path(scratch), load_timeout=LOAD_TIMEOUT)
         try:
             yield pool.load(str(model), extra, digests=False, **request).finish_loading()
         finally:

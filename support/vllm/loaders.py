@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LOAD_TIMEOUT = 180.0
+"""Seconds that no load of a small model takes, unless it hangs."""
 _REPLIES = (b'{"result":', b'{"error":')
 
 
@@ -52,8 +53,15 @@ def _chosen_features() -> dict[str, str]:
 class VllmProcess:
     """A process of `support.vllm.load_models`, which answers requests in order."""
 
-    def __init__(self, log: Path, python: str = sys.executable, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        load_timeout: float = LOAD_TIMEOUT,
+    ) -> None:
         self.log = log
+        self._load_timeout = load_timeout
         self.unanswered = 0
         self._output = b""
         with log.open("wb") as stream:
@@ -77,9 +85,9 @@ class VllmProcess:
         self.unanswered += 1
 
     def reply(self) -> dict[str, Any]:
-        """The next reply. Raises LoadFailed when there is none within LOAD_TIMEOUT."""
+        """The next reply. Raises LoadFailed when there is none within the timeout of loads."""
         assert self.process.stdout is not None
-        end = time.monotonic() + LOAD_TIMEOUT
+        end = time.monotonic() + self._load_timeout
         while True:
             line, separator, rest = self._output.partition(b"\n")
             if separator:
@@ -117,14 +125,22 @@ _IDLE: Final = 4
 
 
 class Pool:
-    """Processes that are started when needed and kept for the next load; `python` runs them in `environment`."""
+    """Processes that are started when they are needed, and kept for later loads.
+
+    `python` runs them in `environment`. A load fails that takes longer than `load_timeout` seconds.
+    """
 
     def __init__(
-        self, directory: Path, python: str = sys.executable, environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        load_timeout: float = LOAD_TIMEOUT,
     ) -> None:
         self._directory = directory
         self._python = python
         self._environment = environment
+        self._load_timeout = load_timeout
         self._all: list[VllmProcess] = []
         self._idle: list[VllmProcess] = []
         self._loads = 0
@@ -140,7 +156,7 @@ class Pool:
             if process.alive:
                 return process
         log = self._directory / f"process-{len(self._all)}.log"
-        self._all.append(VllmProcess(log, self._python, self._environment))
+        self._all.append(VllmProcess(log, self._python, self._environment, self._load_timeout))
         return self._all[-1]
 
     def give_back(self, process: VllmProcess) -> None:
