@@ -87,6 +87,12 @@ def arenas() -> int:
     return sum("netloader-arena" in os.readlink(link) for link in links if link.is_symlink())
 
 
+@pytest.fixture
+def arenas_before() -> int:
+    """How many there are when a test begins: those of other tests may still be there."""
+    return arenas()
+
+
 def is_given_up(loaded: Loaded | None) -> bool:
     """Whether memory that was to be served is only there for the tensors of the model."""
     assert loaded is not None
@@ -229,7 +235,9 @@ def test_a_process_that_would_be_killed_does_not_load(checkpoint: Checkpoint, mo
     assert instance.summary.outcome == "failed"
 
 
-def test_a_loader_that_replaces_a_weight_makes_a_model_that_is_not_served(checkpoint: Checkpoint) -> None:
+def test_a_loader_that_replaces_a_weight_makes_a_model_that_is_not_served(
+    checkpoint: Checkpoint, arenas_before: int
+) -> None:
     def replace(model: Model) -> None:
         model.first = nn.Parameter(model.first.data.clone(), requires_grad=False)
 
@@ -238,10 +246,10 @@ def test_a_loader_that_replaces_a_weight_makes_a_model_that_is_not_served(checkp
     assert (instance.model.value, instance.summary.outcome) == (1.0, "disk")
     assert instance.summary.not_served == "loading replaced, added or removed first"
     instance.model = Model()
-    wait_until(lambda: arenas() == 0)  # only the model has kept the memory
+    wait_until(lambda: arenas() <= arenas_before)  # only the model has kept the memory
 
 
-def test_a_mixture_of_checkpoints_is_loaded_and_not_served(checkpoint: Checkpoint) -> None:
+def test_a_mixture_of_checkpoints_is_loaded_and_not_served(checkpoint: Checkpoint, arenas_before: int) -> None:
     checkpoint.meanwhile = lambda _: checkpoint.holding(20.0)
     instance = Instance(checkpoint).start()
     assert (instance.model.value, instance.summary.outcome, instance.summary.listening) == (1.0, "disk", None)
@@ -251,7 +259,7 @@ def test_a_mixture_of_checkpoints_is_loaded_and_not_served(checkpoint: Checkpoin
     with pytest.raises(ReloadRefused, match="nothing was changed, reload again when nobody writes to it"):
         require_one_checkpoint(instance.loaded)
     instance.model = Model()
-    wait_until(lambda: arenas() == 0)  # only the model has kept the memory
+    wait_until(lambda: arenas() <= arenas_before)  # only the model has kept the memory
 
 
 def test_a_mixture_shows_in_the_log_where_nobody_serves(
@@ -303,14 +311,16 @@ def test_what_was_served_before_is_withdrawn_by_a_load_that_does_not_serve(check
     assert "it holds no weights" in heard(address)
 
 
-def test_a_port_that_somebody_else_has_is_reported_and_the_load_goes_on(checkpoint: Checkpoint) -> None:
+def test_a_port_that_somebody_else_has_is_reported_and_the_load_goes_on(
+    checkpoint: Checkpoint, arenas_before: int
+) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         instance = Instance(checkpoint, {"listen_port": sock.getsockname()[1]}).start()
     assert (instance.model.value, instance.summary.outcome) == (1.0, "disk")
     assert "is bound by another socket" in instance.summary.not_served
-    wait_until(lambda: arenas() == 0)
+    wait_until(lambda: arenas() <= arenas_before)
 
 
 def test_publishing_that_fails_is_reported_and_does_not_stop_the_load(
@@ -363,13 +373,15 @@ def test_a_file_that_cannot_be_written_stops_the_start_before_anything_is_loaded
     assert checkpoint.times_read == 0
 
 
-def test_a_load_that_fails_on_the_disk_gives_back_memory_and_port(nothing: Checkpoint, tmp_path: Path) -> None:
+def test_a_load_that_fails_on_the_disk_gives_back_memory_and_port(
+    nothing: Checkpoint, tmp_path: Path, arenas_before: int
+) -> None:
     port = nowhere().port
     config = {"listen_port": port, "report_prefix": f"{tmp_path}/report-"}
     with pytest.raises(FileNotFoundError):
         Instance(nothing, config).start()
     assert json.loads((tmp_path / "report-0.json").read_text())["outcome"] == "failed"
-    wait_until(lambda: arenas() == 0)
+    wait_until(lambda: arenas() <= arenas_before)
     with pytest.raises(SourceError):
         inquire(Endpoint("127.0.0.1", port), 5)
 
