@@ -241,14 +241,18 @@ class Direction:
                 self._beginning += data
                 self.link.attaching = b"Attach" in self._beginning
 
-            if self._stream is Stream.TO_CLIENT and self.link.attached:
-                async with proxy.payload_lock:  # so that effects come at the very byte
-                    await self._pass(bytearray(data), Stream.PAYLOAD, 0)
-            else:
-                self._note_answer(data)
-                await self._pass(bytearray(data), self._stream, self.link.number)
+            try:
+                if self._stream is Stream.TO_CLIENT and self.link.attached:
+                    async with proxy.payload_lock:  # so that effects come at the very byte
+                        await self._pass(bytearray(data), Stream.PAYLOAD, 0)
+                else:
+                    self._note_answer(data)
+                    await self._pass(bytearray(data), self._stream, self.link.number)
+            except OSError:  # whoever should get this is gone: the other direction passes on the last that it has said
+                return
         if not self._swallows:
-            self.sink.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                self.sink.shutdown(socket.SHUT_WR)
 
     def _note_answer(self, data: bytes) -> None:
         """The client asks for weights only when it has heard the answer to Attach, so nothing of them is in `data`."""
