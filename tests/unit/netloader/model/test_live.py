@@ -1,9 +1,14 @@
-"""Memory that is spread over the tensors of a model. Here on the CPU, where the same code runs as on an accelerator."""
+"""Memory that is spread over the tensors of a model.
+
+The model is on the CPU, where the same code runs as on an accelerator, or on the first device of the type that
+``--device`` names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +26,19 @@ from vllm_ascend.model_loader.netloader.model.views import flat
 from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chosen_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Puts the models of these tests on the device that is asked for."""
+    kind = request.config.getoption("--device", default=None)
+    if kind is not None and not getattr(torch, kind).device_count():
+        pytest.skip(f"torch sees no {kind} device here")
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is not None:
+            patch.setattr(sys.modules[__name__], "DEVICE", torch.device(kind, 0))
+        yield
 
 
 class Model(nn.Module):
@@ -30,16 +47,17 @@ class Model(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.first = nn.Parameter(torch.randn(3, 5, generator=generator))
-        self.turned = nn.Parameter(torch.randn(7, 4, generator=generator).t())
+        self.first = nn.Parameter(torch.randn(3, 5, generator=generator).to(DEVICE))
+        self.turned = nn.Parameter(torch.randn(7, 4, generator=generator).to(DEVICE).t())
         self.tied = self.first
         self.rows = nn.Parameter(self.first.data[1:])
-        self.large = nn.Parameter(torch.randn(300, 41, generator=generator).to(torch.bfloat16), requires_grad=False)
-        self.register_buffer("scale", torch.tensor([2.5]))
+        large = torch.randn(300, 41, generator=generator).to(DEVICE, torch.bfloat16)
+        self.large = nn.Parameter(large, requires_grad=False)
+        self.register_buffer("scale", torch.tensor([2.5], device=DEVICE))
 
 
 def memory_of(model: Any) -> LiveMemory:
-    return LiveWeights(model, CPU).allocate()
+    return LiveWeights(model, DEVICE).allocate()
 
 
 def contents_of(memory: LiveMemory) -> bytes:
@@ -48,11 +66,11 @@ def contents_of(memory: LiveMemory) -> bytes:
 
 def test_what_lies_there_is_each_tensor_in_its_place_with_zeros_between() -> None:
     model = Model()
-    memory, manifest = memory_of(model), LiveWeights(model, CPU).manifest
+    memory, manifest = memory_of(model), LiveWeights(model, DEVICE).manifest
     expected = bytearray(manifest.nbytes)
     for spec in manifest.tensors:
         tensor = current_tensors(model)[spec.name]
-        expected[spec.offset : spec.end] = bytes(flat(tensor.data).numpy())
+        expected[spec.offset : spec.end] = bytes(flat(tensor.data).cpu().numpy())
     assert contents_of(memory) == expected
 
 
@@ -62,13 +80,13 @@ def test_any_range_is_the_same_part_of_the_whole() -> None:
     for _ in range(300):
         begin, end = sorted(chooser.randrange(memory.nbytes + 1) for _ in range(2))
         assert bytes(memory.contents()[begin:end]) == whole[begin:end]
-        assert bytes(memory.chunk(begin, end - begin).numpy()) == whole[begin:end]
+        assert bytes(memory.chunk(begin, end - begin).cpu().numpy()) == whole[begin:end]
 
 
 def test_a_chunk_within_one_tensor_is_its_own_memory() -> None:
     model = Model()
     memory = memory_of(model)
-    spec = next(spec for spec in LiveWeights(model, CPU).manifest.tensors if spec.name == "large")
+    spec = next(spec for spec in LiveWeights(model, DEVICE).manifest.tensors if spec.name == "large")
     assert memory.chunk(spec.offset + 2, 100).data_ptr() == model.large.data_ptr() + 2
 
 
@@ -163,7 +181,7 @@ def test_without_a_copy_it_is_named_with_the_setting_that_keeps_it(
 
 def test_weights_that_are_served_from_where_they_are_note_their_originals() -> None:
     model = Model()
-    weights = LiveWeights(model, CPU, Int8Cache("dram"))
+    weights = LiveWeights(model, DEVICE, Int8Cache("dram"))
     memory = weights.allocate()
     original = contents_of(memory)
     weights.note_originals(memory)
@@ -186,13 +204,13 @@ def test_equal_bytes_elsewhere_are_served_from_there_so_that_the_first_place_is_
     memory.remember(Int8Cache())
     model.large = nn.Parameter(model.large.data.clone(), requires_grad=False)
     assert memory.reconcile(current_tensors(model)) == []
-    spec = next(spec for spec in LiveWeights(model, CPU).manifest.tensors if spec.name == "large")
+    spec = next(spec for spec in LiveWeights(model, DEVICE).manifest.tensors if spec.name == "large")
     assert memory.chunk(spec.offset, 10).data_ptr() == model.large.data_ptr()
 
 
 def test_a_loader_may_put_a_tensor_elsewhere() -> None:
     model = Model()
-    weights = LiveWeights(model, CPU)
+    weights = LiveWeights(model, DEVICE)
     memory = weights.allocate()
     model.large.data = torch.ones_like(model.large.data)
     weights.collect_into(model, memory)
@@ -201,9 +219,9 @@ def test_a_loader_may_put_a_tensor_elsewhere() -> None:
 
 def test_a_loader_that_changes_a_shape_makes_the_model_one_that_is_not_served() -> None:
     model = Model()
-    weights = LiveWeights(model, CPU)
+    weights = LiveWeights(model, DEVICE)
     memory = weights.allocate()
-    model.large.data = torch.ones(3)
+    model.large.data = torch.ones(3, device=DEVICE)
     with pytest.raises(UnsupportedModel, match="loading changed large"):
         weights.collect_into(model, memory)
 
@@ -211,7 +229,7 @@ def test_a_loader_that_changes_a_shape_makes_the_model_one_that_is_not_served() 
 def test_the_checksum_is_that_of_the_bytes_whatever_their_number() -> None:
     chooser = random.Random(3)
     for nbytes in (0, 1, 3, 4, 8191, 8192, 8193, 40_001):
-        content = torch.frombuffer(bytearray(chooser.randbytes(nbytes) or b"\0"), dtype=torch.uint8)[:nbytes]
+        content = torch.frombuffer(bytearray(chooser.randbytes(nbytes) or b"\0"), dtype=torch.uint8)[:nbytes].to(DEVICE)
         assert checksum(content.clone()) == checksum(content)
         if nbytes:
             other = content.clone()
@@ -220,7 +238,7 @@ def test_the_checksum_is_that_of_the_bytes_whatever_their_number() -> None:
 
 
 def test_a_manifest_without_bytes_is_memory_too() -> None:
-    memory = LiveMemory(Manifest([]), {}, CPU)
+    memory = LiveMemory(Manifest([]), {}, DEVICE)
     memory.seal()
     assert contents_of(memory) == b""
 
