@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import os
 import random
 import secrets
@@ -186,17 +185,12 @@ def digests(nbytes: int, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def candidates(nbytes: int) -> dict[str, Callable[[], Digest]]:
     """What takes piece after piece; memcpy first."""
-    found: dict[str, Callable[[], Digest]] = {
+    return {
         MEMCPY: lambda: _Copy(nbytes),
         BLAKE3: lambda: start().update,
         "sha256": lambda: hashlib.sha256().update,
         "crc32": lambda: zlib.crc32,
     }
-    if importlib.util.find_spec("xxhash"):
-        import xxhash
-
-        found["xxh3_128"] = lambda: xxhash.xxh3_128().update
-    return found
 
 
 class _Copy:
