@@ -12,18 +12,19 @@ processes do tasks, each chosen by chance:
     killed      the same, but the process is killed in the middle
     cut         connections break after some bytes, by a proper end or a reset
     corrupted   bytes change on their way
-    slow        bytes pass slowly, and then the connection breaks
+    slow        bytes pass slowly, and then connections break
     stranger    a client with a wrong token, without one, or without TLS: it must get nothing
-    flood       many connections that are silent, send garbage, or ask for nothing but the status
-    clinging    sessions and waiting clients that keep asking, do not read, take nothing, or give up with many words
+    flood       many connections that are silent, send garbage, ask for nothing but the status, or begin a session only
+                to keep asking, take nothing, or give up with many words; half of them do not read
 
-Now and then all is quiet: no task runs, and the lasting server must have no sessions left. Neither it nor the workers
-may have more descriptors, threads and private memory than in the first minute, apart from a tolerance.
+After each round of 30 seconds all is quiet: no task runs, and the lasting server must have no sessions left. Neither it
+nor the workers may have more descriptors, threads and private memory than after the first two rounds, apart from a
+tolerance.
 
 The exit status is 1 for wrong bytes, a stranger that got weights, growth, a task or server that does not come to its
-end, or faultless fetches of which none succeeded. `--seed` chooses the same tasks and faults again; when they hit is up
+end, or a kind of fetch of which none succeeded. `--seed` chooses the same tasks and faults again; when they hit is up
 to the machine.
 
-`conductor` makes all decisions, `levels` holds what it measures and counts, `server` and `worker` are what runs in the
-other processes, and `setting` is what all of them know.
+`conductor` drives all processes, and `servers` and `tasks` are what runs in them. `watching` holds what is measured and
+counted.
 """

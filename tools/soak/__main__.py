@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import os
-import random
 import secrets
 import signal
 import sys
@@ -16,9 +14,10 @@ import msgspec
 
 import tools.soak
 from support.child import ChildFailed
-from tools.soak.conductor import PATIENCE, Conductor, SoakFailed
-from tools.soak.levels import Counts, say
-from tools.soak.setting import Setting
+from tools.soak.conductor import Conductor
+from tools.soak.servers import Setting
+from tools.soak.watching import SoakFailed
+from vllm_ascend.model_loader.netloader.errors import SourceError
 
 
 def main() -> int:
@@ -28,30 +27,26 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=600.0, help="default: 600")
-    parser.add_argument("--megabytes", type=int, default=64, help="of weights, in MiB (default: 64)")
-    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="default: another one each time")
     parser.add_argument("--json", type=Path, help="also write the counts here")
     options = parser.parse_args()
-    seed = secrets.randbelow(1 << 32) if options.seed is None else options.seed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    faulthandler.dump_traceback_later(2 * options.seconds + 5 * PATIENCE, exit=True)  # should this process itself hang
-    say(f"{options.seconds:.0f} s, seed {seed}, {os.cpu_count()} CPUs")
+    print(f"{options.seconds:.0f} s, seed {options.seed}, {os.cpu_count()} CPUs", flush=True)
 
-    counts, failure = Counts(), ""
+    failure = ""
     with tempfile.TemporaryDirectory(prefix="netloader-soak-") as scratch:
-        setting = Setting.new(options.megabytes << 20, Path(scratch))
+        conductor = Conductor(Setting.new(Path(scratch)), options.seed)
         try:
-            with Conductor(setting, random.Random(seed), counts) as conductor:
-                conductor.run(options.seconds)
-        except (SoakFailed, ChildFailed) as error:
+            conductor.run(options.seconds)
+        except (SoakFailed, ChildFailed, SourceError) as error:
             failure = str(error)
         except KeyboardInterrupt:
             failure = "interrupted"
 
     if options.json:
-        found = {"seed": seed, "failure": failure, **msgspec.to_builtins(counts)}
+        found = {"seed": options.seed, "failure": failure, **msgspec.to_builtins(conductor.counts)}
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(found)))
-    say(f"FAILED (seed {seed}): {failure}" if failure else "passed")
+    print(f"FAILED (seed {options.seed}): {failure}" if failure else "passed", flush=True)
     return 1 if failure else 0
 
 
