@@ -206,6 +206,14 @@ def test_its_clients_hear_why(checkpoint: Checkpoint) -> None:
     assert "second is not dense in memory" in heard(listener_of(client))
 
 
+def test_the_reason_is_in_the_report_of_a_load_that_fails_on_the_disk_too(tmp_path: Path) -> None:
+    client = Instance(Checkpoint(tmp_path / "absent"), model=Unsupported())
+    with pytest.raises(FileNotFoundError):
+        client.start()
+    assert client.summary.outcome == "failed"
+    assert "second is not dense in memory" in client.summary.not_served
+
+
 def test_it_does_not_load_where_the_disk_is_forbidden(checkpoint: Checkpoint) -> None:
     client = Instance(checkpoint, {"fallback": "error"}, model=Unsupported())
     with pytest.raises(UnsupportedModel, match="second is not dense"):

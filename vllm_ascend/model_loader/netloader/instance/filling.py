@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -80,7 +80,7 @@ class Filler:
     """Fills models of one rank as the configuration says.
 
     `keep` says whether the weights are to be served, so that memory is kept for it. `phases` and `attempts` grow as it
-    goes, so that they can be read after a failure too.
+    goes, and `note_not_served` is told a reason as soon as there is one, so that a report of a failure has them too.
     """
 
     config: NetLoaderConfig
@@ -90,6 +90,7 @@ class Filler:
     keep: bool
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
+    note_not_served: Callable[[str], None] = lambda _: None
 
     def fill(self, model: nn.Module) -> Loaded:
         """Fills `model`, which nobody has loaded yet, from the first source that delivers, else from disk.
@@ -103,10 +104,11 @@ class Filler:
             order = self._order_for(model)
             return self._fill_from_sources(order)
         except (SourcesExhausted, UnsupportedModel) as error:
-            if self.config.fallback == "error":
-                raise
             if isinstance(error, UnsupportedModel):  # what no source can fill cannot be served after the disk either
                 order, not_served = None, str(error)
+                self.note_not_served(not_served)
+            if self.config.fallback == "error":
+                raise
             if self.config.source:
                 logger.warning("no source delivered the weights, loading from disk: %s", error)
 
@@ -168,6 +170,7 @@ class Filler:
             memory = order.weights.allocate()
         except UnsupportedModel as error:
             self.rank.log_not_served(str(error))
+            self.note_not_served(str(error))
             return dataclasses.replace(self._fill_alone(order.model, str(error)), nbytes=order.nbytes)
 
         with _released_on_failure(memory):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import ReloadRefused, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.instance.filling import Filler, Loaded
 from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
@@ -51,7 +51,9 @@ class ModelLoad:
             not_served=self._publisher.not_served or None,
         )
         keep = not self._publisher.not_served
-        self._filler = Filler(config, rank, access, transports, keep, self._phases, self.summary.attempts)
+        self._filler = Filler(
+            config, rank, access, transports, keep, self._phases, self.summary.attempts, self._note_not_served
+        )
         self._undo = contextlib.ExitStack()
         """What is to be taken back if the load ends before its weights are published."""
         self._undo.callback(self._publisher.abandon)
@@ -62,11 +64,7 @@ class ModelLoad:
         Raises SourcesExhausted or UnsupportedModel if FALLBACK forbids the disk, NoRoom if this process would be killed
         for the memory that it takes, or whatever the engine's loader raises.
         """
-        try:
-            loaded = self._filler.fill(model)
-        except UnsupportedModel as error:
-            self._note_not_served(str(error))
-            raise
+        loaded = self._filler.fill(model)
         if loaded.kept is not None:
             self._undo.callback(loaded.kept.release)
 
