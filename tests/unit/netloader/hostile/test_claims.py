@@ -29,7 +29,6 @@ from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import (
     PROTOCOL_VERSION,
     Announce,
@@ -49,8 +48,6 @@ pytestmark = pytest.mark.timeout(100)
 
 TCP = transports(["tcp"])
 ALL = transports(["shared_memory", "tcp"])
-IMPATIENT = Timeouts(connect=1.0, stall=1.0)
-TOKEN = Access(b"a token of thirty-two bytes long")
 LAST = (1 << 62) - 1
 
 

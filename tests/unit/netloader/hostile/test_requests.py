@@ -35,7 +35,6 @@ from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUN
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.tcp import MAX_DATA_CONNECTIONS
-from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.conversation import Role
 from vllm_ascend.model_loader.netloader.wire.messages import (
     DIGESTS_LIMIT,
@@ -52,7 +51,6 @@ pytestmark = pytest.mark.timeout(100)
 TCP = transports(["tcp"])
 ALL = transports(["shared_memory", "tcp"])
 IMPATIENT = Timeouts(connect=1.0, stall=1.0)
-TOKEN = Access(b"a token of thirty-two bytes long")
 
 
 def test_a_client_that_fetches_the_same_bytes_without_end_is_sent_away(
@@ -178,7 +176,7 @@ def test_a_session_has_a_limited_number_of_data_connections(opened: contextlib.E
         for _ in range(MAX_DATA_CONNECTIONS):
             opened.enter_context(Intruder(source).greet().attach(session))
         sender = server.sessions.all()[0].sender
-        wait_until(lambda: len(sender._channels) == MAX_DATA_CONNECTIONS)  # type: ignore
+        wait_until(lambda: len(sender._channels) == MAX_DATA_CONNECTIONS)  # type: ignore[attr-defined]
         for _ in range(20):
             with Intruder(source).greet() as beyond:
                 beyond.say(Attach(session), Fetch(0, 1)).hear_out()

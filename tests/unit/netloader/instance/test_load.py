@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from support.engines import TRANSPORTS, close_listeners
+from support.engines import TRANSPORTS
 from support.loads import CPU, Checkpoint, Instance, Model
+from support.ports import free_port
 from support.sources import IDENTITY, fetch
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.checkpoint.opened import Opened
@@ -55,18 +55,9 @@ def nothing(tmp_path: Path) -> Checkpoint:
     return Checkpoint(tmp_path / "nothing")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    yield
-    gc.collect()
-    close_listeners()
-
-
 def nowhere() -> Endpoint:
     """A port at which nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return Endpoint("127.0.0.1", sock.getsockname()[1])
+    return Endpoint("127.0.0.1", free_port())
 
 
 def heard(source: Endpoint, **identity: Any) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import socket
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from torch import nn
 
-from support.engines import TRANSPORTS, Engine, StuckTransport, close_listeners, identity
+from support.engines import TRANSPORTS, Engine, StuckTransport, identity
 from support.peers.strangers import Intruder
+from support.ports import free_port
 from support.sources import SMALL, Tensors, fetch
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
@@ -41,21 +41,6 @@ def why_not(source: Endpoint, name: str = "org/model", role: str = "target") -> 
     with pytest.raises(SourcesExhausted) as caught:
         fetch(SMALL.request(identity(name, role)), TRANSPORTS, source)
     return str(caught.value)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    """Each test begins and ends without a listener."""
-    yield
-    gc.collect()
-    close_listeners()
 
 
 def test_the_port_is_open_before_anything_is_loaded_and_clients_are_told() -> None:

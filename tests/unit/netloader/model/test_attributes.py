@@ -17,6 +17,7 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.errors import SourceRefused, UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.attributes import Snapshot, apply, require_settable
 from vllm_ascend.model_loader.netloader.model.tensors import qualified
+from vllm_ascend.model_loader.netloader.model.views import DTYPES
 from vllm_ascend.model_loader.netloader.wire.messages import Accept, AttributeValue
 
 Load = Callable[[Any], object]
@@ -623,7 +624,7 @@ PECULIAR: dict[str, Callable[[], torch.Tensor]] = {
     "expanded": lambda: torch.ones(1).expand(5),
     "of flags": lambda: torch.ones(3, dtype=torch.bool),
     "complex": lambda: torch.ones(3, dtype=torch.complex64),
-    "of bytes' parts": lambda: torch.empty(4, dtype=torch.uint4),  # type: ignore[attr-defined]  # unknown to torch's annotations  # type: ignore[attr-defined]  # unknown to torch's annotations  # type: ignore[attr-defined]  # unknown to torch's annotations  # type: ignore[attr-defined]  # unknown to torch's annotations
+    "of bytes' parts": lambda: torch.empty(4, dtype=DTYPES["uint4"]),
     "of eight bits": lambda: torch.ones(4).to(torch.float8_e4m3fn),
     "on meta": lambda: torch.empty(3, device="meta"),
     "sparse": lambda: torch.eye(3).to_sparse(),

@@ -26,6 +26,7 @@ from support.models import (
     seeded_layers,
 )
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
+from vllm_ascend.model_loader.netloader.model.views import DTYPES
 from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 
@@ -235,6 +236,6 @@ def test_a_loader_that_changes_a_shape_makes_a_model_that_is_not_served() -> Non
 
 
 def test_a_buffer_of_a_type_that_torch_cannot_copy_is_served_or_unsupported() -> None:
-    model = module({}, w=torch.empty(4, dtype=torch.uint4))  # type: ignore[attr-defined]  # unknown to torch's annotations  # type: ignore[attr-defined]  # unknown to torch's annotations
+    model = module({}, w=torch.empty(4, dtype=DTYPES["uint4"]))
     with contextlib.suppress(UnsupportedModel):
         loaded_from_disk(model)
