@@ -43,6 +43,11 @@ with futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as poo
     assert done.stdout.strip() == SUMS, done.stderr
 
 
+def test_memory_can_be_asked_for_before_a_device_is_set(run_script: RunScript) -> None:
+    done = run_script("import torch; print(torch.npu.mem_get_info())", CANN_SIM_MEMORY="16M")
+    assert done.stdout.strip() == f"({16 << 20}, {16 << 20})", done.stderr
+
+
 def test_without_a_simulator_only_torch_npu_fails(run_script: RunScript) -> None:
     done = run_script("import torch", ASCEND_HOME_PATH=None, LD_LIBRARY_PATH=None)
     assert "Failed to load the backend extension: torch_npu" in done.stderr
