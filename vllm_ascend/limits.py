@@ -84,8 +84,6 @@ def _model(config: Any) -> Iterator[str]:
         yield "soft-capped attention (attn_logit_softcapping)"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
-    if cache.user_specified_block_size and not usable_block_size(cache.block_size):
-        yield f"block_size={cache.block_size} (a multiple of {BLOCK_SIZE_STEP}, at most {MAX_BLOCK_SIZE})"
 
 
 def _heads(config: Any) -> Iterator[str]:

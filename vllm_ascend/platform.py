@@ -20,6 +20,7 @@ import torch_npu
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from vllm_ascend import envs
+from vllm_ascend.compatibility import choose_block_size, name_what_is_not_read
 from vllm_ascend.graphs import choose_graphs
 from vllm_ascend.limits import refuse_unsupported
 
@@ -121,10 +122,12 @@ class NPUPlatform(Platform):
         model = vllm_config.model_config
         if model is not None:
             cls.check_if_supports_dtype(model.dtype)
+        choose_block_size(vllm_config)
         choose_graphs(vllm_config)
         parallel = vllm_config.parallel_config
         parallel.disable_custom_all_reduce = True
-        if parallel.worker_cls == "auto":
+        if parallel.worker_cls == "auto":  # as it is until this has run: vLLM runs it again in the engine's process
+            name_what_is_not_read(vllm_config)
             parallel.worker_cls = "vllm_ascend.worker.worker.NPUWorker"
         # A device context does not survive a fork.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -64,8 +64,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "LoRA adapters (enable_lora)": {"enable_lora": True},
     "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
     "kv_cache_dtype='float16'": {"kv_cache_dtype": "float16"},
-    "block_size=64 (a multiple of 128, at most 512)": {"block_size": 64},
-    "block_size=1024": {"block_size": 1024},
     "KV connectors (kv_transfer_config": {"kv_transfer_config": CONNECTOR},
     "KV connectors (kv_transfer_config, kv_offloading_size)": {"kv_offloading_size": 1},
     "weights offloaded to host memory (cpu_offload_gb": {"cpu_offload_gb": 1},
@@ -92,8 +90,8 @@ def test_what_does_not_work_is_refused_by_name(
 
 
 def test_everything_that_does_not_work_is_named_at_once(configured: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=r"speculative decoding .*; LoRA adapters .*; block_size=64"):
-        configured(speculative_config=NGRAM, enable_lora=True, block_size=64)
+    with pytest.raises(ValueError, match=r"speculative decoding .*; LoRA adapters .*; kv_cache_dtype='fp8'"):
+        configured(speculative_config=NGRAM, enable_lora=True, kv_cache_dtype="fp8")
 
 
 def test_fp32_is_for_the_simulator_only(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +115,7 @@ def test_what_is_not_chosen_suits_an_npu(configured: Callable[..., Any], monkeyp
     assert config.kernel_config.ir_op_priority.rms_norm == ["torch_npu", "native"]
     assert not config.use_v2_model_runner
     assert configured(enforce_eager=True).compilation_config.cudagraph_mode.name == "NONE"
-    assert configured(block_size=256).cache_config.block_size == 256
+    assert configured(block_size=128).cache_config.block_size == 128
 
 
 def test_the_second_model_runner_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,17 +139,61 @@ def test_sleep_mode_goes_without_graphs_with_a_notice(configured: Callable[..., 
     assert any("using no graphs" in line for line in heard)
 
 
+@pytest.mark.parametrize("size", [1, 16, 64, 200, 1024])
+def test_a_block_size_that_attention_does_not_take_becomes_128_with_a_notice(
+    size: int, configured: Callable[..., Any]
+) -> None:
+    with notices() as heard:
+        assert configured(block_size=size).cache_config.block_size == 128
+    assert heard.count(f"the KV cache has no blocks of {size} tokens on NPUs (block_size): using 128") == 1
+
+
+def test_a_block_size_that_attention_takes_is_used_without_a_word(configured: Callable[..., Any]) -> None:
+    with notices() as heard:
+        configured(block_size=128)
+        configured()
+    assert not [line for line in heard if "block" in line]
+
+
+def test_settings_that_change_nothing_are_named_once(
+    configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "2")
+    monkeypatch.setenv("DYNAMIC_EPLB", "true")
+    with notices() as heard:
+        for _ in range(2):
+            configured(additional_config={"weight_nz_mode": 2, "scheduler_config": {}})
+    about = "additional_config changes nothing on this platform, which reads none of it: "
+    assert [line for line in heard if "changes nothing" in line] == [about + "scheduler_config, weight_nz_mode"]
+    about = "set and not read by this platform, so they change nothing: "
+    assert [line for line in heard if "not read" in line] == [about + "DYNAMIC_EPLB, VLLM_ASCEND_ENABLE_NZ"]
+
+
+def test_the_process_of_the_engine_names_them_no_second_time(configured: Callable[..., Any]) -> None:
+    config = configured()
+    config.additional_config = {"refresh": True}
+    with notices() as heard:
+        config.__post_init__()
+    assert not [line for line in heard if "changes nothing" in line]
+
+
+def test_without_such_settings_nothing_is_named(configured: Callable[..., Any]) -> None:
+    with notices() as heard:
+        configured()
+    assert not [line for line in heard if "nothing" in line]
+
+
 class notices(list[str]):  # noqa: N801
-    """What this package's graphs module logs meanwhile; vLLM keeps its loggers' messages from pytest."""
+    """What this package logs meanwhile; vLLM keeps its loggers' messages from pytest."""
 
     def __enter__(self) -> list[str]:
         self._handler = logging.Handler()
         self._handler.emit = lambda record: self.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("vllm_ascend.graphs").addHandler(self._handler)
+        logging.getLogger("vllm_ascend").addHandler(self._handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("vllm_ascend.graphs").removeHandler(self._handler)
+        logging.getLogger("vllm_ascend").removeHandler(self._handler)
 
 
 def test_a_deep_model_has_fewer_graphs_than_a_device_has_streams(

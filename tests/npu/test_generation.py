@@ -104,7 +104,7 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 
 
 SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
-    "Llama": (checkpoints.dense, EAGER),
+    "Llama, asked for blocks of 16 tokens": (checkpoints.dense, {**EAGER, "block_size": 16}),
     "Llama in graphs": (checkpoints.dense, GRAPHS),
     "Qwen2 in graphs": (qwen2, GRAPHS),
     "Qwen3 in graphs": (qwen3, GRAPHS),

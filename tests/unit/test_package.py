@@ -29,10 +29,12 @@ def loaded_by(statement: str) -> set[str]:
     [
         "import vllm_ascend",
         "import vllm_ascend; assert vllm_ascend.register() is None",
+        "from vllm_ascend.utils import adapt_patch; adapt_patch(True); adapt_patch(is_global_patch=False)",
+        "from vllm_ascend.ascend_config import clear_ascend_config; clear_ascend_config()",
         f"import {NETLOADER}",
         f"import {NETLOADER}.config, {NETLOADER}.endpoint, {NETLOADER}.errors, {NETLOADER}.traits",
     ],
-    ids=["the package", "registering the platform", "netloader", "the configuration"],
+    ids=["the package", "registering the platform", "no patches", "no settings", "netloader", "the configuration"],
 )
 def test_importing_costs_nothing(statement: str) -> None:
     assert loaded_by(statement) == set()
@@ -168,6 +170,7 @@ DISTRIBUTED = {"engine.rank", "engine.reload", "transport.process_group"}
 DIGESTING = {"transport.digests"}
 PLATFORM = (
     "vllm_ascend.platform",
+    "vllm_ascend.compatibility",
     "vllm_ascend.graphs",
     "vllm_ascend.worker",
     "vllm_ascend.attention",
