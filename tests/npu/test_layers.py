@@ -96,15 +96,17 @@ LLAMA_3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-FUSED = {"npu_apply_rotary_pos_emb"}
+FUSED = {"npu_mrope"}
 ROTARY: dict[str, tuple[int, dict[str, Any], set[str]]] = {
     "heads of 64": (64, {}, FUSED),
     "heads of 128": (128, {}, FUSED),
+    "heads of 96": (96, {}, FUSED),
     "Llama 3": (64, {"rope_parameters": LLAMA_3}, FUSED),
     "YaRN": (128, {"rope_parameters": YARN}, FUSED),
-    "heads of another size": (96, {}, set()),
-    "a part of each head": (128, {"rope_parameters": {"partial_rotary_factor": 0.5}}, set()),
-    "neighbouring values turned": (64, {"is_neox_style": False}, set()),
+    "a part of each head": (128, {"rope_parameters": {"partial_rotary_factor": 0.5}}, FUSED),
+    "neighbouring values turned": (64, {"is_neox_style": False}, FUSED),
+    "heads of an odd size": (40, {}, set()),
+    "too many heads": (256, {"heads": 30}, set()),
 }
 
 
@@ -115,12 +117,13 @@ def test_rotary_embedding(
 ) -> None:
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    parameters = {"rope_theta": 10000.0, **arguments.get("rope_parameters", {})}
-    rope = get_rope(size, 256, **{"is_neox_style": True, **arguments, "rope_parameters": parameters}, dtype=dtype)
-    rope = rope.to(NPU)
+    arguments = {"is_neox_style": True, **arguments}
+    heads = arguments.pop("heads", 3)
+    parameters = {"rope_theta": 10000.0, **arguments.pop("rope_parameters", {})}
+    rope = get_rope(size, 256, **arguments, rope_parameters=parameters, dtype=dtype).to(NPU)
     positions = torch.tensor([0, 1, 250, 3, 17], device=NPU)
-    projected = random(5, 6 * size, dtype=dtype)
-    query, key, _ = projected.split((3 * size, 2 * size, size), dim=-1)  # not contiguous, as in a model
+    projected = random(5, (heads + 3) * size, dtype=dtype)
+    query, key, _ = projected.split((heads * size, 2 * size, size), dim=-1)  # not contiguous, as in a model
     expected = rope.forward_native(positions, query.clone(), key.clone())
     for ours, native in zip(rope(positions, query, key), expected, strict=True):
         assert_close(ours, native)
@@ -138,23 +141,108 @@ def test_rotary_embedding_of_queries_alone(used: set[str]) -> None:
     assert used == set()
 
 
+GROUPED = {"use_grouped_topk": True, "num_expert_group": 4, "topk_group": 2}
+PLAIN, CHOSEN = {"npu_moe_gating_top_k_softmax_v2"}, {"npu_moe_gating_top_k"}
+ROUTERS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "softmax": ({"renormalize": False}, PLAIN),
+    "softmax, normalised": ({}, PLAIN),
+    "softmax in groups": ({**GROUPED, "routed_scaling_factor": 2.5}, CHOSEN),
+    "softmax with a bias": ({**GROUPED, "e_score_correction_bias": True}, CHOSEN),
+    "sigmoid in groups": ({**GROUPED, "scoring_func": "sigmoid"}, CHOSEN),
+    "sigmoid with a bias": (
+        {**GROUPED, "scoring_func": "sigmoid", "e_score_correction_bias": True, "routed_scaling_factor": 2.5},
+        CHOSEN,
+    ),
+    "sigmoid in one group": (
+        {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1, "scoring_func": "sigmoid"},
+        CHOSEN,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES.keys())
+@pytest.mark.parametrize(("arguments", "operators"), ROUTERS.values(), ids=ROUTERS.keys())
+def test_routers(arguments: dict[str, Any], operators: set[str], dtype: torch.dtype, used: set[str]) -> None:
+    from vllm.model_executor.layers.fused_moe.layer import create_fused_moe_router
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    bias = random(16) if arguments.get("e_score_correction_bias") else None
+    arguments = {"top_k": 3, "global_num_experts": 16, **arguments, "e_score_correction_bias": bias}
+    logits = random(9, 16, dtype=dtype)
+    weights, experts = create_fused_moe_router(**arguments).select_experts(logits, logits)
+    assert used == operators
+    assert (weights.dtype, experts.dtype) == (torch.float32, torch.int32)
+
+    arguments["e_score_correction_bias"] = None if bias is None else bias.cpu()
+    expected = torch.zeros(9, 16).scatter_(1, *_wide(CPURouter(**arguments), logits.float().cpu()))
+    found = torch.zeros(9, 16).scatter_(1, experts.long().cpu(), weights.cpu())
+    torch.testing.assert_close(found, expected)
+
+
+def _wide(router: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, experts = router.select_experts(logits, logits)
+    return experts.long(), weights
+
+
+UNROUTABLE = {
+    "sigmoid scores that are not normalised": {"scoring_func": "sigmoid", "renormalize": False},
+    "softmax scores that are not normalised": {**GROUPED, "renormalize": False},
+    "sqrtsoftplus scores": {"scoring_func": "sqrtsoftplus"},
+    "16 in 8 groups": {**GROUPED, "num_expert_group": 8},
+    "a routing function of their own": {"custom_routing_function": print},
+    "experts that compute nothing": {"zero_expert_type": "identity"},
+}
+
+
+@pytest.mark.parametrize(("reason", "arguments"), UNROUTABLE.items(), ids=UNROUTABLE.keys())
+def test_a_router_that_no_operator_computes_is_refused(reason: str, arguments: dict[str, Any]) -> None:
+    from vllm.model_executor.layers.fused_moe.layer import create_fused_moe_router
+
+    with pytest.raises(ValueError, match=reason):
+        create_fused_moe_router(**{"top_k": 3, "global_num_experts": 16, **arguments})
+
+
+@pytest.mark.parametrize("own", [None, (0, 5), (5, 16), (15, 16)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES.keys())
-def test_experts(tokens: int, dtype: torch.dtype, used: set[str]) -> None:
-    """Some experts get no token."""
-    from vllm_ascend.ops.experts import run_experts
+def test_experts(tokens: int, own: tuple[int, int] | None, dtype: torch.dtype, used: set[str]) -> None:
+    """Some experts get no token, and some devices none of a single token's routes."""
+    from vllm_ascend.ops.experts import Range, run_experts
 
     count, hidden, inner = 16, 64, 48
+    first, end = own or (0, count)
     w13, w2 = random(count, 2 * inner, hidden, dtype=dtype) / 8, random(count, hidden, inner, dtype=dtype) / 8
     x = random(tokens, hidden, dtype=dtype)
     weights, experts = random(tokens, count).softmax(-1).topk(3)
     expected = torch.zeros(tokens, hidden)
     for token in range(tokens):
         for weight, expert in zip(weights[token].tolist(), experts[token].tolist(), strict=True):
-            gate, up = (w13[expert].cpu().float() @ x[token].cpu().float()).chunk(2)
-            expected[token] += weight * (w2[expert].cpu().float() @ (torch.nn.functional.silu(gate) * up))
-    assert_close(run_experts(x, weights, experts, w13, w2), expected.to(dtype))
-    assert used == {"npu_grouped_matmul", "npu_swiglu"}
+            if first <= expert < end:
+                gate, up = (w13[expert].cpu().float() @ x[token].cpu().float()).chunk(2)
+                expected[token] += weight * (w2[expert].cpu().float() @ (torch.nn.functional.silu(gate) * up))
+
+    here = None if own is None else Range(first, end, count)
+    found = run_experts(x, weights, experts.int(), w13[first:end], w2[first:end], here)
+    assert_close(found, expected.to(dtype))
+    assert used == {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_token_unpermute"}
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_experts_are_divided_as_vllm_does(devices: int) -> None:
+    """Among 3 devices, 16 experts are not the same number on each."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    from vllm_ascend.ops.experts import own_experts
+
+    for rank in range(devices):
+        count, here, _ = determine_expert_map(devices, rank, 16)
+        moe = SimpleNamespace(use_ep=True, num_experts=16, num_local_experts=count, ep_size=devices, ep_rank=rank)
+        own = own_experts(moe)
+        assert here is not None
+        assert own is not None
+        assert (here >= 0).nonzero().flatten().tolist() == list(range(own.first, own.end))
 
 
 def test_slots_are_found_for_tokens_and_padding() -> None:

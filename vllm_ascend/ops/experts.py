@@ -1,74 +1,113 @@
-"""Mixtures of experts without quantisation: routing, and the experts' layers as grouped matrix products.
+"""The layers of experts without quantisation, as grouped matrix products.
 
-vLLM leaves both to a platform of its own. Each token's row is copied once for each of its experts, the copies are
-sorted by expert, and one operator multiplies every group by its expert's matrix. How long the groups are, only the
-device knows, so that the host does not wait and the whole can be captured in a graph.
+A token's row is copied once for each of its experts, the copies lie sorted by expert, and one operator multiplies every
+group by its expert's matrix. How long the groups are, only the device knows, so that the host does not wait and the
+whole can be captured in a graph.
 
-Where experts are divided among devices (expert parallel), a device gets all tokens and computes all routes: those of
-other devices' experts go through one of its own and count nothing, because the operator takes no rows without a group.
+Where experts are divided among devices (expert parallel), a device gets all tokens and computes the routes to its own
+experts. The operators keep the shapes of all routes, and leave the rows behind its own as they find them: what those
+hold is undefined, and may be NaN. The last operator reads no row whose weight is 0. Its documentation wants indices
+within the rows; its source shows that it reads nothing for a weight of 0, and others depend on that as well.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+import vllm_ascend.ops.routing  # noqa: F401  makes the routers
+
+COUNTS = 1
+"""How the groups' lengths are told: each by itself, not as running totals."""
+
+
+class Range(NamedTuple):
+    """The experts of a device, from `first` to before `end`, of `total`."""
+
+    first: int
+    end: int
+    total: int
+
 
 class NPUUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
     @property
     def is_monolithic(self) -> bool:
-        """The routing is done here: vLLM's own needs kernels for it."""
-        return True
+        """The layer's router chooses the experts before."""
+        return False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError for a layer that routes or computes in a way not written for NPUs."""
+        """Raises ValueError for a layer that computes in a way not written for NPUs."""
         unsupported = {
-            "grouped top-k": layer.use_grouped_topk,
-            "a routing function of its own": layer.custom_routing_function is not None,
-            f"{layer.scoring_func} scores": layer.scoring_func != "softmax",
-            "a correction bias": layer.e_score_correction_bias is not None,
             "router weights on the input": layer.apply_router_weight_on_input,
             f"the activation {layer.activation.value}": layer.activation != MoEActivation.SILU,
             "a limit of the activation": layer.swiglu_limit is not None,
             "biases": self.moe.has_bias,
+            f"placement {layer.expert_placement_strategy}": layer.expert_placement_strategy != "linear",
         }
         if reasons := [name for name, wanted in unsupported.items() if wanted]:
             raise ValueError(f"{layer.layer_name}: experts with {', '.join(reasons)} are not supported on NPUs")
         super().create_weights(layer, *args, **kwargs)
 
-    def apply_monolithic(
-        self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
+    def apply(  # noqa: PLR0917
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weights, experts = torch.topk(torch.softmax(router_logits.float(), dim=-1), layer.top_k, dim=-1)
-        if layer.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        if layer.expert_map is not None:
-            here = layer.expert_map.index_select(0, experts.flatten()).view(experts.shape).to(experts.dtype)
-            weights = weights.masked_fill(here < 0, 0)
-            experts = torch.where(here < 0, experts % layer.local_num_experts, here)
-        return run_experts(x, weights, experts, layer.w13_weight, layer.w2_weight)
+        return run_experts(x, topk_weights, topk_ids, layer.w13_weight, layer.w2_weight, own_experts(self.moe))
 
 
-def run_experts(
-    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor
+def own_experts(moe: Any) -> Range | None:
+    """Those of this device, if others have some: vLLM gives each device as many, and the first ones one more."""
+    if not moe.use_ep:
+        return None
+    each, rest = divmod(moe.num_experts, moe.ep_size)
+    first = moe.ep_rank * each + min(moe.ep_rank, rest)
+    return Range(first, first + moe.num_local_experts, moe.num_experts)
+
+
+def run_experts(  # noqa: PLR0917
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    own: Range | None = None,
 ) -> torch.Tensor:
-    """The weighted sum over each token's experts; `weights` and `experts` are [tokens, experts of a token]."""
-    routed, order = torch.sort(experts.flatten())
-    ends = torch.searchsorted(routed, torch.arange(w13.shape[0], device=x.device, dtype=routed.dtype), right=True)
-    rows = x.index_select(0, order // experts.shape[1])
-    hidden = torch.ops.npu.npu_swiglu(_grouped_product(rows, w13, ends))
-    results = _grouped_product(hidden, w2, ends).index_select(0, torch.argsort(order))
-    return (results.view(*experts.shape, -1) * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    """The weighted sum over those of each token's experts that are here; all are, if `own` is not given.
+
+    `weights` and `experts`, in int32, are [tokens, experts of a token]; `w13` and `w2` have the experts that are here.
+    """
+    first, end, total = own or Range(0, len(w13), len(w13))
+    rows, positions, lengths, _ = torch.ops.npu.npu_moe_init_routing_v2(
+        x,
+        experts,
+        active_num=experts.numel(),
+        expert_num=total,
+        expert_tokens_num_type=COUNTS,
+        expert_tokens_num_flag=True,
+        active_expert_range=[first, end],
+    )
+    hidden = torch.ops.npu.npu_swiglu(_grouped_product(rows, w13, lengths))
+    results = _grouped_product(hidden, w2, lengths)
+    if own is not None:
+        weights = weights.masked_fill(positions.view(weights.shape) < 0, 0)
+        positions = positions.clamp_min(0)
+    total_of_token: torch.Tensor = torch.ops.npu.npu_moe_token_unpermute(results, positions, weights)
+    return total_of_token
 
 
-def _grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows up to `ends[i]` times the transpose of `matrices[i]`."""
+def _grouped_product(rows: torch.Tensor, matrices: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Groups of rows, of these lengths, times the transposes of the matrices."""
     product: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
-        [rows], [matrices.transpose(1, 2)], group_list=ends, split_item=2, group_type=0, group_list_type=0
+        [rows], [matrices.transpose(1, 2)], group_list=lengths, split_item=2, group_type=0, group_list_type=COUNTS
     )[0]
     return product
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from vllm.model_executor.layers.rotary_embedding import (
     YaRNScalingRotaryEmbedding,
 )
 
-ROTARY_HEAD_SIZES = (64, 128)
-"""Documented for npu_apply_rotary_pos_emb."""
+ROTARY_STEP, ROTARY_STEP_FP32 = 32, 16
+"""Documented for npu_mrope: the size of a head, and of what is turned of it, are multiples of this."""
+VECTOR_BUFFER = 192 * 1024
+"""Bytes of a core's buffer. npu_mrope holds all heads of a token there, in float32 and several times; if they do not
+fit, its source divides by zero."""
 
 
 class NPUSiluAndMul(SiluAndMul):
@@ -26,7 +30,10 @@ class NPUSiluAndMul(SiluAndMul):
 
 
 class _Rotary:
-    """The forward method of rotary embeddings that differ only in the angles in their cache."""
+    """The forward method of rotary embeddings that differ only in the angles in their cache.
+
+    One operator looks the angles up and turns queries and keys, so that nothing needs to be prepared for a step.
+    """
 
     head_size: int
     rotary_dim: int
@@ -35,20 +42,25 @@ class _Rotary:
     def forward_oot(
         self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        whole_heads = self.rotary_dim == self.head_size and self.head_size in ROTARY_HEAD_SIZES
-        if key is None or not whole_heads or not self.is_neox_style:
+        if key is None or not self._is_fused(query, key):
             rotated: tuple[torch.Tensor, torch.Tensor | None] = self.forward_native(positions, query, key)
             return rotated
-        angles = self._match_cos_sin_cache_dtype(query).index_select(0, positions.flatten())
-        cos, sin = angles.unsqueeze(1).chunk(2, dim=-1)  # of half a head: both halves of it turn by the same angles
-        turned_query, turned_key = torch.ops.npu.npu_apply_rotary_pos_emb(
-            query.view(*angles.shape[:1], -1, self.head_size).contiguous(),
-            key.view(*angles.shape[:1], -1, self.head_size).contiguous(),
-            torch.cat((cos, cos), dim=-1),
-            torch.cat((sin, sin), dim=-1),
-            "TND",
+        turned_query, turned_key = torch.ops.npu.npu_mrope(
+            positions,
+            query.flatten(1).contiguous(),
+            key.flatten(1).contiguous(),
+            self._match_cos_sin_cache_dtype(query),
+            self.head_size,
+            rotary_mode="half" if self.is_neox_style else "interleave",
         )
         return turned_query.view(query.shape), turned_key.view(key.shape)
+
+    def _is_fused(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        step = ROTARY_STEP_FP32 if query.dtype == torch.float32 else ROTARY_STEP
+        heads = max(math.prod(each.shape[1:]) for each in (query, key)) // self.head_size
+        copies = 5 if self.is_neox_style else 6
+        needed = 4 * (heads * (copies * self.rotary_dim + 2 * self.head_size) + 10 * self.rotary_dim)
+        return self.head_size % step == 0 and self.rotary_dim % step == 0 and needed <= VECTOR_BUFFER
 
 
 def _replace(layer: type, replacement: type) -> None:

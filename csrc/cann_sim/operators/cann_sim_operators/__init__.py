@@ -34,4 +34,4 @@ def _load(library: Path) -> None:
         raise RuntimeError(f"TASK_QUEUE_ENABLE is {queue}; with operators of the simulated CANN it must be 0 (env.sh)")
     torch.ops.load_library(str(library))
     torch.ops.cann_sim.install()
-    from cann_sim_operators import attention, cache, experts, layers, rotary  # noqa: F401  registers them
+    from cann_sim_operators import attention, cache, experts, layers, rotary, routing  # noqa: F401  registers them

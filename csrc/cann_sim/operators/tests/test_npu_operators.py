@@ -294,6 +294,21 @@ def test_rotation_of_one_tensor(mode: str) -> None:
     torch.testing.assert_close(apart(found).cpu().double(), turn(apart(x), angle), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["half", "interleave"])
+@pytest.mark.parametrize("rotary", [SIZE, SIZE // 2])
+def test_rotation_by_angles_that_the_operator_looks_up(rotary: int, mode: str) -> None:
+    query, key = rand(3, HEADS * SIZE), rand(3, KEY_HEADS * SIZE)
+    angle, positions = torch.rand(9, rotary // 2, dtype=torch.float64) * 6, torch.tensor([8, 0, 3])
+    cache = torch.cat((angle.cos(), angle.sin()), -1).float().npu()
+    turned = npu.npu_mrope(positions.npu(), query, key, cache, SIZE, rotary_mode=mode)
+    apart = (lambda t: t) if mode == "half" else (lambda t: torch.cat((t[..., ::2], t[..., 1::2]), -1))
+    for found, given in zip(turned, (query, key), strict=True):
+        found, given = (each.unflatten(1, (-1, SIZE)) for each in (found, given))  # noqa: PLW2901
+        expected = turn(apart(given[..., :rotary]), angle[positions].unsqueeze(1))
+        torch.testing.assert_close(apart(found[..., :rotary]).cpu().double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[..., rotary:], given[..., rotary:])
+
+
 def test_grouped_products() -> None:
     rows, matrices = rand(10, 16), rand(3, 8, 16)
     ends = torch.tensor([4, 4, 10], device="npu")
@@ -303,10 +318,114 @@ def test_grouped_products() -> None:
         )
         expected = torch.cat([rows[:4] @ matrices[0].t(), rows[4:] @ matrices[2].t()])
         torch.testing.assert_close(found, expected)
-    with pytest.raises(RuntimeError, match=r"end of group_list is 6.*10"):
-        npu.npu_grouped_matmul(
-            [rows], [matrices.transpose(1, 2)], group_list=ends[[0, 0, 0]] + 2, split_item=2, group_type=0
-        )
+    arguments = [rows], [matrices.transpose(1, 2)]
+    (found,) = npu.npu_grouped_matmul(*arguments, group_list=ends - 2, split_item=2, group_type=0)
+    torch.testing.assert_close(found[:8], torch.cat([rows[:2] @ matrices[0].t(), rows[2:8] @ matrices[2].t()]))
+    assert found[8:].isnan().all(), "what no group has is undefined"
+    with pytest.raises(RuntimeError, match=r"end of group_list is 12.*at most the rows of x, 10"):
+        npu.npu_grouped_matmul(*arguments, group_list=ends + 2, split_item=2, group_type=0)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float32], ids=str)
+def test_softmax_chooses_experts(dtype: torch.dtype) -> None:
+    x = rand(5, 16, dtype=dtype)
+    x[0] = 0  # of equal values, the first are taken
+    for renorm in (0, 1):
+        weights, experts, nothing = npu.npu_moe_gating_top_k_softmax_v2(x, k=3, renorm=renorm)
+        softmax = x.cpu().float().softmax(-1).gather(1, experts.cpu().long())
+        expected = softmax / softmax.sum(-1, keepdim=True) if renorm else softmax
+        torch.testing.assert_close(weights.cpu().float(), expected.to(dtype).float())
+        assert experts[0].tolist() == [0, 1, 2]
+        assert experts[1:].cpu().tolist() == x[1:].cpu().float().sort(descending=True, stable=True)[1][:, :3].tolist()
+        assert (weights.dtype, nothing.numel()) == (dtype, 0)
+
+
+def test_groups_of_experts_are_chosen_first() -> None:
+    """Of three groups of three, the last has the best expert, and the middle one the best two."""
+    x = torch.tensor([[1.0, 0, 0, 2, 2, 0, 3, -9, -9]]).npu()
+    scores = x.cpu().sigmoid()[0]
+    for mode, best in {0: 6, 1: 3}.items():
+        weights, experts, _ = npu.npu_moe_gating_top_k(x, 1, group_count=3, group_select_mode=mode, norm_type=1)
+        assert (experts.tolist(), weights.tolist()) == ([[best]], [[1.0]])
+
+    bias = torch.tensor([0, 0, 0, 0, 0, 0, -1.0, 0, 0]).npu()
+    weights, experts, _ = npu.npu_moe_gating_top_k(
+        x, 3, bias=bias, k_group=2, group_count=3, norm_type=1, routed_scaling_factor=2.0
+    )
+    assert experts.tolist() == [[3, 4, 0]]
+    torch.testing.assert_close(weights.cpu()[0], 2 * scores[[3, 4, 0]] / scores[[3, 4, 0]].sum())
+    weights, experts, _ = npu.npu_moe_gating_top_k(x, 2)
+    torch.testing.assert_close(weights.cpu(), x.cpu().softmax(-1)[:, [6, 3]])
+
+
+ROUTES = torch.tensor([[3, 1], [2, 3], [0, 3]], dtype=torch.int32)
+
+
+def route(x: torch.Tensor, begin: int = 0, end: int = 4, **changed: object) -> tuple[torch.Tensor, ...]:
+    arguments = {"active_num": 6, "expert_num": 4, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    found: tuple[torch.Tensor, ...] = npu.npu_moe_init_routing_v2(
+        x, ROUTES.npu(), **{**arguments, "active_expert_range": [begin, end], **changed}
+    )
+    return found
+
+
+def test_rows_go_to_their_experts_and_back() -> None:
+    x, weights = rand(3, 5), rand(3, 2)
+    rows, positions, counts, _ = route(x)
+    assert torch.equal(rows, x[[2, 0, 1, 0, 1, 2]])
+    assert (positions.tolist(), counts.tolist()) == ([3, 1, 2, 4, 0, 5], [1, 1, 1, 3])
+    torch.testing.assert_close(npu.npu_moe_token_unpermute(rows, positions, weights), x * weights.sum(1, keepdim=True))
+    assert torch.equal(npu.npu_moe_token_unpermute(rows, positions), rows[positions.long()])
+
+
+def test_rows_of_other_devices_experts_are_undefined_and_not_read() -> None:
+    x, weights = rand(3, 5), rand(3, 2)
+    rows, positions, counts, _ = route(x, 1, 3)
+    assert torch.equal(rows[:2], x[[0, 1]])
+    assert rows[2:].isnan().all()
+    assert (positions.tolist(), counts.tolist()) == ([-1, 0, 1, -1, -1, -1], [1, 1])
+    weights = weights.masked_fill(positions.view(3, 2) < 0, 0)
+    found = npu.npu_moe_token_unpermute(rows, positions.clamp_min(0), weights)
+    torch.testing.assert_close(found, x * weights.sum(1, keepdim=True))
+
+
+WRONG_ROUTES: dict[str, tuple[Callable[[], object], str]] = {
+    "too many chosen": (lambda: npu.npu_moe_gating_top_k_softmax_v2(rand(2, 8), k=9), "k is 9.*from 1 to 8"),
+    "neither order": (lambda: npu.npu_moe_gating_top_k_softmax_v2(rand(2, 8), renorm=2), "renorm is 2"),
+    "finished": (
+        lambda: npu.npu_moe_gating_top_k_softmax_v2(rand(2, 8), finished=torch.ones(2).bool().npu()),
+        "finished=a tensor",
+    ),
+    "normalised": (lambda: npu.npu_moe_gating_top_k(rand(2, 8), 2, renorm=1), "renorm=1 is not simulated"),
+    "small groups": (lambda: npu.npu_moe_gating_top_k(rand(2, 8), 2, group_count=4), "group_count is 4"),
+    "many groups": (lambda: npu.npu_moe_gating_top_k(rand(2, 512), 2, group_count=128), "128 groups of 4 is 4096"),
+    "chosen groups": (lambda: npu.npu_moe_gating_top_k(rand(2, 8), 2, k_group=2), "k_group is 2.*from 1 to 1"),
+    "fewer in the groups": (lambda: npu.npu_moe_gating_top_k(rand(2, 8), 5, group_count=2), "k is 5.*from 1 to 4"),
+    "other bias": (lambda: npu.npu_moe_gating_top_k(rand(2, 8), 2, bias=rand(8).half()), "dtype of bias is torch.f"),
+    "wide experts": (lambda: npu.npu_moe_init_routing_v2(rand(3, 5), ROUTES.long().npu()), "torch.int64.*int32"),
+    "fewer routes": (lambda: route(rand(3, 5), active_num=4), "active_num is 4.*6"),
+    "running totals": (lambda: route(rand(3, 5), expert_tokens_num_type=0), "expert_tokens_num_type is 0"),
+    "no totals": (lambda: route(rand(3, 5), expert_tokens_num_flag=False), "expert_tokens_num_flag is False"),
+    "no range": (lambda: route(rand(3, 5), active_expert_range=[]), r"active_expert_range is \[\]"),
+    "range beyond": (lambda: route(rand(3, 5), 2, 5), r"active_expert_range is \[2, 5\].*within 4"),
+    "expert beyond": (lambda: route(rand(3, 5), 0, 2, expert_num=3), r"an expert is \[3, 3, 3\].*from 0 to 2"),
+    "quantised": (lambda: route(rand(3, 5), quant_mode=1), "quant_mode=1 is not simulated"),
+    "minus one": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.tensor([-1, 0]).int().npu()), r"index is \[-1"),
+    "read twice": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.zeros(2).int().npu()), r"\[0, 0\].*repetit"),
+    "wide indices": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.zeros(2).long().npu()), "torch.int64"),
+}
+
+
+@pytest.mark.parametrize(("call", "complaint"), WRONG_ROUTES.values(), ids=WRONG_ROUTES.keys())
+def test_routing_refuses_what_documentation_forbids(call: Callable[[], object], complaint: str) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        call()
+
+
+def look_up(**changed: object) -> object:
+    arguments = {"positions": torch.zeros(2).long().npu(), "query": rand(2, 128), "key": rand(2, 64)}
+    arguments |= {"cache": rand(4, 64), "head_size": 64} | changed
+    return npu.npu_mrope(*arguments.values())
 
 
 WRONG_LAYERS: dict[str, tuple[Callable[[], object], str]] = {
@@ -329,6 +448,18 @@ WRONG_LAYERS: dict[str, tuple[Callable[[], object], str]] = {
         "heads of cos is 3",
     ),
     "dimensions": (lambda: npu.npu_rotary_mul(rand(2, 3, 64), rand(2, 3, 64), rand(2, 3, 64)), "of 4 dimensions"),
+    "narrow positions": (lambda: look_up(positions=torch.zeros(2).int().npu()), "dtype of positions is torch.int32"),
+    "positions beyond": (lambda: look_up(positions=torch.tensor([0, 4]).npu()), r"a position is \[4\].*from 0 to 3"),
+    "multimodal positions": (lambda: look_up(positions=torch.zeros(3, 2).long().npu()), "not simulated"),
+    "heads in the query": (lambda: look_up(query=rand(2, 2, 64)), r"shape of query is \(2, 2, 64\)"),
+    "strided query": (lambda: look_up(query=rand(2, 256)[:, :128]), "query is strided"),
+    "other angles": (lambda: look_up(cache=rand(4, 64).half()), "dtype of cos_sin_cache is torch.float16"),
+    "more than a head": (lambda: look_up(cache=rand(4, 80)), "rotary dim is 80.*at most head_size"),
+    "uneven head": (lambda: look_up(head_size=40), "head_size is 40.*a multiple of 16"),
+    "many heads": (
+        lambda: look_up(query=rand(2, 64 * 128), cache=rand(4, 128), head_size=128),
+        "64 heads.*at most 196608",
+    ),
 }
 
 
@@ -364,6 +495,28 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, .
             ([rand(4, 8)], [rand(2, 8, 6)]),
             {"group_list": torch.tensor([1, 4], device="npu"), "split_item": 2, "group_type": 0},
         ),
+    ),
+    "npu_mrope": (
+        npu.npu_mrope,
+        lambda: ((torch.zeros(2).long().npu(), rand(2, 128), rand(2, 64), rand(4, 64), 64), {}),
+    ),
+    "npu_moe_gating_top_k_softmax_v2": (npu.npu_moe_gating_top_k_softmax_v2, lambda: ((rand(3, 8).half(),), {"k": 2})),
+    "npu_moe_gating_top_k": (npu.npu_moe_gating_top_k, lambda: ((rand(3, 8).half(), 2), {})),
+    "npu_moe_init_routing_v2": (
+        npu.npu_moe_init_routing_v2,
+        lambda: (
+            (rand(3, 5), ROUTES.npu()),
+            {
+                "expert_num": 4,
+                "expert_tokens_num_type": 1,
+                "expert_tokens_num_flag": True,
+                "active_expert_range": [1, 3],
+            },
+        ),
+    ),
+    "npu_moe_token_unpermute": (
+        npu.npu_moe_token_unpermute,
+        lambda: ((rand(6, 5), torch.arange(6, dtype=torch.int32, device="npu"), rand(3, 2)), {}),
     ),
 }
 
