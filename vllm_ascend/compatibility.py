@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vllm.logger import init_logger
 
-from vllm_ascend.limits import BLOCK_SIZE_STEP, usable_block_size
+from vllm_ascend.attention.rules import BLOCK_SIZE
 
 logger = init_logger(__name__)
 
@@ -25,11 +25,11 @@ _VARIABLES: Final = ("DYNAMIC_EPLB", "EXPERT_MAP_RECORD", "MSMONITOR_USE_DAEMON"
 def choose_block_size(vllm_config: Any) -> None:
     """Blocks of the KV cache that attention can read, whatever was asked for."""
     cache = vllm_config.cache_config
-    if cache.user_specified_block_size and not usable_block_size(cache.block_size):
+    if cache.user_specified_block_size and cache.block_size != BLOCK_SIZE:
         logger.warning(
-            "the KV cache has no blocks of %d tokens on NPUs (block_size): using %d", cache.block_size, BLOCK_SIZE_STEP
+            "the KV cache has no blocks of %d tokens on NPUs (block_size): using %d", cache.block_size, BLOCK_SIZE
         )
-        cache.block_size = BLOCK_SIZE_STEP
+        cache.block_size = BLOCK_SIZE
 
 
 def name_what_is_not_read(vllm_config: Any) -> None:

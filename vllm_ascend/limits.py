@@ -10,16 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_ascend.attention.rules import MAX_REQUESTS, Heads, refusals
+
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
-MAX_BLOCK_SIZE = 512
-BLOCK_SIZE_STEP = 128
-"""Tokens in a block of the KV cache: documented for npu_fused_infer_attention_score."""
-MAX_HEAD_SIZE = 512
-HEAD_SIZE_STEP = 16
-MAX_QUERIES_PER_KV_HEAD = 64
-MAX_KV_ROW = 65535
-"""Values that a token has in the key cache, and in the value cache."""
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -84,26 +78,17 @@ def _model(config: Any) -> Iterator[str]:
         yield "soft-capped attention (attn_logit_softcapping)"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
+    if (requests := config.scheduler_config.max_num_seqs) > MAX_REQUESTS:
+        yield f"max_num_seqs={requests} (at most {MAX_REQUESTS})"
 
 
 def _heads(config: Any) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
     if model.use_mla or model.attn_type != "decoder":
         return  # refused already, and these have no such heads
-    size = model.get_head_size()
-    key_values = model.get_num_kv_heads(parallel)
-    queries = model.get_num_attention_heads(parallel) // key_values
-    if not usable_head_size(size):
-        yield f"a head size of {size} (a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE})"
-    if queries > MAX_QUERIES_PER_KV_HEAD:
-        yield f"{queries} query heads for each KV head (at most {MAX_QUERIES_PER_KV_HEAD})"
-    if key_values * size > MAX_KV_ROW:
-        yield f"{key_values} KV heads of {size} on one device (together at most {MAX_KV_ROW})"
-
-
-def usable_block_size(tokens: int) -> bool:
-    return tokens % BLOCK_SIZE_STEP == 0 and tokens <= MAX_BLOCK_SIZE
-
-
-def usable_head_size(values: int) -> bool:
-    return values % HEAD_SIZE_STEP == 0 and values <= MAX_HEAD_SIZE
+    heads = Heads(
+        size=model.get_head_size(),
+        queries=model.get_num_attention_heads(parallel),
+        key_values=model.get_num_kv_heads(parallel),
+    )
+    yield from refusals(heads, model.dtype)

@@ -6,6 +6,7 @@ gives requests more tokens, as the scheduler does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,6 +184,41 @@ def test_without_a_cache_there_is_nothing_to_attend_to() -> None:
     assert not result.any()
 
 
+HEAD_SIZES = [16, 32, 48, 64, 72, 80, 96, 112, 128, 144, 192, 256, 272, 512]
+GROUPS = [(1, 1), (4, 4), (2, 1), (6, 2), (64, 1), (65, 1), (256, 4), (258, 6), (258, 258)]
+BLOCK_SIZES = [16, 64, 256, 512]
+GRID = [
+    *itertools.product(HEAD_SIZES, GROUPS, [BLOCK]),
+    *itertools.product(HEAD_SIZES, GROUPS[:3], BLOCK_SIZES),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_platform_and_simulator_hold_one_rule_of_heads_and_blocks(dtype: torch.dtype) -> None:
+    from vllm_ascend.attention.backend import NPUAttentionBackend, NPUAttentionMetadata, attend, causal_mask
+    from vllm_ascend.attention.rules import Heads, refusals
+
+    def operator_takes(heads: Heads, block: int) -> bool:
+        query = torch.ones(1, heads.queries, heads.size, dtype=dtype, device=NPU)
+        cache = torch.empty(1, block, heads.key_values * heads.size, dtype=dtype, device=NPU)
+        batch = NPUAttentionMetadata([1], [1], torch.zeros(1, 1, dtype=torch.int32, device=NPU), torch.empty(0), mask)
+        try:
+            attend(query, cache, cache, batch, num_kv_heads=heads.key_values, scale=1.0)
+        except RuntimeError as error:
+            assert "npu_fused_infer_attention_score: " in str(error)  # noqa: PT017
+            return False
+        return True
+
+    mask = causal_mask(torch.device(NPU))
+    taken = 0
+    for size, group, block in GRID:
+        heads = Heads(size, *group)
+        allowed = NPUAttentionBackend.supports_block_size(block) and not list(refusals(heads, dtype))
+        assert operator_takes(heads, block) == allowed, (heads, block)
+        taken += allowed
+    assert 40 < taken < 60
+
+
 @pytest.mark.parametrize(
     ("argument", "word"),
     [
@@ -198,6 +234,14 @@ def test_what_a_layer_wants_more_is_refused_by_name(argument: dict[str, Any], wo
 
     with pytest.raises(ValueError, match=f"attention with {word} is not supported on NPUs"):
         NPUAttentionImpl(4, 64, 0.125, 4, **argument)
+
+
+def test_a_layer_with_heads_that_the_operator_does_not_take_is_refused_when_it_is_built() -> None:
+    """The configuration of a model may tell of other heads than some of its layers have."""
+    from vllm_ascend.attention.backend import NPUAttentionImpl
+
+    with pytest.raises(ValueError, match=r"attention with heads of 80 \(.* whose size must be 64 or 128"):
+        NPUAttentionImpl(4, 80, 0.125, 4)
 
 
 def test_the_builder_takes_lengths_from_the_host() -> None:

@@ -42,6 +42,15 @@ def with_heads_of_72(root: Path) -> str:
     return str(make_random_model(root / "heads", {**checkpoints.DENSE, "head_dim": 72}, architecture="qwen3"))
 
 
+def phi2(root: Path) -> str:
+    configuration = {**checkpoints.DENSE, "num_key_value_heads": 4, "head_dim": 80}
+    return str(make_random_model(root / "own_keys", configuration, architecture="qwen3"))
+
+
+def with_heads_of_80(root: Path) -> str:
+    return str(make_random_model(root / "heads_of_80", {**checkpoints.DENSE, "head_dim": 80}, architecture="qwen3"))
+
+
 def gemma2(root: Path) -> str:
     return str(make_random_model(root / "gemma2", checkpoints.DENSE, architecture="gemma2"))
 
@@ -59,11 +68,20 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a sliding window of 64": {"model": with_a_sliding_window},
     "soft-capped attention (attn_logit_softcapping)": {"model": gemma2},
     "layers of type sliding_attention": {"model": gemma2},
-    "a head size of 72 (a multiple of 16, at most 512)": {"model": with_heads_of_72},
+    "heads of 72 (on each device: query heads 4, KV heads 2), whose size must be a multiple of 16, at most 256": {
+        "model": with_heads_of_72
+    },
+    "KV heads 4), whose size must be 64 or 128 where no query heads share a KV head": {"model": phi2},
+    "heads of 80 (on each device: query heads 1, KV heads 1), whose size must be": {
+        "model": with_heads_of_80,
+        "tensor_parallel_size": 4,
+    },
+    "in float16 (choose --dtype bfloat16 where no query heads share": {"model": checkpoints.biased, "dtype": "half"},
     "speculative decoding (speculative_config)": {"speculative_config": NGRAM},
     "LoRA adapters (enable_lora)": {"enable_lora": True},
     "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
     "kv_cache_dtype='float16'": {"kv_cache_dtype": "float16"},
+    "max_num_seqs=5000 (at most 4096)": {"max_num_seqs": 5000, "max_num_batched_tokens": 8192},
     "KV connectors (kv_transfer_config": {"kv_transfer_config": CONNECTOR},
     "KV connectors (kv_transfer_config, kv_offloading_size)": {"kv_offloading_size": 1},
     "weights offloaded to host memory (cpu_offload_gb": {"cpu_offload_gb": 1},
@@ -106,7 +124,9 @@ def test_fp32_is_for_the_simulator_only(configured: Callable[..., Any], monkeypa
     assert [str(dtype) for dtype in current_platform.supported_dtypes][:2] == ["torch.bfloat16", "torch.float16"]
 
 
-def test_what_is_not_chosen_suits_an_npu(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_chosen_suits_an_npu(
+    configured: Callable[..., Any], models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     config = configured()
     assert config.parallel_config.worker_cls == "vllm_ascend.worker.worker.NPUWorker"
@@ -115,7 +135,7 @@ def test_what_is_not_chosen_suits_an_npu(configured: Callable[..., Any], monkeyp
     assert config.kernel_config.ir_op_priority.rms_norm == ["torch_npu", "native"]
     assert not config.use_v2_model_runner
     assert configured(enforce_eager=True).compilation_config.cudagraph_mode.name == "NONE"
-    assert configured(block_size=128).cache_config.block_size == 128
+    assert configured(model=with_heads_of_80(models), block_size=128).cache_config.block_size == 128
 
 
 def test_the_second_model_runner_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

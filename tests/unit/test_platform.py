@@ -41,8 +41,18 @@ def test_a_torch_npu_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
     assert "set_env.sh" in told
 
 
-def test_sizes_are_those_that_the_attention_operator_takes() -> None:
-    from vllm_ascend.limits import usable_block_size, usable_head_size
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_which_heads_attention_takes_depends_on_whether_they_share_keys(dtype: str) -> None:
+    import torch
 
-    assert [size for size in (64, 128, 200, 384, 512, 640) if usable_block_size(size)] == [128, 384, 512]
-    assert [size for size in (64, 72, 80, 128, 512, 528) if usable_head_size(size)] == [64, 80, 128, 512]
+    from vllm_ascend.attention.rules import Heads, refusals
+
+    def taken(queries: int, key_values: int) -> list[int]:
+        sizes = [32, 64, 72, 80, 128, 192, 256, 272]
+        return [size for size in sizes if not list(refusals(Heads(size, queries, key_values), getattr(torch, dtype)))]
+
+    assert taken(queries=8, key_values=2) == [32, 64, 80, 128, 192, 256]
+    assert taken(queries=8, key_values=8) == ([64, 128] if dtype == "bfloat16" else [])
+    assert taken(queries=64, key_values=1) == taken(queries=8, key_values=2)
+    assert taken(queries=65, key_values=1) == []
+    assert taken(queries=258, key_values=86) == []

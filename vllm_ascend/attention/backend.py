@@ -20,16 +20,11 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import get_dtype_size
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    AttentionType,
-    MultipleOf,
-)
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend.limits import ATTENTION_BACKEND, BLOCK_SIZE_STEP, usable_block_size, usable_head_size
+from vllm_ascend.attention.rules import BLOCK_SIZE, Heads, refusals
+from vllm_ascend.limits import ATTENTION_BACKEND
 
 LOWER_RIGHT_CAUSAL = 3
 MASK_SIZE = 2048
@@ -52,16 +47,12 @@ class NPUAttentionBackend(AttentionBackend):
         return NPUAttentionMetadataBuilder
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(BLOCK_SIZE_STEP)]
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [BLOCK_SIZE]
 
     @classmethod
     def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or usable_block_size(block_size)
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return usable_head_size(head_size)
+        return block_size is None or block_size == BLOCK_SIZE
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -130,7 +121,10 @@ class NPUAttentionImpl(AttentionImpl):
             "soft-capped logits": logits_soft_cap,
             **other,
         }
-        if reasons := [name for name, value in unsupported.items() if value is not None]:
+        reasons = [name for name, value in unsupported.items() if value is not None]
+        # vLLM builds models with their dtype as torch's default.
+        reasons += refusals(Heads(head_size, num_heads, num_kv_heads or num_heads), torch.get_default_dtype())
+        if reasons:
             raise ValueError(f"attention with {', '.join(reasons)} is not supported on NPUs")
         self.num_heads = num_heads
         self.head_size = head_size

@@ -7,20 +7,28 @@ another. The latter is followed, as inference engines do.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cann_sim_operators.registry import implements, require, require_contiguous, require_defaults, require_dtype
+from cann_sim_operators.registry import (
+    FP32_SWITCH,
+    fp32_attention,
+    implements,
+    require,
+    require_contiguous,
+    require_defaults,
+    require_dtype,
+)
 
 OPERATOR = "npu_fused_infer_attention_score"
-FP32_SWITCH = "CANN_SIM_FP32_ATTENTION"
 MASK_SIZE = 2048
-MAX_HEADS, MAX_HEADS_PER_KEY_HEAD, MAX_HEAD_SIZE, HEAD_SIZE_STEP = 256, 64, 512, 16
-MAX_BLOCK_SIZE, BLOCK_SIZE_STEP, DECODE_BLOCK_SIZE_STEP = 512, 128, 16
-MAX_ROW, MAX_ELEMENTS = 65535, 2**31 - 1
+BLOCK_SIZE = 128
+MAX_REQUESTS, MAX_HEADS, MAX_HEADS_PER_KEY_HEAD = 4096, 256, 64
+MAX_HEAD_SIZE, HEAD_SIZE_STEP = 256, 16
+COMMON_HEAD_SIZES = 64, 128
+MAX_ELEMENTS = 2**31 - 1
 
 KeysAndValues = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Returns the keys and values of the request with this index, both [heads, tokens, head size]."""
@@ -55,25 +63,27 @@ def fused_infer_attention_score(
     require_defaults(OPERATOR, others)
     if input_layout != "TND":
         raise RuntimeError(f"{OPERATOR}: input_layout={input_layout!r} is not simulated; 'TND' is")
-    require(0 <= inner_precise <= 3, OPERATOR, "inner_precise", inner_precise, "from 0 to 3")
     key_heads = num_key_value_heads or num_heads
     _check_heads(query, num_heads, key_heads)
     _check_tensors(query, key, value)
     _check_mask(atten_mask, sparse_mode)
+    alone = atten_mask is None and block_table is None
+    _check_kernel(query, num_heads > key_heads, inner_precise, alone=alone, rows=key.dim() == 3)
 
     query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)  # running totals
     _check_ends("actual_seq_lengths", query_ends, query.shape[0])
     key_lengths = _lengths("actual_seq_lengths_kv", actual_seq_lengths_kv)
     expected = f"of {len(query_ends)} requests, as actual_seq_lengths"
     require(len(key_lengths) == len(query_ends), OPERATOR, "actual_seq_lengths_kv", key_lengths, expected)
+    fits = 0 < len(query_ends) <= MAX_REQUESTS
+    require(fits, OPERATOR, "the number of requests", len(query_ends), f"from 1 to {MAX_REQUESTS}")
 
     row = (key_heads, query.shape[2])
     if block_table is None:
         _check_ends("actual_seq_lengths_kv", key_lengths, key.shape[0])
         read = _dense(key, value, key_lengths, row)
     else:
-        longest = max((length for _, length in _parts(query_ends)), default=0)
-        _check_paging(key, block_table, key_lengths, block_size, longest)
+        _check_paging(key, block_table, key_lengths, block_size)
         read = _paged(key, value, block_table, key_lengths, row)
 
     return _attend(query, query_ends, read, atten_mask, scale, with_sums=softmax_lse_flag)
@@ -112,15 +122,45 @@ def _check_heads(query: torch.Tensor, heads: int, key_heads: int) -> None:
     fits = key_heads > 0 and heads % key_heads == 0 and heads // key_heads <= MAX_HEADS_PER_KEY_HEAD
     expected = f"a divisor of num_heads ({heads}), at least a {MAX_HEADS_PER_KEY_HEAD}th of it"
     require(fits, OPERATOR, "num_key_value_heads", key_heads, expected)
+
+
+def _check_kernel(query: torch.Tensor, shared: bool, inner_precise: int, *, alone: bool, rows: bool) -> None:
+    """Finds the kernel to which the operator would lead the call, and checks what that demands.
+
+    `shared` means several heads for each key head, `alone` neither mask nor pages, `rows` that the heads of a token
+    follow one another in `key`.
+    """
     size = query.shape[2]
-    fits = size <= MAX_HEAD_SIZE and size % HEAD_SIZE_STEP == 0
-    require(fits, OPERATOR, "the head size", size, f"a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE}")
+    any_size = size <= MAX_HEAD_SIZE and size % HEAD_SIZE_STEP == 0
+    multiples = f"a multiple of {HEAD_SIZE_STEP}, at most {MAX_HEAD_SIZE}"
+    common = " or ".join(map(str, COMMON_HEAD_SIZES))
+    if not rows:
+        require(size in COMMON_HEAD_SIZES, OPERATOR, "the head size", size, f"{common} in a cache of four dimensions")
+    if shared:
+        require(inner_precise == 0, OPERATOR, "inner_precise", inner_precise, "0 where heads share a key head")
+        require(any_size, OPERATOR, "the head size", size, f"{multiples} where heads share a key head")
+    elif query.dtype == torch.float16:
+        expected = "bfloat16 with a mask or pages where no heads share a key head"
+        require(alone, OPERATOR, "the dtype of query", query.dtype, expected)
+        require(
+            inner_precise == 1, OPERATOR, "inner_precise", inner_precise, "1 in half where no heads share a key head"
+        )
+        require(any_size, OPERATOR, "the head size", size, multiples)
+    else:
+        require(0 <= inner_precise <= 3, OPERATOR, "inner_precise", inner_precise, "from 0 to 3")
+        expected = f"{common} where no heads share a key head"
+        require(size in COMMON_HEAD_SIZES, OPERATOR, "the head size", size, expected)
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     if query.dtype == torch.float32:
-        allowed = os.environ.get(FP32_SWITCH) == "1"
-        require(allowed, OPERATOR, "the dtype of query", query.dtype, f"half or bfloat16 (unless {FP32_SWITCH}=1)")
+        require(
+            query.dtype in fp32_attention(),
+            OPERATOR,
+            "the dtype of query",
+            query.dtype,
+            f"half or bfloat16 (unless {FP32_SWITCH}=1)",
+        )
     else:
         require_dtype(OPERATOR, "query", query, torch.float16, torch.bfloat16)
     for argument, tensor in {"key": key, "value": value}.items():
@@ -160,19 +200,12 @@ def _check_paging(
     block_table: torch.Tensor,
     key_lengths: list[int],
     block_size: int,
-    longest: int,
 ) -> None:
-    step = BLOCK_SIZE_STEP if longest > 1 else DECODE_BLOCK_SIZE_STEP
-    fits = 0 < block_size <= MAX_BLOCK_SIZE and block_size % step == 0
-    expected = f"a multiple of {step}, at most {MAX_BLOCK_SIZE}, where a request has {longest} queries"
-    require(fits, OPERATOR, "block_size", block_size, expected)
+    require(block_size == BLOCK_SIZE, OPERATOR, "block_size", block_size, f"{BLOCK_SIZE}")
     shapes = "[blocks, tokens of a block, heads x head size] or [blocks, heads, tokens of a block, head size]"
     require(cache.dim() in {3, 4}, OPERATOR, "the shape of key", tuple(cache.shape), shapes)
     require(cache.shape[-2] == block_size, OPERATOR, "the tokens of a block of key", cache.shape[-2], f"{block_size}")
     require(cache.numel() <= MAX_ELEMENTS, OPERATOR, "the elements of key", cache.numel(), f"at most {MAX_ELEMENTS}")
-    if cache.dim() == 3:
-        expected = f"at most {MAX_ROW} where the cache is [blocks, tokens of a block, heads x head size]"
-        require(cache.shape[2] <= MAX_ROW, OPERATOR, "heads x head size of key", cache.shape[2], expected)
     require_dtype(OPERATOR, "block_table", block_table, torch.int32)
     blocks = max((math.ceil(length / block_size) for length in key_lengths), default=0)
     fits = block_table.dim() == 2 and len(block_table) == len(key_lengths) and block_table.shape[1] >= blocks

@@ -6,11 +6,13 @@ arguments what the documentation demands, so that what works here has a chance o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+FP32_SWITCH = "CANN_SIM_FP32_ATTENTION"
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _libraries: dict[str, torch.library.Library] = {}  # a registration lives as long as its library
@@ -56,3 +58,8 @@ def require_contiguous(operator: str, **tensors: torch.Tensor) -> None:
     """Raises RuntimeError unless all tensors, given by the names of their arguments, are contiguous."""
     for argument, tensor in tensors.items():
         require(tensor.is_contiguous(), operator, argument, f"strided {tensor.stride()}", "contiguous")
+
+
+def fp32_attention() -> tuple[torch.dtype, ...]:
+    """Returns float32 where CANN_SIM_FP32_ATTENTION=1 adds it to what attention computes and caches, else nothing."""
+    return (torch.float32,) if os.environ.get(FP32_SWITCH) == "1" else ()

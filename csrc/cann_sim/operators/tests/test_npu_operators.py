@@ -130,8 +130,13 @@ def test_the_mask_is_what_hides() -> None:
 
 
 def test_single_precision_is_for_comparisons_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CANN_SIM_FP32_ATTENTION", raising=False)
+    with pytest.raises(RuntimeError, match=r"dtype of key is torch.float32.*float16, bfloat16, int8"):
+        Paged([200], dtype=torch.float32)
+    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
     cache = Paged([200], dtype=torch.float32)
     query = rand(10, HEADS, SIZE)
+    monkeypatch.delenv("CANN_SIM_FP32_ATTENTION")
     with pytest.raises(RuntimeError, match=r"dtype of query is torch.float32.*CANN_SIM_FP32_ATTENTION"):
         cache.attend(query, [10])
     monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
@@ -156,8 +161,8 @@ WRONG_ATTENTION = {
     "float mask": ({"atten_mask": torch.ones(2048, 2048)}, "dtype of atten_mask is torch.float32"),
     "mask without use": ({"sparse_mode": 0}, "atten_mask is a tensor.*sparse mode 0"),
     "sparse mode": ({"sparse_mode": 4}, "sparse_mode is 4"),
-    "block size": ({"block_size": 64}, "block_size is 64.*multiple of 128"),
-    "block size not the cache's": ({"block_size": 256}, "tokens of a block of key is 128.*256"),
+    "precision": ({"inner_precise": 1}, "inner_precise is 1, but must be 0 where heads share"),
+    "block size": ({"block_size": 64}, "block_size is 64, but must be 128"),
     "long table": ({"block_table": torch.zeros(2, 2, dtype=torch.int64)}, "dtype of block_table is torch.int64"),
     "narrow table": ({"block_table": torch.zeros(2, 1, dtype=torch.int32)}, r"block_table is \(2, 1\).*\[2, 2"),
     "wild table": ({"block_table": torch.full((2, 2), 99, dtype=torch.int32)}, r"block_table\[0\] is \[99, 99\]"),
@@ -172,33 +177,38 @@ def test_attention_refuses_what_documentation_forbids(change: dict[str, object],
         cache.attend(rand(10, HEADS, SIZE, dtype=torch.bfloat16), change.pop("actual_seq_lengths", [6, 10]), **change)
 
 
-def test_decoding_allows_smaller_blocks_than_prompts() -> None:
-    cache = Paged([20, 40], block=16)
+def test_blocks_have_128_tokens() -> None:
+    cache = Paged([20, 40], block=256)
     query = rand(2, HEADS, SIZE, dtype=torch.bfloat16)
-    for row, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        attended, _ = expected_attention(query[row : row + 1], keys, values, causal=False)
-        found = cache.attend(query, [1, 2])[0][row : row + 1]
-        torch.testing.assert_close(found.cpu().double(), attended, rtol=0.02, atol=0.02)
-    with pytest.raises(RuntimeError, match=r"block_size is 16.*multiple of 128.*2 queries"):
-        cache.attend(query, [2, 2])
+    with pytest.raises(RuntimeError, match=r"block_size is 256, but must be 128"):
+        cache.attend(query, [1, 2])
+    with pytest.raises(RuntimeError, match=r"tokens of a block of key is 256, but must be 128"):
+        cache.attend(query, [1, 2], block_size=128)
 
 
-def test_rows_of_the_cache_have_a_limit() -> None:
-    heads = 256
-    cache = torch.empty(1, BLOCK, heads * 256, dtype=torch.float16, device="npu")
-    query = rand(1, heads, 256, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match=r"heads x head size of key is 65536.*65535"):
-        npu.npu_fused_infer_attention_score(
-            query,
-            cache,
-            cache,
-            actual_seq_lengths=[1],
-            actual_seq_lengths_kv=[1],
-            block_table=torch.zeros(1, 1, dtype=torch.int32, device="npu"),
-            num_heads=heads,
-            input_layout="TND",
-            block_size=BLOCK,
-        )
+@pytest.mark.parametrize(
+    ("dtype", "size", "complaint"),
+    [
+        (
+            torch.float16,
+            64,
+            r"dtype of query is torch.float16, but must be bfloat16 .* where no heads share a key head",
+        ),
+        (torch.bfloat16, 80, "head size is 80, but must be 64 or 128 where no heads share a key head"),
+    ],
+    ids=["half", "head size"],
+)
+def test_heads_with_keys_of_their_own_are_led_to_another_kernel(dtype: torch.dtype, size: int, complaint: str) -> None:
+    """Which takes them in half only without a mask and in low precision."""
+    query = rand(5, 2, size, dtype=dtype)
+    arguments = {"actual_seq_lengths": [5], "actual_seq_lengths_kv": [5], "num_heads": 2, "input_layout": "TND"}
+    mask = {"atten_mask": causal_mask(), "sparse_mode": 3}
+    with pytest.raises(RuntimeError, match=complaint):
+        npu.npu_fused_infer_attention_score(query, query, query, **arguments, **mask)
+    if dtype == torch.float16:
+        npu.npu_fused_infer_attention_score(query, query, query, **arguments, inner_precise=1)
+        with pytest.raises(RuntimeError, match="inner_precise is 0, but must be 1"):
+            npu.npu_fused_infer_attention_score(query, query, query, **arguments)
 
 
 def test_strided_tensors_are_refused() -> None:
@@ -235,7 +245,8 @@ def test_rows_are_written_where_the_slots_say(index: torch.dtype) -> None:
     ids=["beyond", "negative", "twice", "too few", "mode", "compressed"],
 )
 def test_wrong_slots_are_refused(slots: list[int], options: dict[str, object], complaint: str) -> None:
-    rows, cache = rand(2, KEY_HEADS, SIZE), torch.zeros(3, 4, KEY_HEADS, SIZE, device="npu")
+    rows = rand(2, KEY_HEADS, SIZE, dtype=torch.bfloat16)
+    cache = torch.zeros(3, 4, KEY_HEADS, SIZE, dtype=torch.bfloat16, device="npu")
     options = tree_map(lambda value: value.npu() if isinstance(value, torch.Tensor) else value, options)
     with pytest.raises(RuntimeError, match=complaint):
         npu.npu_scatter_pa_kv_cache(
