@@ -7,6 +7,7 @@ configuration does not tell (a layer with ALiBi, how a MoE layer routes) the lay
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 
 def _features(config: Any) -> Iterator[str]:
+    yield from _load_format(config.load_config.load_format)
     if config.speculative_config is not None:
         yield "speculative decoding (speculative_config)"
     if config.lora_config is not None:
@@ -44,6 +46,17 @@ def _features(config: Any) -> Iterator[str]:
         yield f"the compilation backend {compilation.backend!r} (there is 'eager')"
     if compilation.splitting_ops and "vllm::unified_attention_with_output" not in compilation.splitting_ops:
         yield "splitting_ops without attention: it is not captured in graphs"
+
+
+def _load_format(name: str) -> Iterator[str]:
+    """Refuses one that no loader is registered for, which vLLM's workers would find out."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    if name in _LOAD_FORMAT_TO_MODEL_LOADER:
+        return
+    plugins = os.environ.get("VLLM_PLUGINS")
+    left_out = "" if plugins is None else f"; VLLM_PLUGINS={plugins!r} leaves out what other plugins would add"
+    yield f"load_format={name!r} (there are {', '.join(sorted(_LOAD_FORMAT_TO_MODEL_LOADER))}{left_out})"
 
 
 def _parallelism(config: Any) -> Iterator[str]:

@@ -90,6 +90,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "decode_context_parallel_size=2": {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
     "microbatches (enable_dbo": {"enable_dbo": True},
     "all2all_backend='deepep_low_latency'": {"all2all_backend": "deepep_low_latency"},
+    "load_format='rfork' (there are auto, ": {"load_format": "rfork"},
     "moe_backend='triton'": {"moe_backend": "triton"},
     "the attention backend TRITON_ATTN": {"attention_backend": "TRITON_ATTN"},
     "the compilation backend 'inductor'": {"compilation_config": {"backend": "inductor"}},
@@ -110,6 +111,18 @@ def test_what_does_not_work_is_refused_by_name(
 def test_everything_that_does_not_work_is_named_at_once(configured: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"speculative decoding .*; LoRA adapters .*; kv_cache_dtype='fp8'"):
         configured(speculative_config=NGRAM, enable_lora=True, kv_cache_dtype="fp8")
+
+
+def test_netloader_is_refused_where_its_plugin_is_left_out(
+    configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    assert configured(load_format="netloader").load_config.load_format == "netloader"
+    monkeypatch.delitem(_LOAD_FORMAT_TO_MODEL_LOADER, "netloader")
+    monkeypatch.setenv("VLLM_PLUGINS", "ascend")
+    with pytest.raises(ValueError, match=r"load_format='netloader' \(there are auto.*VLLM_PLUGINS='ascend' leaves"):
+        configured(load_format="netloader")
 
 
 def test_fp32_is_for_the_simulator_only(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

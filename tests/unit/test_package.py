@@ -5,6 +5,7 @@ import graphlib
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,18 +49,22 @@ def test_without_an_npu_the_platform_is_left_to_vllm() -> None:
     assert vllm_ascend.register() is None
 
 
-@pytest.mark.parametrize(
-    ("group", "name", "value"),
-    [
-        ("vllm.platform_plugins", "ascend", "vllm_ascend:register"),
-        ("vllm.general_plugins", "ascend_netloader", "vllm_ascend:register_netloader"),
-        ("console_scripts", "netloader", "vllm_ascend.model_loader.netloader.cli:main"),
-    ],
-)
-def test_an_entry_point_is_declared_and_leads_somewhere(group: str, name: str, value: str) -> None:
-    declared = importlib.metadata.distribution("vllm-ascend").entry_points.select(group=group, name=name)
-    assert [entry_point.value for entry_point in declared] == [value]
-    assert all(callable(entry_point.load()) for entry_point in declared)
+ENTRY_POINTS = {
+    "vllm.platform_plugins": {"ascend": "vllm_ascend:register"},
+    "vllm.general_plugins": {"ascend_model_loader": "vllm_ascend:register_netloader"},
+}
+"""With the names that upstream's vllm-ascend gives them, which stand in the VLLM_PLUGINS of its users."""
+
+
+def test_vllm_finds_what_upstream_calls_so() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == ENTRY_POINTS
+    assert project["scripts"] == {"netloader": f"{NETLOADER}.cli:main"}
+
+
+@pytest.mark.parametrize("value", [value for group in ENTRY_POINTS.values() for value in group.values()])
+def test_an_entry_point_leads_somewhere(value: str) -> None:
+    assert callable(importlib.metadata.EntryPoint("name", value, "group").load())
 
 
 def test_the_version_of_the_distribution_is_that_of_the_package() -> None:
@@ -109,7 +114,7 @@ ROOMS: dict[str, set[str]] = {
 """What the folders of Netloader may import; whatever lies above them all may import everything."""
 
 SHARED_WORDS = {"config", "endpoint", "errors", "files", "report", "traits"}
-ENTRY_POINTS = {"", "cli", "installation", "loader", "registration"}
+OUTSIDE_ROOMS = {"", "cli", "installation", "loader", "registration"}
 ON_DEVICES = {"transport.process_group": {"model"}}
 """Modules that know more than their room."""
 
@@ -129,13 +134,13 @@ def full_name(module: str) -> str:
 
 
 def test_every_module_of_netloader_is_in_a_room_or_an_entry_point() -> None:
-    assert {room_of(module) for module in NETLOADER_MODULES if module not in ENTRY_POINTS} == ROOMS.keys()
-    assert {module for module in NETLOADER_MODULES if "." not in module} == SHARED_WORDS | ENTRY_POINTS | (
+    assert {room_of(module) for module in NETLOADER_MODULES if module not in OUTSIDE_ROOMS} == ROOMS.keys()
+    assert {module for module in NETLOADER_MODULES if "." not in module} == SHARED_WORDS | OUTSIDE_ROOMS | (
         ROOMS.keys() - {"shared words"}
     )
 
 
-@pytest.mark.parametrize("module", sorted(set(NETLOADER_MODULES) - ENTRY_POINTS))
+@pytest.mark.parametrize("module", sorted(set(NETLOADER_MODULES) - OUTSIDE_ROOMS))
 def test_a_room_imports_only_from_those_below_it(module: str) -> None:
     room = room_of(module)
     siblings = {name for name in imported_siblings(full_name(module)) if not name.startswith("vllm_ascend")}
@@ -172,6 +177,7 @@ PLATFORM = (
     "vllm_ascend.platform",
     "vllm_ascend.compatibility",
     "vllm_ascend.graphs",
+    "vllm_ascend.limits",
     "vllm_ascend.worker",
     "vllm_ascend.attention",
     "vllm_ascend.ops",
