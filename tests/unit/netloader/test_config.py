@@ -27,14 +27,16 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
             (Source(Endpoint("a", 1), 3), Source(Endpoint("b", 2), 3)),
         ),
         "a rank without sources": ([{"device_id": 0, "sources": []}], ()),
+        "a rank without the list": ([{"device_id": 0}, {"device_id": 1, "sources": None}], ()),
+        "null": (None, ()),
         "both forms": (
             ["a:1", {"device_id": 0, "sources": ["b:2"]}],
             (Source(Endpoint("a", 1)), Source(Endpoint("b", 2), 0)),
         ),
     },
-    "MODEL": {"name": ("org/model", "org/model")},
+    "MODEL": {"name": ("org/model", "org/model"), "null": (None, None)},
     "LISTEN_HOST": {"IPv4": ("0.0.0.0", "0.0.0.0"), "IPv6": ("::1", "::1"), "name": ("node-3", "node-3")},
-    "LISTEN_PORT": {"lowest": (1, 1), "highest": (65535, 65535)},
+    "LISTEN_PORT": {"lowest": (1, 1), "highest": (65535, 65535), "text": ("19000", 19000), "null": (None, None)},
     "SERVE": {"true": (True, True), "false": (False, False)},
     "TRANSPORT": {
         "one": (["tcp"], ("tcp",)),
@@ -55,11 +57,21 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     "TLS_KEY": {"path": ("own.key", "own.key")},
     "TLS_CA": {"path": ("ca.pem", "ca.pem")},
     "FALLBACK": {"disk": ("disk", "disk"), "error": ("error", "error")},
-    "INT8_CACHE": {"hbm": ("hbm", "hbm"), "dram": ("dram", "dram"), "no": ("no", "no")},
-    "INT8_CACHE_NAME": {"none": ([], ()), "names": (["a", "b"], ("a", "b"))},
-    "OUTPUT_PREFIX": {"path": ("/run/netloader/rank", "/run/netloader/rank")},
+    "INT8_CACHE": {
+        "hbm": ("hbm", "hbm"),
+        "dram": ("dram", "dram"),
+        "no": ("no", "no"),
+        "upper case": ("HBM", "hbm"),
+        "mixed case": ("Dram", "dram"),
+        "null": (None, "no"),
+    },
+    "INT8_CACHE_NAME": {"none": ([], ()), "names": (["a", "b"], ("a", "b")), "null": (None, None)},
+    "OUTPUT_PREFIX": {"path": ("/run/netloader/rank", "/run/netloader/rank"), "null": (None, None)},
     "REPORT_PREFIX": {"path": ("reports/", "reports/")},
 }
+
+UPSTREAM = {"SOURCE", "MODEL", "LISTEN_PORT", "INT8_CACHE", "INT8_CACHE_NAME", "OUTPUT_PREFIX"}
+"""The keys that upstream's Netloader has, which takes null for an absent one."""
 
 TLS = {"TLS_CERT": "cert.pem", "TLS_KEY": "key.pem", "TLS_CA": "authority.pem"}
 
@@ -78,7 +90,6 @@ LEAST_BANDWIDTH = "a number of bytes per second from 0 to 1125899906842624"
 TRANSPORT = "best first and each once, out of shared_memory, process_group, tcp"
 INVALID: dict[str, dict[str, tuple[Any, str]]] = {
     "SOURCE": {
-        "null": (None, 'list of "host:port"'),
         "one string": ("a:1", 'list of "host:port"'),
         "no port": (["a"], "host:port"),
         "empty host": ([":1"], "host:port"),
@@ -89,7 +100,6 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "number": ([19000], 'item 0 is 19000: expected "host:port"'),
         "null inside": (["a:1", None], "item 1 is None"),
         "list inside": ([["a:1"]], 'expected "host:port" or {"device_id"'),
-        "object without sources": ([{"device_id": 0}], '{"device_id": ..., "sources": [...]}'),
         "object without device_id": ([{"sources": ["a:1"]}], '{"device_id": ..., "sources": [...]}'),
         "object with more": ([{"device_id": 0, "sources": [], "x": 1}], '{"device_id": ..., "sources": [...]}'),
         "negative rank": ([{"device_id": -1, "sources": []}], "device_id -1: expected a rank, 0 or more"),
@@ -99,7 +109,7 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "sources of numbers": ([{"device_id": 0, "sources": [1]}], "sources [1]: expected a list"),
         "no port for a rank": ([{"device_id": 0, "sources": ["a"]}], "host:port"),
     },
-    "MODEL": {"null": (None, TEXT), "empty": ("", TEXT), "number": (7, TEXT), "list": (["m"], TEXT)},
+    "MODEL": {"empty": ("", TEXT), "number": (7, TEXT), "list": (["m"], TEXT)},
     "LISTEN_HOST": {
         "null": (None, TEXT),
         "empty": ("", TEXT),
@@ -110,11 +120,14 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "long": (".".join(["x" * 60] * 5), "cannot be a host name"),
     },
     "LISTEN_PORT": {
-        "null": (None, PORTS),
         "zero": (0, PORTS),
         "negative": (-1, PORTS),
         "too high": (65536, PORTS),
-        "text": ("19000", PORTS),
+        "text with a sign": ("+19000", PORTS),
+        "other digits": ("١٩٠٠٠", PORTS),
+        "zero as text": ("0", PORTS),
+        "too high as text": ("65536", PORTS),
+        "very many digits": ("9" * 5000, PORTS),
         "fraction": (19000.0, PORTS),
         "boolean": (True, PORTS),
     },
@@ -187,14 +200,13 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "boolean": (False, '"disk", "error"'),
         "unhashable": ([], '"disk", "error"'),
     },
-    "INT8_CACHE": {"null": (None, '"hbm", "dram", "no"'), "other": ("yes", '"hbm", "dram", "no"')},
+    "INT8_CACHE": {"boolean": (False, '"hbm", "dram", "no"'), "other": ("yes", '"hbm", "dram", "no"')},
     "INT8_CACHE_NAME": {
-        "null": (None, "list of parameter names"),
         "text": ("w", "list of parameter names"),
         "number": ([1], "list of parameter names"),
         "empty name": (["w", ""], "list of parameter names"),
     },
-    "OUTPUT_PREFIX": {"null": (None, TEXT), "empty": ("", TEXT), "boolean": (True, TEXT)},
+    "OUTPUT_PREFIX": {"empty": ("", TEXT), "boolean": (True, TEXT)},
     "REPORT_PREFIX": {"null": (None, TEXT), "empty": ("", TEXT), "object": ({}, TEXT)},
 }
 
@@ -268,6 +280,7 @@ def test_a_wrong_value_is_refused_with_the_key_the_value_and_what_is_allowed(
     text = str(caught.value)
     assert text.startswith(f"Netloader key {key} has the value {value!r}: ")
     assert allowed in text
+    assert ("upstream's Netloader" in text) == (key in UPSTREAM)
 
 
 @pytest.mark.parametrize("value", ["", 7, [], {}], ids=repr)
@@ -276,9 +289,14 @@ def test_a_config_file_that_is_no_path_is_refused(value: object) -> None:
         NetLoaderConfig.parse({"CONFIG_FILE": value})
 
 
-def test_a_config_file_that_is_null_is_refused() -> None:
-    with pytest.raises(ConfigError, match="CONFIG_FILE"):
-        NetLoaderConfig.parse({"CONFIG_FILE": None})
+def test_a_config_file_that_is_null_is_none(tmp_path: Path) -> None:
+    assert NetLoaderConfig.parse({"CONFIG_FILE": None, "MODEL": "m"}) == NetLoaderConfig(model="m")
+
+
+def test_a_key_that_is_null_in_the_config_file_is_absent_there(tmp_path: Path) -> None:
+    path = written(tmp_path, {"MODEL": None, "LISTEN_PORT": 2})
+    config = NetLoaderConfig.parse({"MODEL": "from-command-line", "CONFIG_FILE": path})
+    assert (config.model, config.listen_port) == ("from-command-line", 2)
 
 
 def test_a_config_error_is_a_value_error_of_netloader() -> None:
@@ -314,13 +332,15 @@ def test_a_config_error_is_a_value_error_of_netloader() -> None:
 def test_a_misspelt_key_names_the_nearest_one(misspelt: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as caught:
         NetLoaderConfig.parse({misspelt: "value"})
-    assert str(caught.value) == f"unknown Netloader key {misspelt!r} (value 'value'): did you mean {nearest}?"
+    assert str(caught.value) == (
+        f"unknown Netloader key {misspelt!r} (value 'value'): did you mean {nearest}? (upstream's Netloader ignores it)"
+    )
 
 
 def test_a_key_like_no_other_gets_the_list_of_all_keys() -> None:
     with pytest.raises(ConfigError) as caught:
-        NetLoaderConfig.parse({"zzz": 1})
-    assert str(caught.value) == f"unknown Netloader key 'zzz' (value 1): known keys: {', '.join(sorted(KEYS))}"
+        NetLoaderConfig.parse({"zzz": None})
+    assert f"unknown Netloader key 'zzz' (value None): known keys: {', '.join(sorted(KEYS))} " in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "SERVE", ["SERVE"], 3, True], ids=repr)
@@ -355,7 +375,10 @@ def test_a_config_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "missing.json")
     with pytest.raises(ConfigError) as caught:
         NetLoaderConfig.parse({"CONFIG_FILE": path})
-    assert str(caught.value) == f"CONFIG_FILE {path!r} cannot be read: No such file or directory"
+    assert str(caught.value) == (
+        f"CONFIG_FILE {path!r} cannot be read: No such file or directory "
+        "(upstream's Netloader takes the keys beside it)"
+    )
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 

@@ -3,12 +3,16 @@
 Each key has one parser, which returns the value, or raises ValueError saying what is allowed. Only a key that is absent
 takes its default. An unknown key or a wrong value stops the start with an error that names the key, the value, and what
 is allowed; for a misspelt key it names the nearest one.
+
+Upstream's Netloader has some of these keys. What its users write is understood, null for an absent key too. Where it
+would go on without a word, the error says with what, so that its users can choose that.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -65,9 +69,9 @@ class NetLoaderConfig:
         """Reads `extra_config`, and the file that its CONFIG_FILE may name, whose keys win. Raises ConfigError."""
         if not isinstance(extra_config, Mapping):
             raise ConfigError(f"--model-loader-extra-config is {extra_config!r}: expected a JSON object")
-        values = dict(extra_config)
+        values = _present(extra_config)
         if "CONFIG_FILE" in values:
-            values |= _read_config_file(values.pop("CONFIG_FILE"))
+            values |= _present(_read_config_file(values.pop("CONFIG_FILE")))
         parsed = {key.lower(): _parse_value(key, value) for key, value in values.items()}
         _require_whole_tls(parsed)
         return cls(**parsed)
@@ -110,6 +114,10 @@ class NetLoaderConfig:
         return port
 
 
+def _present(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None or key not in _UPSTREAM}
+
+
 def _require_whole_tls(parsed: Mapping[str, Any]) -> None:
     """Raises ConfigError where some of the keys of TLS are set and others are not."""
     keys = ("TLS_CERT", "TLS_KEY", "TLS_CA")
@@ -123,9 +131,11 @@ def _read_config_file(path: object) -> dict[str, Any]:
     try:
         content = json.loads(Path(location).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"CONFIG_FILE {location!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"CONFIG_FILE {location!r} cannot be read: {error.strerror}{_upstream('CONFIG_FILE')}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"CONFIG_FILE {location!r} is not JSON: {error}") from error
+        raise ConfigError(f"CONFIG_FILE {location!r} is not JSON: {error}{_upstream('CONFIG_FILE')}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"CONFIG_FILE {location!r} holds {content!r}: expected a JSON object of Netloader keys")
     if "CONFIG_FILE" in content:
@@ -138,11 +148,16 @@ def _parse_value(key: str, value: object) -> Any:
     if parser is None:
         nearest = difflib.get_close_matches(str(key).upper(), _PARSERS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(_PARSERS))}"
-        raise ConfigError(f"unknown Netloader key {key!r} (value {value!r}): {hint}")
+        raise ConfigError(f"unknown Netloader key {key!r} (value {value!r}): {hint} (upstream's Netloader ignores it)")
     try:
         return parser(value)
     except ValueError as error:
-        raise ConfigError(f"Netloader key {key} has the value {value!r}: {error}") from error
+        raise ConfigError(f"Netloader key {key} has the value {value!r}: {error}{_upstream(key)}") from error
+
+
+def _upstream(key: str) -> str:
+    """What upstream's Netloader does where the value of its `key` is an error here; nothing of other keys."""
+    return f" (upstream's Netloader {_UPSTREAM[key]})" if key in _UPSTREAM else ""
 
 
 def _text(value: object) -> str:
@@ -164,9 +179,10 @@ def _boolean(value: object) -> bool:
 
 
 def _port(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
+    port = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value) else value
+    if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65535:
         raise ValueError("expected a port number from 1 to 65535, or no such key for an ephemeral port")
-    return value
+    return port
 
 
 def _seconds(value: object) -> float:
@@ -199,6 +215,10 @@ def _one_of(*allowed: str) -> Callable[[object], str]:
     return parse
 
 
+def _cache_place(value: object) -> str:
+    return _one_of("hbm", "dram", "no")(value.lower() if isinstance(value, str) else value)
+
+
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise ValueError("expected a list of parameter names")
@@ -223,11 +243,13 @@ def _sources(value: object) -> tuple[Source, ...]:
 def _source_item(position: int, item: object) -> list[Source]:
     if isinstance(item, str):
         return [Source(Endpoint.parse(item))]
-    if not isinstance(item, dict) or set(item) != {"device_id", "sources"}:
+    if not isinstance(item, dict) or set(item) | {"sources"} != {"device_id", "sources"}:
         raise ValueError(f'item {position} is {item!r}: expected "host:port" or {{"device_id": ..., "sources": [...]}}')
-    device_id, endpoints = item["device_id"], item["sources"]
+    device_id, endpoints = item["device_id"], item.get("sources")
     if not isinstance(device_id, int) or isinstance(device_id, bool) or device_id < 0:
         raise ValueError(f"item {position} has device_id {device_id!r}: expected a rank, 0 or more")
+    if endpoints is None:
+        return []
     if not isinstance(endpoints, list) or not all(isinstance(endpoint, str) for endpoint in endpoints):
         raise ValueError(f'item {position} has sources {endpoints!r}: expected a list of "host:port"')
     return [Source(Endpoint.parse(endpoint), device_id) for endpoint in endpoints]
@@ -252,11 +274,22 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "TLS_KEY": _text,
     "TLS_CA": _text,
     "FALLBACK": _one_of("disk", "error"),
-    "INT8_CACHE": _one_of("hbm", "dram", "no"),
+    "INT8_CACHE": _cache_place,
     "INT8_CACHE_NAME": _names,
     "OUTPUT_PREFIX": _text,
     "REPORT_PREFIX": _text,
     "CONFIG_FILE": _text,
 }
+
+_UPSTREAM: Final = {
+    "SOURCE": "skips what it does not understand",
+    "MODEL": "takes the model's path",
+    "LISTEN_PORT": "takes a free port for what is no number, and serves nothing where a number is too low or too high",
+    "INT8_CACHE": 'takes "no"',
+    "INT8_CACHE_NAME": "takes all int8 parameters for what is no list",
+    "OUTPUT_PREFIX": "writes no file",
+    "CONFIG_FILE": "takes the keys beside it",
+}
+"""The keys of upstream's Netloader, and what it does with a value that is an error here."""
 
 assert {key.lower() for key in _PARSERS} - {"config_file"} == {field.name for field in fields(NetLoaderConfig)}
