@@ -11,5 +11,5 @@ def fp32_attention() -> bool:
 
 
 def stateless_group_buffer() -> int:
-    """ASCEND_STATELESS_HCCL_BUFFSIZE: MiB of a device for HCCL's buffer of a stateless group; HCCL's default is 200."""
-    return int(os.environ.get("ASCEND_STATELESS_HCCL_BUFFSIZE", "32"))
+    """ASCEND_STATELESS_HCCL_BUFFSIZE: MiB of HCCL's buffer for a stateless group; a device holds it twice."""
+    return int(os.environ.get("ASCEND_STATELESS_HCCL_BUFFSIZE", "16"))

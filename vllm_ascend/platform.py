@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
-import uuid
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_npu
@@ -27,10 +26,6 @@ from vllm_ascend.limits import refuse_unsupported
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import ProcessGroup
-
-
-_STOPPED: Final = 2
-"""Of torch-npu's watchdog (WatchdogStatus in ProcessGroupHCCL.hpp), which would end the process when a peer is gone."""
 
 
 class NPUPlatform(Platform):
@@ -210,34 +205,9 @@ class NPUPlatform(Platform):
     def stateless_init_device_torch_dist_pg(
         cls, backend: str, prefix_store: PrefixStore, group_rank: int, group_size: int, timeout: timedelta
     ) -> ProcessGroup:
-        """A group beside torch.distributed's own, with a name that no other has and a small buffer on the device.
-
-        Its failures are for the caller to see, at the next synchronisation: they do not end the process.
-        The device is the one that is current in the calling thread when the first operation runs.
-        """
-        from torch.distributed import ProcessGroup
-        from torch.distributed.distributed_c10d import GroupName
+        """See `make_stateless_group`."""
+        from vllm_ascend.distributed.stateless_group import make_stateless_group
 
         if backend != "hccl":
             raise ValueError(f"process groups of NPUs have the backend 'hccl', not {backend!r}")
-        process_group_hccl = torch_npu._C._distributed_c10d.ProcessGroupHCCL
-        name = _agree_on_name(prefix_store, group_rank)
-        options = process_group_hccl.Options()
-        options._timeout = timeout
-        options.group_id = name
-        options.global_ranks_in_group = list(range(group_size))
-        options.hccl_config = {"group_name": name, "hccl_buffer_size": envs.stateless_group_buffer()}
-        group = ProcessGroup(prefix_store, group_rank, group_size)
-        group._set_default_backend(ProcessGroup.BackendType.CUSTOM)
-        implementation = process_group_hccl(prefix_store, group_rank, group_size, options)
-        implementation.set_watchdog_status(_STOPPED)
-        implementation._set_sequence_number_for_group()
-        group._register_backend(torch.device("npu"), ProcessGroup.BackendType.CUSTOM, implementation)
-        group._set_group_name(GroupName(name))
-        return group
-
-
-def _agree_on_name(store: PrefixStore, rank: int) -> str:
-    if rank == 0:
-        store.set("name", f"stateless-{uuid.uuid4().hex}")
-    return store.get("name").decode()
+        return make_stateless_group(prefix_store, group_rank, group_size, timeout)

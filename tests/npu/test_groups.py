@@ -1,9 +1,14 @@
-"""Clients that ask for a group over HCCL and do not come to it: HCCL waits for them, the server does not."""
+"""Groups over HCCL whose peers do not come, or come and fall silent."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+from torch.distributed import HashStore, PrefixStore, ProcessGroup
+from vllm.platforms import current_platform
 
 from support.peers.strangers import Intruder, netloader_threads
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
@@ -36,3 +41,36 @@ def test_clients_that_never_come_end_in_time_and_leave_the_device_working() -> N
         assert "netloader-gather" in netloader_threads()  # HCCL has more patience
         _, fetched = fetch(tensors, transports(["process_group"], str(ON_SECOND)), source)
         tensors.assert_in(fetched.memory)
+
+
+def test_the_device_waits_for_a_silent_peer_as_long_as_the_group_was_told() -> None:
+    store = HashStore()
+
+    def join(rank: int) -> ProcessGroup:
+        current_platform.set_device((ON_FIRST, ON_SECOND)[rank])
+        group = current_platform.stateless_init_device_torch_dist_pg(
+            backend="hccl",
+            prefix_store=PrefixStore("group", store),
+            group_rank=rank,
+            group_size=2,
+            timeout=timedelta(seconds=1.5),
+        )
+        _exchange(group, rank)
+        return group
+
+    with ThreadPoolExecutor(2) as ranks:
+        groups = [*ranks.map(join, range(2))]
+        assert len(groups[0].group_name) == len(groups[1].group_name) <= 32
+
+        with pytest.raises(RuntimeError, match="nothing has moved for 2 s"):
+            ranks.submit(lambda: (current_platform.set_device(ON_SECOND), _exchange(groups[1], 1))).result()
+    for group in groups:
+        group.abort()
+    with pytest.raises(RuntimeError, match="nothing has moved"):
+        torch.accelerator.synchronize(ON_SECOND)  # which would otherwise fail in the next test
+
+
+def _exchange(group: ProcessGroup, rank: int) -> None:
+    byte = torch.zeros(1, dtype=torch.uint8, device=(ON_FIRST, ON_SECOND)[rank])
+    group._get_backend(byte.device).batch_isend_irecv([("isend", "irecv")[rank]], [byte], [1 - rank]).wait()
+    torch.accelerator.current_stream(byte.device).synchronize()

@@ -147,11 +147,15 @@ class Pair:
 
     def send(self, tensor: torch.Tensor) -> Work:
         """Starts sending `tensor` to the receiver; it must stay unchanged until the work is finished."""
-        return self._begun(self._group.send([tensor], RECEIVER, 0))
+        if self.device.type == "cpu":
+            return self._begun(self._group.send([tensor], RECEIVER, 0))
+        return self._begun(self._hccl.batch_isend_irecv(["isend"], [tensor], [RECEIVER]))
 
     def receive(self, tensor: torch.Tensor) -> Work:
         """Starts receiving into `tensor`."""
-        return self._begun(self._group.recv([tensor], SENDER, 0))
+        if self.device.type == "cpu":
+            return self._begun(self._group.recv([tensor], SENDER, 0))
+        return self._begun(self._hccl.batch_isend_irecv(["irecv"], [tensor], [SENDER]))
 
     def finish(self, work: Work, aborted: threading.Event | None = None) -> None:
         """Returns when `work` is done, not only queued.
@@ -185,6 +189,11 @@ class Pair:
                 torch.accelerator.synchronize(self.device)
             except RuntimeError as error:
                 logger.warning("left a process group in which an operation had failed: %s", error)
+
+    @property
+    def _hccl(self) -> Any:
+        """HCCL's part of the group; its `send` and `recv` would not keep to the group's timeout and buffer."""
+        return self._group._get_backend(self.device)
 
     def _begun(self, work: Work) -> Work:
         self._unfinished.append(work)
