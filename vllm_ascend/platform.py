@@ -21,6 +21,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from vllm_ascend import envs
 from vllm_ascend.compatibility import choose_block_size, name_what_is_not_read
 from vllm_ascend.graphs import choose_graphs
+from vllm_ascend.hardware import refuse_other_npus, warn_of_old_cann
 from vllm_ascend.limits import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ class NPUPlatform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
+        refuse_other_npus()
         refuse_unsupported(vllm_config)
+        warn_of_old_cann()
         model = vllm_config.model_config
         if model is not None:
             cls.check_if_supports_dtype(model.dtype)
@@ -210,4 +213,4 @@ class NPUPlatform(Platform):
 
         if backend != "hccl":
             raise ValueError(f"process groups of NPUs have the backend 'hccl', not {backend!r}")
-        return make_stateless_group(prefix_store, group_rank, group_size, timeout)
+        return make_stateless_group(prefix_store, group_rank, group_size, timeout, envs.stateless_group_buffer())

@@ -261,3 +261,42 @@ assert current_platform.device_count() >= 2 and current_platform.get_device_name
 assert not torch.npu.is_initialized()
 """
     subprocess.run([sys.executable, "-c", script, checkpoints.dense(models)], check=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("soc", "name"),
+    [("Ascend310P3", "Ascend 310P (Atlas inference products), number 202"), ("Ascend950PR_9589", "Ascend 950 (A5)")],
+)
+def test_other_npus_are_refused_by_name(soc: str, name: str, models: Path) -> None:
+    script = """
+import sys
+import torch
+from vllm.engine.arg_utils import EngineArgs
+try:
+    EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+except ValueError as refusal:
+    assert not torch.npu.is_initialized()
+    print(refusal)
+"""
+    environment = {**os.environ, "CANN_SIM_SOC": soc}
+    command = [sys.executable, "-c", script, checkpoints.dense(models)]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=200).stdout
+    assert f"this machine's NPUs are {name}" in told
+    assert "supported are Atlas A2 (Ascend 910B) and Atlas A3 (Ascend 910_93)" in told
+
+
+def test_an_old_cann_is_told_from_a_new_one() -> None:
+    from vllm_ascend.hardware import is_too_old
+
+    assert [is_too_old(each) for each in ("8.5.0", "9.0.RC1", "9.0.0")] == [True] * 3
+    assert [is_too_old(each) for each in ("9.1.0", "9.1.0.alpha002", "9.10.0", "10.0.0", "")] == [False] * 5
+
+
+def test_an_old_cann_gets_a_warning(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_ascend import hardware
+
+    monkeypatch.setattr(hardware, "OLDEST_CANN", (99, 0))
+    with notices() as heard:
+        configured()
+        configured()
+    assert len([line for line in heard if "is older than 99.0" in line]) == 1

@@ -18,8 +18,6 @@ import torch_npu
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import GroupName
 
-from vllm_ascend import envs
-
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
 
@@ -29,8 +27,8 @@ _STOPPED: Final = 2
 """Of torch-npu's watchdog (WatchdogStatus in ProcessGroupHCCL.hpp), which would end the process when a peer is gone."""
 
 
-def make_stateless_group(store: PrefixStore, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
-    """A group with a name that no other has and a small buffer on the device.
+def make_stateless_group(store: PrefixStore, rank: int, size: int, timeout: timedelta, buffer: int) -> ProcessGroup:
+    """A group with a name that no other has and a buffer of `buffer` MiB, which a device holds twice.
 
     On the device, an operation waits for its peers for `timeout`, rounded up to seconds. Its failures are for the
     caller to see, at the next synchronisation: they do not end the process. Coming together is not limited by `timeout`
@@ -45,7 +43,7 @@ def make_stateless_group(store: PrefixStore, rank: int, size: int, timeout: time
     options.global_ranks_in_group = list(range(size))
     options.hccl_config = {
         "group_name": name,
-        "hccl_buffer_size": envs.stateless_group_buffer(),
+        "hccl_buffer_size": buffer,
         "hccl_exec_timeout": max(1, math.ceil(timeout.total_seconds())),
     }
     group = ProcessGroup(store, rank, size)

@@ -19,6 +19,7 @@ from vllm.v1.worker.utils import request_memory
 
 import vllm_ascend.ops.experts
 import vllm_ascend.ops.layers  # noqa: F401
+from vllm_ascend.hardware import refuse_other_npus
 from vllm_ascend.worker.runner import NPUModelRunner
 from vllm_ascend.worker.sleep import KV_CACHE, WEIGHTS, NPUSleepMode, device_tensors
 
@@ -39,6 +40,7 @@ class NPUWorker(gpu_worker.Worker):
         self.local_rank = _visible_device(self.parallel_config, self.local_rank)
         self.device = torch.device("npu", self.local_rank)
         torch.accelerator.set_device_index(self.device)
+        refuse_other_npus()
         current_platform.check_if_supports_dtype(self.model_config.dtype)
         gpu_worker.init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend

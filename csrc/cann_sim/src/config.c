@@ -11,6 +11,7 @@
 #include "errors.h"
 
 #define DEFAULT_DEVICES 2
+#define DEFAULT_SOC "Ascend910B1"
 #define DEFAULT_MEMORY ((size_t)4 << 30)
 #define MIN_MEMORY ((size_t)1 << 20)
 #define DEFAULT_HCCL_TIMEOUT 30.0
@@ -76,6 +77,18 @@ static double read_seconds(const char *name, double missing)
     return number;
 }
 
+static void read_soc(void)
+{
+    const char *value = getenv("CANN_SIM_SOC");
+
+    if (!value)
+        value = DEFAULT_SOC;
+    if (strncmp(value, "Ascend", strlen("Ascend")) || strlen(value) >= sizeof config.soc)
+        wrong("CANN_SIM_SOC", value, "the name of a SoC, such as Ascend910B1");
+    else
+        strcpy(config.soc, value);
+}
+
 /* Reads the list as CANN's runtime does: it ends at a character that is neither digit nor comma and at a device that
  * does not exist, and if the devices are not in ascending order, no device is visible. */
 static void read_visible_devices(int machine)
@@ -109,6 +122,7 @@ static void read_environment(void)
 {
     long machine = read_integer("CANN_SIM_DEVICES", DEFAULT_DEVICES, 1, SIM_MAX_DEVICES, "a number from 1 to 64");
 
+    read_soc();
     config.memory = read_size("CANN_SIM_MEMORY", DEFAULT_MEMORY);
     config.hccl_timeout = read_seconds("CANN_SIM_HCCL_TIMEOUT", DEFAULT_HCCL_TIMEOUT);
     config.asynchronous = read_integer("CANN_SIM_ASYNC", 0, 0, 1, "0 or 1") != 0;

@@ -6,10 +6,12 @@
 #include <stddef.h>
 
 #define SIM_MAX_DEVICES 64
+#define SIM_SOC_BYTES 64
 
 typedef struct {
     int device_count;              /* devices that this process sees */
     int physical[SIM_MAX_DEVICES]; /* which devices of the machine they are */
+    char soc[SIM_SOC_BYTES];       /* what kind of device they are, as CANN names it */
     size_t memory;                 /* bytes of each device */
     double hccl_timeout;           /* seconds */
     bool asynchronous;             /* collectives do not block the caller */

@@ -11,9 +11,8 @@
 #include "errors.h"
 
 /* The release whose interface is simulated. torch-npu asks for it before it uses newer functions. */
-#define CANN_VERSION "9.0.0"
+#define CANN_VERSION "9.1.0"
 #define DRIVER_VERSION "25.5.0"
-#define SOC_NAME "Ascend910B1"
 #define MAX_CONFIG 65536
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -98,10 +97,13 @@ void aclAppLog(aclLogLevel logLevel, const char *func, const char *file, uint32_
     funlockfile(stderr);
 }
 
-/* Returns the name by which torch-npu knows what the device can do. */
+/* Returns the name by which torch-npu knows what the device can do; NULL if a setting is wrong. It is known before
+ * anything is started. */
 const char *aclrtGetSocName(void)
 {
-    return SOC_NAME;
+    const sim_config *config = sim_settings();
+
+    return config ? config->soc : NULL;
 }
 
 /* Tells the simulated release; only the field `version` is filled. */

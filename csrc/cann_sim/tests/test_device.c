@@ -50,6 +50,20 @@ static void wrong_memory(unsigned rank, unsigned size)
     CHECK("a wrong size of memory stops everything", aclInit(NULL) == ACL_ERROR_INVALID_PARAM);
 }
 
+static void chosen_soc(unsigned rank, unsigned size)
+{
+    UNUSED_RANK;
+    set("CANN_SIM_SOC", "Ascend310P3");
+    CHECK("the kind of the devices can be chosen, and is known at once", !strcmp(aclrtGetSocName(), "Ascend310P3"));
+}
+
+static void wrong_soc(unsigned rank, unsigned size)
+{
+    UNUSED_RANK;
+    set("CANN_SIM_SOC", "H100");
+    CHECK("a wrong kind stops everything", !aclrtGetSocName() && aclInit(NULL) == ACL_ERROR_INVALID_PARAM);
+}
+
 static void wrong_timeout(unsigned rank, unsigned size)
 {
     UNUSED_RANK;
@@ -234,6 +248,8 @@ int main(void)
     CHECK("defaults", alone(defaults));
     CHECK("wrong number of devices", alone(wrong_count));
     CHECK("wrong memory", alone(wrong_memory));
+    CHECK("chosen SoC", alone(chosen_soc));
+    CHECK("wrong SoC", alone(wrong_soc));
     CHECK("wrong timeout", alone(wrong_timeout));
     CHECK("memory with unit", alone(memory_with_unit));
     CHECK("some devices visible", alone(some_visible));
