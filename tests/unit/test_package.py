@@ -49,7 +49,7 @@ def test_without_an_npu_the_platform_is_left_to_vllm() -> None:
     assert vllm_ascend.register() is None
 
 
-ENTRY_POINTS = {
+DECLARED = {
     "vllm.platform_plugins": {"ascend": "vllm_ascend:register"},
     "vllm.general_plugins": {"ascend_model_loader": "vllm_ascend:register_netloader"},
 }
@@ -58,11 +58,11 @@ ENTRY_POINTS = {
 
 def test_vllm_finds_what_upstream_calls_so() -> None:
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"] == ENTRY_POINTS
+    assert project["entry-points"] == DECLARED
     assert project["scripts"] == {"netloader": f"{NETLOADER}.cli:main"}
 
 
-@pytest.mark.parametrize("value", [value for group in ENTRY_POINTS.values() for value in group.values()])
+@pytest.mark.parametrize("value", [value for group in DECLARED.values() for value in group.values()])
 def test_an_entry_point_leads_somewhere(value: str) -> None:
     assert callable(importlib.metadata.EntryPoint("name", value, "group").load())
 
@@ -114,7 +114,7 @@ ROOMS: dict[str, set[str]] = {
 """What the folders of Netloader may import; whatever lies above them all may import everything."""
 
 SHARED_WORDS = {"config", "endpoint", "errors", "files", "report", "traits"}
-OUTSIDE_ROOMS = {"", "cli", "installation", "loader", "registration"}
+ENTRY_POINTS = {"", "cli", "installation", "loader", "registration"}
 ON_DEVICES = {"transport.process_group": {"model"}}
 """Modules that know more than their room."""
 
@@ -134,13 +134,13 @@ def full_name(module: str) -> str:
 
 
 def test_every_module_of_netloader_is_in_a_room_or_an_entry_point() -> None:
-    assert {room_of(module) for module in NETLOADER_MODULES if module not in OUTSIDE_ROOMS} == ROOMS.keys()
-    assert {module for module in NETLOADER_MODULES if "." not in module} == SHARED_WORDS | OUTSIDE_ROOMS | (
+    assert {room_of(module) for module in NETLOADER_MODULES if module not in ENTRY_POINTS} == ROOMS.keys()
+    assert {module for module in NETLOADER_MODULES if "." not in module} == SHARED_WORDS | ENTRY_POINTS | (
         ROOMS.keys() - {"shared words"}
     )
 
 
-@pytest.mark.parametrize("module", sorted(set(NETLOADER_MODULES) - OUTSIDE_ROOMS))
+@pytest.mark.parametrize("module", sorted(set(NETLOADER_MODULES) - ENTRY_POINTS))
 def test_a_room_imports_only_from_those_below_it(module: str) -> None:
     room = room_of(module)
     siblings = {name for name in imported_siblings(full_name(module)) if not name.startswith("vllm_ascend")}
