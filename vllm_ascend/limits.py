@@ -15,13 +15,15 @@ from vllm_ascend.attention.rules import MAX_REQUESTS, Heads, refusals
 
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
+MOST_RETURNED_EXPERTS = 256
+"""vLLM returns the routes among more as uint16, in which NPUs do not compute."""
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError that names everything in `vllm_config` which does not work on NPUs."""
     reasons = [*_features(vllm_config), *_parallelism(vllm_config)]
     if vllm_config.model_config is not None:
-        reasons += [*_model(vllm_config), *_heads(vllm_config)]
+        reasons += [*_model(vllm_config), *_experts(vllm_config), *_heads(vllm_config)]
     if reasons:
         raise ValueError(f"not supported on NPUs: {'; '.join(reasons)}")
 
@@ -93,6 +95,12 @@ def _model(config: Any) -> Iterator[str]:
         yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
     if (requests := config.scheduler_config.max_num_seqs) > MAX_REQUESTS:
         yield f"max_num_seqs={requests} (at most {MAX_REQUESTS})"
+
+
+def _experts(config: Any) -> Iterator[str]:
+    experts = config.model_config.get_num_experts()
+    if config.aux_output_config.enabled and experts > MOST_RETURNED_EXPERTS:
+        yield f"the routes of {experts} experts (enable_return_routed_experts: at most {MOST_RETURNED_EXPERTS})"
 
 
 def _heads(config: Any) -> Iterator[str]:

@@ -63,7 +63,8 @@ class Loads:
         the place of `old` after the first tensor.
 
         {"call": name, "arguments": {...}} calls that method of the engine that is held. {"ask": prompts} lets it
-        answer; the result has the answers.
+        answer; the result has the answers. {"routes": prompts} lets it answer as well, and the result has the experts
+        of each token in each layer, but for the last token of an answer.
         """
         with _replaced_while_reading(*request.get("replace_while_reading", ())):
             return self._answer(request)
@@ -74,6 +75,9 @@ class Loads:
             return {}
         if "ask" in request:
             return {"answers": answers(self._engine, request["ask"])}
+        if "routes" in request:
+            outputs = generate(self._engine, request["routes"])
+            return {"answers": [output.routed_experts.tolist() for output in outputs]}
         if "reload" in request:
             if "prompts" not in request:
                 self._worker.reload_weights(**request["reload"])
@@ -186,19 +190,25 @@ def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
 
 def answers(engine: Any, prompts: list[Any]) -> list[Any]:
     """Greedy token ids with their log probabilities, or embeddings or probabilities of classes where `engine` pools."""
-    from vllm import SamplingParams
-
-    inputs = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else _with_audio(prompt) for prompt in prompts]
     if engine.model_config.runner_type == "pooling":
         if engine.model_config.convert_type == "classify":
-            return [output.outputs.probs for output in engine.classify(inputs, use_tqdm=False)]
-        return [output.outputs.embedding for output in engine.embed(inputs, use_tqdm=False)]
-    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
-    outputs = [output.outputs[0] for output in engine.generate(inputs, sampling, use_tqdm=False)]
+            return [output.outputs.probs for output in engine.classify(_inputs(prompts), use_tqdm=False)]
+        return [output.outputs.embedding for output in engine.embed(_inputs(prompts), use_tqdm=False)]
     return [
         [[token, logprobs[token].logprob] for token, logprobs in zip(output.token_ids, output.logprobs, strict=True)]
-        for output in outputs
+        for output in generate(engine, prompts)
     ]
+
+
+def generate(engine: Any, prompts: list[Any]) -> list[Any]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+    return [output.outputs[0] for output in engine.generate(_inputs(prompts), sampling, use_tqdm=False)]
+
+
+def _inputs(prompts: list[Any]) -> list[dict[str, Any]]:
+    return [{"prompt_token_ids": prompt} if isinstance(prompt, list) else _with_audio(prompt) for prompt in prompts]
 
 
 def _with_audio(prompt: dict[str, Any]) -> dict[str, Any]:

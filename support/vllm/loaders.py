@@ -255,6 +255,12 @@ class Loader:
         answers: list[Any] = self.finish_loading().answers
         return answers
 
+    def routes(self, prompts: list[Any]) -> list[Any]:
+        """The experts that each token takes in each layer: of `prompts`, and of the answers but for the last token."""
+        self.process.ask({"routes": prompts})
+        routes: list[Any] = self.finish_loading().answers
+        return routes
+
     @property
     def digests(self) -> dict[str, str]:
         digests: dict[str, str] = self.result["digests"]

@@ -55,10 +55,16 @@ def gemma2(root: Path) -> str:
     return str(make_random_model(root / "gemma2", checkpoints.DENSE, architecture="gemma2"))
 
 
+def with_257_experts(root: Path) -> str:
+    configuration = {**checkpoints.MOE, "num_experts": 257, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    return str(make_random_model(root / "experts", configuration, architecture="qwen3_moe"))
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 REFUSED: dict[str, dict[str, Any]] = {
     "quantization 'compressed-tensors'": {"model": checkpoints.w8a8},
+    "the routes of 257 experts": {"model": with_257_experts, "enable_return_routed_experts": True},
     "quantization 'auto_gptq'": {"model": checkpoints.gptq},
     "quantization 'fp8'": {"quantization": "fp8"},
     "multi-head latent attention (MLA)": {"model": checkpoints.latent_attention},

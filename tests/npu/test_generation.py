@@ -108,7 +108,6 @@ SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
     "Llama in graphs": (checkpoints.dense, GRAPHS),
     "Qwen2 in graphs": (qwen2, GRAPHS),
     "Qwen3 in graphs": (qwen3, GRAPHS),
-    "Qwen3-MoE in graphs": (checkpoints.mixture_of_experts, GRAPHS),
 }
 
 
@@ -122,11 +121,9 @@ def test_one_npu_answers_as_the_cpu(
     assert tokens(answering.ask(PROMPTS)) == expected, "with the beginnings of the prompts cached"
 
 
-EXPERTS = {"enable_expert_parallel": True}
 PARTITIONS: dict[str, tuple[Make, dict[str, Any]]] = {
     "tensor parallel, in graphs": (checkpoints.dense, {"tensor_parallel_size": 2, **GRAPHS}),
     "pipeline parallel": (checkpoints.dense, {"pipeline_parallel_size": 2, **EAGER}),
-    "expert parallel, in graphs": (checkpoints.mixture_of_experts, {"tensor_parallel_size": 2, **EXPERTS, **GRAPHS}),
 }
 
 
@@ -137,6 +134,33 @@ def test_two_npus_answer_as_the_cpu(
     answering = engine("npu", make(models), arguments)
     expected = on_cpu(make)
     assert tokens(answering.finish_loading().answers) == expected
+
+
+EXPERTS = {"enable_expert_parallel": True}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tensor_parallel_size": 2, **EXPERTS}], ids=["one", "expert parallel"])
+def test_experts_answer_as_on_the_cpu_and_are_told(
+    arguments: dict[str, Any], engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    """In graphs. Which experts they are, transformers says; some come from a cached prefix."""
+    model = checkpoints.mixture_of_experts(models)
+    answering = engine("npu", model, {**arguments, **GRAPHS, "enable_return_routed_experts": True})
+    expected = on_cpu(checkpoints.mixture_of_experts)
+    assert tokens(answering.finish_loading().answers) == expected
+    read = [prompt + answer[:-1] for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    assert answering.routes(PROMPTS) == [experts_of(model, each) for each in read]
+
+
+def experts_of(model: str, read: list[int]) -> list[list[list[int]]]:
+    """For each token, in each layer, the experts with the largest logits."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        logits = reference(torch.tensor([read]), output_router_logits=True).router_logits
+    chosen: list[list[list[int]]] = torch.stack([each.topk(2)[1] for each in logits], dim=1).tolist()
+    return chosen
 
 
 def test_data_parallel_replicas_share_experts(

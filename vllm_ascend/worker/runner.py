@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch_npu
 from vllm.utils import torch_utils
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_ascend.worker.routed_experts import OutputWithExperts, RoutedExperts
 
 _operators: list[torch.library.Library] = []
 """What was registered with torch lives as long as this."""
@@ -25,6 +28,31 @@ class NPUModelRunner(GPUModelRunner):
         _lead_cuda_to_npu()
         _define_weak_references()
         super().__init__(vllm_config, device)
+        self._routed_experts: RoutedExperts | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        if self.vllm_config.aux_output_config.enabled and not is_profiling:
+            self._routed_experts = RoutedExperts(self.get_model(), self.vllm_config, kv_cache_config)
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        if self._routed_experts is not None:
+            self._routed_experts.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        experts = None
+        if self._routed_experts is not None and self.execute_model_state is not None:
+            experts = self._routed_experts.end_step(self.input_batch, self.query_start_loc.np)
+        output = super().sample_tokens(grammar_output)
+        if experts is None:
+            return output
+        return experts.add_to(output) if isinstance(output, ModelRunnerOutput) else OutputWithExperts(output, experts)
+
+    def shutdown(self) -> None:
+        if self._routed_experts is not None:
+            self._routed_experts.close()
+        super().shutdown()
 
 
 def _lead_cuda_to_npu() -> None:
