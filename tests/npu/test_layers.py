@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from support.operators import operators_of
+
 NPU = "npu:0"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -225,6 +227,37 @@ def test_experts(tokens: int, own: tuple[int, int] | None, dtype: torch.dtype, u
     found = run_experts(x, weights, experts.int(), w13[first:end], w2[first:end], here)
     assert_close(found, expected.to(dtype))
     assert used == {"npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_token_unpermute"}
+
+
+def test_few_operators_route_tokens_to_experts_and_back() -> None:
+    """None of them runs on a device's AI CPUs, as sorting integers and searching do."""
+    from vllm.model_executor.layers.fused_moe.layer import create_fused_moe_router
+
+    from vllm_ascend.ops.experts import Range, run_experts
+
+    x, logits = random(9, 64, dtype=torch.bfloat16), random(9, 16, dtype=torch.bfloat16)
+    w13, w2 = random(16, 96, 64, dtype=torch.bfloat16), random(16, 64, 48, dtype=torch.bfloat16)
+    router = create_fused_moe_router(top_k=3, global_num_experts=16)
+
+    def layer(own: Range | None) -> torch.Tensor:
+        here = slice(own.first, own.end) if own else slice(None)
+        weights, experts = router.select_experts(x, logits)
+        return run_experts(x, weights, experts, w13[here], w2[here], own)
+
+    to_experts = ["to", "npu_moe_gating_top_k_softmax_v2", "npu_moe_init_routing_v2"]
+    experts = ["npu_grouped_matmul", "npu_swiglu", "npu_grouped_matmul"]
+    assert operators_of(lambda: layer(None)) == [*to_experts, *experts, "npu_moe_token_unpermute"]
+    only_own = ["lt", "masked_fill", "clamp_min"]
+    assert operators_of(lambda: layer(Range(4, 8, 16))) == [*to_experts, *experts, *only_own, "npu_moe_token_unpermute"]
+
+
+def test_one_operator_turns_queries_and_keys() -> None:
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    rope = get_rope(64, 256, rope_parameters={"rope_theta": 10000.0}, dtype=torch.bfloat16).to(NPU)
+    positions = torch.arange(5, device=NPU)
+    query, key = random(5, 6 * 64, dtype=torch.bfloat16).split((4 * 64, 2 * 64), dim=-1)
+    assert operators_of(lambda: rope(positions, query, key)) == ["contiguous", "contiguous", "npu_mrope"]
 
 
 @pytest.mark.parametrize("devices", [2, 3])
