@@ -35,9 +35,12 @@ static _Thread_local aclmdlRICaptureMode thread_mode = ACL_MODEL_RI_CAPTURE_MODE
 /* With the lock held. */
 static aclError join(const char *function, sim_capture *capture, sim_stream *stream)
 {
-    sim_part *part = malloc(sizeof *part);
+    sim_part *part;
+    aclError error = sim_take_graph_stream(function, capture->graph, stream->device);
 
-    if (!part)
+    if (error)
+        return error;
+    if (!(part = malloc(sizeof *part)))
         return sim_no_memory(function);
     *part = (sim_part){capture->parts, capture, stream, 0, 0};
     capture->parts = stream->part = part;
@@ -214,8 +217,10 @@ static aclError wait_for_point(const char *function, sim_stream *stream, const s
         return sim_fail(function, ACL_ERROR_RT_CAPTURE_DEPENDENCY, "the event was recorded in a capture that is over");
     if (stream->part && stream->part->capture != capture)
         return sim_fail(function, ACL_ERROR_RT_CAPTURE_DEPENDENCY, "the event belongs to another capture");
-    if (!stream->part && (error = join(function, capture, stream)))
+    if (!stream->part && (error = join(function, capture, stream))) {
+        capture->invalid = true;
         return error;
+    }
     if (stream == point->stream)
         return ACL_SUCCESS;
     for (sim_part *part = capture->parts; part; part = part->next)

@@ -14,6 +14,8 @@
 #define DEFAULT_SOC "Ascend910B1"
 #define DEFAULT_MEMORY ((size_t)4 << 30)
 #define MIN_MEMORY ((size_t)1 << 20)
+#define DEFAULT_STREAMS 1984
+#define COMMUNICATOR_STREAMS 40 /* what vllm-ascend reckoned with */
 #define DEFAULT_HCCL_TIMEOUT 30.0
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -118,11 +120,23 @@ static void read_visible_devices(int machine)
     config.device_count = count;
 }
 
+/* CANN's variable: whether HCCL unfolds operations on the vector cores, for which it needs no more streams. */
+static size_t read_communicator_streams(void)
+{
+    const char *mode = getenv("HCCL_OP_EXPANSION_MODE");
+
+    return mode && !strcmp(mode, "AIV") ? 1 : COMMUNICATOR_STREAMS;
+}
+
 static void read_environment(void)
 {
     long machine = read_integer("CANN_SIM_DEVICES", DEFAULT_DEVICES, 1, SIM_MAX_DEVICES, "a number from 1 to 64");
 
     read_soc();
+    config.machine_devices = (int)machine;
+    config.machine = getenv("CANN_SIM_MACHINE") ? strdup(getenv("CANN_SIM_MACHINE")) : "";
+    config.streams = (size_t)read_integer("CANN_SIM_STREAMS", DEFAULT_STREAMS, 1, 1 << 20, "a number of streams");
+    config.communicator_streams = read_communicator_streams();
     config.memory = read_size("CANN_SIM_MEMORY", DEFAULT_MEMORY);
     config.hccl_timeout = read_seconds("CANN_SIM_HCCL_TIMEOUT", DEFAULT_HCCL_TIMEOUT);
     config.asynchronous = read_integer("CANN_SIM_ASYNC", 0, 0, 1, "0 or 1") != 0;

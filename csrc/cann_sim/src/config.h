@@ -12,7 +12,11 @@ typedef struct {
     int device_count;              /* devices that this process sees */
     int physical[SIM_MAX_DEVICES]; /* which devices of the machine they are */
     char soc[SIM_SOC_BYTES];       /* what kind of device they are, as CANN names it */
+    int machine_devices;           /* devices of the machine */
+    const char *machine;           /* its name */
     size_t memory;                 /* bytes of each device */
+    size_t streams;                /* of each device */
+    size_t communicator_streams;   /* that HCCL takes for a communicator */
     double hccl_timeout;           /* seconds */
     bool asynchronous;             /* collectives do not block the caller */
     bool poison;                   /* fresh device memory is filled with garbage */

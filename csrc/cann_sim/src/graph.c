@@ -28,6 +28,9 @@ static void release_graph(sim_object *object)
             node->release(node->argument);
         free(node);
     }
+    for (int device = 0; device < SIM_MAX_DEVICES; device++)
+        if (graph->streams[device])
+            sim_give_streams(device, graph->streams[device]);
     free(graph);
 }
 
@@ -45,6 +48,15 @@ sim_graph *sim_new_graph(const char *function)
         return graph;
     free(graph);
     return NULL;
+}
+
+aclError sim_take_graph_stream(const char *function, sim_graph *graph, int device)
+{
+    aclError error = sim_take_streams(function, device, 1);
+
+    if (!error)
+        graph->streams[device]++;
+    return error;
 }
 
 aclError sim_add_node(const char *function, sim_graph *graph, const cann_sim_node *node)

@@ -11,6 +11,7 @@
 
 #include "acl_api.h"
 #include "cann_sim.h"
+#include "config.h"
 #include "handles.h"
 #include "stream.h"
 
@@ -27,10 +28,14 @@ typedef struct {
     sim_node *nodes, **nodes_end;
     size_t node_count;
     int replays; /* under way */
+    size_t streams[SIM_MAX_DEVICES];
 } sim_graph;
 
 /* A new graph, which belongs to its handle; NULL, with the thread's error set, if there is no room for it. */
 sim_graph *sim_new_graph(const char *function);
+
+/* Takes a stream of the device for as long as the graph lives: a device needs one for each stream that is captured. */
+aclError sim_take_graph_stream(const char *function, sim_graph *graph, int device);
 
 /* Appends a step to a graph that is not complete. The node's argument is the graph's if all went well. One thread at a
  * time. */

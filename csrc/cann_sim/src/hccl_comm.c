@@ -7,11 +7,14 @@
 
 #include "config.h"
 #include "errors.h"
+#include "stream.h"
 
 void hccl_release_comm(sim_object *object)
 {
     hccl_comm *comm = (hccl_comm *)object;
 
+    if (comm->streams)
+        sim_give_streams(comm->device, comm->streams);
     if (comm->wake >= 0)
         close(comm->wake);
     pthread_mutex_destroy(&comm->turn);

@@ -14,6 +14,7 @@ typedef struct hccl_comm {
     struct hccl_comm *next; /* of the process */
     uint32_t rank, size;
     int device;
+    size_t streams; /* of the device, that HCCL holds for it */
     double timeout; /* seconds without progress until an operation fails */
     char name[COMM_NAME_MAX_LENGTH];
     int wake; /* becomes readable when the communicator is being destroyed */

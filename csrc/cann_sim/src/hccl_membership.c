@@ -13,6 +13,7 @@
 #include "device.h"
 #include "errors.h"
 #include "hccl_link.h"
+#include "stream.h"
 
 #define ROOT_MAGIC "cannsim root 1"
 
@@ -134,6 +135,9 @@ static HcclResult join(const char *function, hccl_comm *comm, const root *conten
     HcclResult result;
 
     name_after(comm, content->nonce);
+    if (sim_take_streams(function, comm->device, sim_settings()->communicator_streams))
+        return HCCL_E_RUNTIME;
+    comm->streams = sim_settings()->communicator_streams;
     if ((config && (result = read_config(function, comm, config))) || (result = enter_list(function, comm)) ||
         (result = hccl_connect(function, comm, content->nonce, sim_settings()->hccl_timeout)))
         return result;

@@ -10,6 +10,7 @@
 #include "config.h"
 #include "device.h"
 #include "errors.h"
+#include "machine.h"
 
 #define HUGE_PAGE ((size_t)2 << 20)
 #define GRANULE ((size_t)4096)
@@ -18,7 +19,6 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static sim_region *regions; /* by address */
 static size_t region_count, region_room;
-static size_t taken[SIM_MAX_DEVICES];
 
 static size_t round_up(size_t size)
 {
@@ -133,24 +133,18 @@ bool sim_remove_region(void *base, sim_origin origin, sim_region *region)
 
 aclError sim_take_memory(const char *function, int device, size_t size)
 {
-    size_t total = sim_settings()->memory, free_bytes;
+    size_t total = sim_settings()->memory, left;
+    aclError error = sim_take(function, SIM_BYTES, device, size, total, &left);
 
-    pthread_mutex_lock(&lock);
-    free_bytes = total - taken[device];
-    if (size <= free_bytes)
-        taken[device] += size;
-    pthread_mutex_unlock(&lock);
-    if (size <= free_bytes)
-        return ACL_SUCCESS;
+    if (error || size <= left)
+        return error;
     return sim_fail(function, ACL_ERROR_RT_MEMORY_ALLOCATION, "%zu bytes asked of device %d, of whose %zu %zu are free",
-                    size, device, total, free_bytes);
+                    size, device, total, left);
 }
 
 void sim_give_memory(int device, size_t size)
 {
-    pthread_mutex_lock(&lock);
-    taken[device] -= size;
-    pthread_mutex_unlock(&lock);
+    sim_give(SIM_BYTES, device, size);
 }
 
 /* Maps fresh pages, huge ones where they help: most of the cost is in touching memory for the first time. */
@@ -308,9 +302,10 @@ aclError aclrtPointerGetAttributes(const void *ptr, aclrtPtrAttributes *attribut
     return ACL_SUCCESS;
 }
 
-/* Tells how many bytes of the current device are free. What other processes take of it is not counted. */
+/* Tells how many bytes of the current device no process has taken. */
 aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *free, size_t *total)
 {
+    size_t taken;
     int device;
     aclError error = CURRENT_DEVICE(&device);
 
@@ -319,10 +314,10 @@ aclError aclrtGetMemInfo(aclrtMemAttr attr, size_t *free, size_t *total)
         return error;
     if (!free || !total)
         return FAIL(ACL_ERROR_INVALID_PARAM, "NULL");
-    pthread_mutex_lock(&lock);
+    if ((error = sim_usage(__func__, SIM_BYTES, device, &taken)))
+        return error;
     *total = sim_settings()->memory;
-    *free = *total - taken[device];
-    pthread_mutex_unlock(&lock);
+    *free = taken < *total ? *total - taken : 0;
     return ACL_SUCCESS;
 }
 

@@ -10,11 +10,30 @@
 #include "config.h"
 #include "device.h"
 #include "errors.h"
+#include "machine.h"
 
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 static sim_stream *streams[SIM_MAX_DEVICES];
 static void *default_streams[SIM_MAX_DEVICES];
 static atomic_int next_id;
+
+aclError sim_take_streams(const char *function, int device, size_t count)
+{
+    size_t limit = sim_settings()->streams, left;
+    aclError error = sim_take(function, SIM_STREAMS, device, count, limit, &left);
+
+    if (error || count <= left)
+        return error;
+    return sim_fail(function, ACL_ERROR_RT_NO_STREAM_RESOURCE,
+                    "device %d has %zu streams, of which %zu are free and %zu needed: those of graphs and communicators "
+                    "count, and those of other processes",
+                    device, limit, left, count);
+}
+
+void sim_give_streams(int device, size_t count)
+{
+    sim_give(SIM_STREAMS, device, count);
+}
 
 static void release_stream(sim_object *object)
 {
@@ -25,12 +44,13 @@ static void release_stream(sim_object *object)
     free(stream);
 }
 
-void *sim_create_stream(int device)
+/* A stream that is counted already. */
+static sim_stream *new_stream(const char *function, int device)
 {
     sim_stream *stream = calloc(1, sizeof *stream);
 
     if (!stream) {
-        sim_no_memory(__func__);
+        sim_no_memory(function);
         return NULL;
     }
     stream->device = device;
@@ -38,34 +58,48 @@ void *sim_create_stream(int device)
     stream->queue_end = &stream->queue;
     pthread_mutex_init(&stream->lock, NULL);
     sim_init_condition(&stream->changed);
-    if (!(stream->handle = sim_publish(SIM_STREAM, &stream->object, release_stream))) {
-        release_stream(&stream->object);
-        return NULL;
+    if ((stream->handle = sim_publish(SIM_STREAM, &stream->object, release_stream)))
+        return stream;
+    release_stream(&stream->object);
+    return NULL;
+}
+
+aclError sim_create_stream(const char *function, int device, void **handle)
+{
+    sim_stream *stream;
+    aclError error;
+
+    *handle = NULL;
+    if ((error = sim_take_streams(function, device, 1)))
+        return error;
+    if (!(stream = new_stream(function, device))) {
+        sim_give_streams(device, 1);
+        return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
     }
+    *handle = stream->handle;
     pthread_mutex_lock(&list_lock);
     stream->next = streams[device];
     streams[device] = stream;
     pthread_mutex_unlock(&list_lock);
-    return stream->handle;
+    return ACL_SUCCESS;
 }
 
-static void *default_stream(int device)
+static aclError default_stream(const char *function, int device, void **handle)
 {
-    void *handle;
+    aclError error;
+    void *made;
 
     pthread_mutex_lock(&list_lock);
-    handle = default_streams[device];
+    *handle = default_streams[device];
     pthread_mutex_unlock(&list_lock);
-    if (handle || !(handle = sim_create_stream(device)))
-        return handle;
+    if (*handle || (error = sim_create_stream(function, device, &made)))
+        return *handle ? ACL_SUCCESS : error;
     pthread_mutex_lock(&list_lock);
-    if (default_streams[device]) { /* another thread was faster; ours stays unused until the device is reset */
-        handle = default_streams[device];
-    } else {
-        default_streams[device] = handle;
-    }
+    if (!default_streams[device]) /* or another thread was faster; ours stays unused until the device is reset */
+        default_streams[device] = made;
+    *handle = default_streams[device];
     pthread_mutex_unlock(&list_lock);
-    return handle;
+    return ACL_SUCCESS;
 }
 
 aclError sim_find_stream(const char *function, aclrtStream handle, sim_stream **stream)
@@ -77,8 +111,8 @@ aclError sim_find_stream(const char *function, aclrtStream handle, sim_stream **
     *stream = NULL;
     if (error)
         return error;
-    if (!handle && !(handle = default_stream(device)))
-        return ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+    if (!handle && (error = default_stream(function, device, &handle)))
+        return error;
     if (!(found = sim_acquire(SIM_STREAM, handle)))
         return sim_fail(function, ACL_ERROR_RT_INVALID_HANDLE, "%p is not a stream, or was destroyed", handle);
     if (found->device == device) {
@@ -365,6 +399,7 @@ static void leave_list(const sim_stream *stream)
 void sim_close_stream(sim_stream *stream)
 {
     leave_list(stream);
+    sim_give_streams(stream->device, 1);
     pthread_mutex_lock(&stream->lock);
     stream->closing = true;
     pthread_cond_broadcast(&stream->changed);

@@ -56,8 +56,13 @@ typedef struct sim_stream {
     struct sim_part *part; /* in a capture, or NULL; belongs to capture.c */
 } sim_stream;
 
-/* A handle for a new stream of `device`; NULL, with the thread's error set, if there is no room for it. */
-void *sim_create_stream(int device);
+/* Counts streams of a device as taken: those that are made here, and those that graphs and communicators hold. Fails
+ * with ACL_ERROR_RT_NO_STREAM_RESOURCE; counts them as free again. */
+aclError sim_take_streams(const char *function, int device, size_t count);
+void sim_give_streams(int device, size_t count);
+
+/* Makes a stream of `device`; `handle` is NULL after an error. */
+aclError sim_create_stream(const char *function, int device, void **handle);
 
 /* The stream behind a handle (NULL: the default stream of the current device), with a reference; it must belong to the
  * current device. `stream` is NULL after an error. */

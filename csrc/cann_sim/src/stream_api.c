@@ -10,7 +10,8 @@
 #include "graph.h"
 #include "stream.h"
 
-/* Makes a stream of the current device. */
+/* Makes a stream of the current device, which has CANN_SIM_STREAMS; beyond them the error is
+ * ACL_ERROR_RT_NO_STREAM_RESOURCE. */
 aclError aclrtCreateStream(aclrtStream *stream)
 {
     return aclrtCreateStreamWithConfig(stream, 0, 0);
@@ -27,7 +28,7 @@ aclError aclrtCreateStreamWithConfig(aclrtStream *stream, uint32_t priority, uin
         return error;
     if (!stream)
         return FAIL(ACL_ERROR_INVALID_PARAM, "stream is NULL");
-    return (*stream = sim_create_stream(device)) ? ACL_SUCCESS : ACL_ERROR_RT_RESOURCE_ALLOC_FAIL;
+    return sim_create_stream(__func__, device, stream);
 }
 
 /* Ends the handle; the reference is the caller's. */

@@ -11,15 +11,19 @@
 
 #define CHILD_SECONDS 60 /* then it is killed by its alarm */
 
-/* Starts a child that runs `body(rank, size)` and fails if a check fails in it. */
+/* Starts a child that runs `body(rank, size)` and fails if a check fails in it. Children of one process are on a machine
+ * of their own. */
 static inline pid_t start_child(void (*body)(unsigned rank, unsigned size), unsigned rank, unsigned size)
 {
+    char machine[32];
     pid_t child;
 
     fflush(stdout);
     if ((child = fork()))
         return child;
     alarm(CHILD_SECONDS);
+    snprintf(machine, sizeof machine, "test %d", (int)getppid());
+    setenv("CANN_SIM_MACHINE", machine, 1);
     checks = failures = 0;
     body(rank, size);
     fflush(stdout);

@@ -3,6 +3,7 @@
 
 #include "children.h"
 #include "gate.h"
+#include "hccl_api.h"
 
 #define UNUSED_RANK (void)rank, (void)size
 
@@ -213,6 +214,86 @@ static void many_threads(unsigned rank, unsigned size)
     CHECK("threads take turns in a stream", !failed[0] && !failed[1] && !failed[2] && !failed[3] && counter == 4000);
 }
 
+/* Makes streams until there are none left, and returns how many. */
+static int use_up_streams(aclrtStream made[16])
+{
+    int count = 0;
+
+    while (count < 16 && !aclrtCreateStream(&made[count]))
+        count++;
+    return count;
+}
+
+static void too_many(unsigned rank, unsigned size)
+{
+    aclrtStream made[16], more;
+    aclmdlRI graph;
+    aclrtEvent event;
+    HcclRootInfo root;
+    HcclComm comm;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_STREAMS", "8", 1);
+    setenv("HCCL_OP_EXPANSION_MODE", "AIV", 1);
+    aclrtSetDevice(0);
+    CHECK("the default stream is one", !aclrtSynchronizeStream(NULL));
+    CHECK("a device has so many streams, and no more",
+          use_up_streams(made) == 7 && aclrtCreateStream(&more) == ACL_ERROR_RT_NO_STREAM_RESOURCE && !more);
+    CHECK("the message says so", strstr(aclGetRecentErrMsg(), "has 8 streams"));
+    CHECK("another device has its own", !aclrtSetDevice(1) && !aclrtCreateStream(&more) && !aclrtSetDevice(0));
+    CHECK("a capture needs one", aclmdlRICaptureBegin(made[0], ACL_MODEL_RI_CAPTURE_MODE_GLOBAL) ==
+                                     ACL_ERROR_RT_NO_STREAM_RESOURCE);
+    CHECK("a stream that is destroyed leaves one",
+          !aclrtDestroyStream(made[6]) && !aclmdlRICaptureBegin(made[0], ACL_MODEL_RI_CAPTURE_MODE_GLOBAL));
+    aclrtCreateEventExWithFlag(&event, ACL_EVENT_SYNC);
+    aclrtRecordEvent(event, made[0]);
+    CHECK("a stream that joins needs one, too",
+          aclrtStreamWaitEvent(made[1], event) == ACL_ERROR_RT_NO_STREAM_RESOURCE);
+    CHECK("and the capture is spoilt",
+          aclmdlRICaptureEnd(made[0], &graph) == ACL_ERROR_RT_STREAM_CAPTURE_INVALIDATED && !graph);
+    CHECK("what a capture that failed held is free", !aclmdlRICaptureBegin(made[0], ACL_MODEL_RI_CAPTURE_MODE_GLOBAL) &&
+                                                         !aclmdlRICaptureEnd(made[0], &graph));
+    CHECK("a graph holds it", aclrtCreateStream(&more) == ACL_ERROR_RT_NO_STREAM_RESOURCE);
+    CHECK("a communicator needs one",
+          !HcclGetRootInfo(&root) && HcclCommInitRootInfo(1, &root, 0, &comm) == HCCL_E_RUNTIME);
+    CHECK("a graph that is destroyed leaves it",
+          !aclmdlRIDestroy(graph) && !HcclCommInitRootInfo(1, &root, 0, &comm));
+    CHECK("a communicator holds it", aclrtCreateStream(&more) == ACL_ERROR_RT_NO_STREAM_RESOURCE);
+    CHECK("until it is destroyed", !HcclCommDestroy(comm) && !aclrtCreateStream(&more));
+}
+
+static void with_hccl(unsigned rank, unsigned size)
+{
+    aclrtStream made[16];
+    HcclRootInfo root;
+    HcclComm comm;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_STREAMS", "50", 1);
+    aclrtSetDevice(0);
+    HcclGetRootInfo(&root);
+    CHECK("a communicator takes forty", !HcclCommInitRootInfo(1, &root, 0, &comm) && use_up_streams(made) == 10);
+}
+
+static void too_late(unsigned rank, unsigned size)
+{
+    aclrtStream stream;
+
+    UNUSED_RANK;
+    CHECK("none is left", aclrtCreateStream(&stream) == ACL_ERROR_RT_NO_STREAM_RESOURCE);
+}
+
+static void of_others(unsigned rank, unsigned size)
+{
+    aclrtStream made[16];
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_STREAMS", "8", 1);
+    aclrtSetDevice(0);
+    CHECK("streams are made", use_up_streams(made) == 8);
+    CHECK("another process gets none", alone(too_late));
+}
+
 int main(void)
 {
     CHECK("handles", alone(handles));
@@ -222,5 +303,8 @@ int main(void)
     CHECK("destroyed while busy", alone(destroyed_while_busy));
     CHECK("submitting from within", alone(submitting_from_within));
     CHECK("many threads", alone(many_threads));
+    CHECK("too many", alone(too_many));
+    CHECK("with HCCL", alone(with_hccl));
+    CHECK("of others", alone(of_others));
     return REPORT();
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+os.environ.setdefault("CANN_SIM_MACHINE", f"operators {os.getpid()}")
 os.environ.setdefault("CANN_SIM_MEMORY", "512M")  # read when a device is first used
 
 import torch
