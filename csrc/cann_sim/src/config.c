@@ -139,6 +139,9 @@ static void read_environment(void)
     config.communicator_streams = read_communicator_streams();
     config.memory = read_size("CANN_SIM_MEMORY", DEFAULT_MEMORY);
     config.hccl_timeout = read_seconds("CANN_SIM_HCCL_TIMEOUT", DEFAULT_HCCL_TIMEOUT);
+    config.connect_timeout = (double)read_integer("HCCL_CONNECT_TIMEOUT", -1, 120, 7200, "seconds from 120 to 7200");
+    if (config.connect_timeout < 0)
+        config.connect_timeout = config.hccl_timeout;
     config.asynchronous = read_integer("CANN_SIM_ASYNC", 0, 0, 1, "0 or 1") != 0;
     config.poison = read_integer("CANN_SIM_POISON", 0, 0, 1, "0 or 1") != 0;
     if (!fault[0])

@@ -17,7 +17,8 @@ typedef struct {
     size_t memory;                 /* bytes of each device */
     size_t streams;                /* of each device */
     size_t communicator_streams;   /* that HCCL takes for a communicator */
-    double hccl_timeout;           /* seconds */
+    double hccl_timeout;           /* seconds until an operation fails */
+    double connect_timeout;        /* seconds until the creation of a communicator fails */
     bool asynchronous;             /* collectives do not block the caller */
     bool poison;                   /* fresh device memory is filled with garbage */
 } sim_config;

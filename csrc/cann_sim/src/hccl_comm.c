@@ -2,8 +2,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "config.h"
 #include "errors.h"
@@ -15,8 +13,6 @@ void hccl_release_comm(sim_object *object)
 
     if (comm->streams)
         sim_give_streams(comm->device, comm->streams);
-    if (comm->wake >= 0)
-        close(comm->wake);
     pthread_mutex_destroy(&comm->turn);
     pthread_mutex_destroy(&comm->lock);
     free(comm->sockets);
@@ -59,11 +55,10 @@ hccl_comm *hccl_new_comm(uint32_t size, uint32_t rank, int device)
     comm->device = device;
     comm->timeout = sim_settings()->hccl_timeout;
     comm->sockets = malloc(size * sizeof *comm->sockets);
-    comm->watched = calloc((size_t)size + 1, sizeof *comm->watched);
-    comm->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    comm->watched = calloc(size, sizeof *comm->watched);
     pthread_mutex_init(&comm->turn, NULL);
     pthread_mutex_init(&comm->lock, NULL);
-    if (!comm->sockets || !comm->watched || comm->wake < 0) {
+    if (!comm->sockets || !comm->watched) {
         hccl_release_comm(&comm->object);
         return NULL;
     }

@@ -17,11 +17,10 @@ typedef struct hccl_comm {
     size_t streams; /* of the device, that HCCL holds for it */
     double timeout; /* seconds without progress until an operation fails */
     char name[COMM_NAME_MAX_LENGTH];
-    int wake; /* becomes readable when the communicator is being destroyed */
 
     pthread_mutex_t turn;   /* for one operation at a time, and for the next three fields */
     int *sockets;           /* by rank; -1: oneself, or closed */
-    struct pollfd *watched; /* room for size + 1 */
+    struct pollfd *watched; /* by rank: room for a wait */
     double missed_since;    /* when a peer was found dead while idle; 0: never */
 
     pthread_mutex_t lock; /* for the two fields below */

@@ -89,7 +89,7 @@ static void leave_list(const hccl_comm *comm)
     pthread_mutex_unlock(&list_lock);
 }
 
-/* The name and the timeout; everything else that can be configured makes hardware faster. */
+/* The names and the timeout; everything else that can be configured makes hardware faster. */
 static HcclResult read_config(const char *function, hccl_comm *comm, const HcclCommConfig *config)
 {
     config_head head;
@@ -139,14 +139,14 @@ static HcclResult join(const char *function, hccl_comm *comm, const root *conten
         return HCCL_E_RUNTIME;
     comm->streams = sim_settings()->communicator_streams;
     if ((config && (result = read_config(function, comm, config))) || (result = enter_list(function, comm)) ||
-        (result = hccl_connect(function, comm, content->nonce, sim_settings()->hccl_timeout)))
+        (result = hccl_connect(function, comm, content->nonce, sim_settings()->connect_timeout)))
         return result;
     *handle = sim_publish(SIM_COMMUNICATOR, &comm->object, hccl_release_comm);
     return *handle ? HCCL_SUCCESS : HCCL_E_MEMORY;
 }
 
 /* Joins the communicator that `rootInfo` stands for, on the current device. Returns when all `nRanks` are there;
- * HCCL_E_TIMEOUT after CANN_SIM_HCCL_TIMEOUT seconds, HCCL_E_REMOTE if another rank gives up, HCCL_E_PARA if the ranks
+ * HCCL_E_TIMEOUT after HCCL_CONNECT_TIMEOUT seconds, or CANN_SIM_HCCL_TIMEOUT, HCCL_E_REMOTE if another rank gives up, HCCL_E_PARA if the ranks
  * do not fit together. Then there is nothing to destroy. */
 HcclResult HcclCommInitRootInfoConfig(uint32_t nRanks, const HcclRootInfo *rootInfo, uint32_t rank,
                                       const HcclCommConfig *config, HcclComm *comm)
@@ -173,16 +173,14 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t nRanks, const HcclRootInfo *rootI
     return result;
 }
 
-/* Leaves the communicator, without waiting for the peers. An operation under way in another thread ends with
- * HCCL_E_UNAVAIL; peers can still take what they have been sent. */
+/* Leaves the communicator when an operation that is under way has ended, by its timeout at the latest. Those that are
+ * queued are not done. Does not wait for the peers, which can still take what they have been sent. */
 HcclResult HcclCommDestroy(HcclComm comm)
 {
     hccl_comm *object = sim_retire(SIM_COMMUNICATOR, comm);
-    uint64_t one = 1;
 
     if (!object)
         return FAIL(HCCL_E_PARA, "%p is not a communicator, or was destroyed", comm);
-    (void)!write(object->wake, &one, sizeof one); /* cannot fail: it is written only here */
     pthread_mutex_lock(&object->turn);
     hccl_disconnect(object, true);
     hccl_give_up(object, HCCL_E_UNAVAIL, "it was destroyed"); /* a graph may still hold it */

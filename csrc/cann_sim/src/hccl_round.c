@@ -120,7 +120,6 @@ static void watch_nobody(hccl_comm *comm)
 {
     for (uint32_t peer = 0; peer < comm->size; peer++)
         comm->watched[peer] = (struct pollfd){-1, 0, 0};
-    comm->watched[comm->size] = (struct pollfd){comm->wake, POLLIN, 0};
 }
 
 /* Moves what can be moved without waiting, and watches the connections of the rest. `last` is a transfer that is not
@@ -166,9 +165,7 @@ HcclResult hccl_exchange(hccl_round *round)
             break;
         if (moved)
             deadline = sim_seconds() + comm->timeout;
-        if (poll(comm->watched, comm->size + 1, sim_milliseconds_until(deadline)) > 0 &&
-            comm->watched[comm->size].revents)
-            return sim_fail(round->function, HCCL_E_UNAVAIL, "the communicator is being destroyed");
+        (void)poll(comm->watched, comm->size, sim_milliseconds_until(deadline));
         if (sim_seconds() >= deadline)
             return sim_fail(round->function, HCCL_E_TIMEOUT, "nothing has moved for %g s; rank %u is waited for",
                             comm->timeout, last->peer);

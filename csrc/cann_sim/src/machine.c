@@ -93,7 +93,7 @@ static int bind_name(const char *name)
 
 static void name_of(char name[64], int place, int pid, int file)
 {
-    snprintf(name, 64, "cann_sim.%s.%d.%d.%d", key, pid, file, place);
+    snprintf(name, 64, "cann_sim_machine.%s.%d.%d.%d", key, pid, file, place);
 }
 
 static bool is_alive(int place)
@@ -149,12 +149,12 @@ static int open_table_of(int pid, int file)
 static int find_table(void)
 {
     FILE *sockets = fopen("/proc/net/unix", "re");
-    char line[512], name[40];
+    char line[512], name[48];
     int found = -1;
 
     if (!sockets)
         return -1;
-    snprintf(name, sizeof name, "@cann_sim.%s.", key);
+    snprintf(name, sizeof name, "@cann_sim_machine.%s.", key);
     while (found < 0 && fgets(line, sizeof line, sockets)) {
         const char *place = strstr(line, name);
         int pid, file;
@@ -258,14 +258,14 @@ static aclError join_machine(const char *function)
     double deadline = sim_seconds() + JOIN_SECONDS;
     static bool is_prepared;
     aclError error;
-    char name[40];
+    char name[48];
     int turn;
 
     if (!is_prepared)
         pthread_atfork(NULL, NULL, forget_in_child);
     is_prepared = true;
     set_key();
-    snprintf(name, sizeof name, "cann_sim.join.%s", key);
+    snprintf(name, sizeof name, "cann_sim_machine.join.%s", key);
     while ((turn = bind_name(name)) < 0) {
         if (errno != EADDRINUSE || sim_seconds() > deadline)
             return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "socket %s: %s", name, strerror(errno));

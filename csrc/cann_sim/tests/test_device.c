@@ -71,6 +71,13 @@ static void wrong_timeout(unsigned rank, unsigned size)
     CHECK("no timeout at all is refused", aclInit(NULL) == ACL_ERROR_INVALID_PARAM);
 }
 
+static void wrong_connect_timeout(unsigned rank, unsigned size)
+{
+    UNUSED_RANK;
+    set("HCCL_CONNECT_TIMEOUT", "119");
+    CHECK("HCCL waits for two minutes at least", aclInit(NULL) == ACL_ERROR_INVALID_PARAM);
+}
+
 static void memory_with_unit(unsigned rank, unsigned size)
 {
     size_t free_bytes, total = 0;
@@ -251,6 +258,7 @@ int main(void)
     CHECK("chosen SoC", alone(chosen_soc));
     CHECK("wrong SoC", alone(wrong_soc));
     CHECK("wrong timeout", alone(wrong_timeout));
+    CHECK("wrong timeout of connections", alone(wrong_connect_timeout));
     CHECK("memory with unit", alone(memory_with_unit));
     CHECK("some devices visible", alone(some_visible));
     CHECK("no device visible", alone(none_visible));

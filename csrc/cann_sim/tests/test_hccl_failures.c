@@ -255,31 +255,36 @@ static void idle(unsigned rank, unsigned size)
     leave();
 }
 
+static int about_to_destroy[2]; /* a pipe from one rank to the other */
+
 static void *destroy_soon(void *argument)
 {
-    (void)argument;
     usleep(200000);
-    HcclCommDestroy(comm);
+    if (write(about_to_destroy[1], "x", 1) == 1)
+        *(HcclResult *)argument = HcclCommDestroy(comm);
     return NULL;
 }
 
 static void destroyed_meanwhile(unsigned rank, unsigned size)
 {
+    HcclResult destroyed = HCCL_E_INTERNAL;
     pthread_t thread;
-    double start;
+    char byte;
 
     join(rank, size);
+    memset(buffer, (int)rank, BYTES);
     if (rank) {
-        usleep(600000);
+        CHECK("the other destroys", read(about_to_destroy[0], &byte, 1) == 1);
+        usleep(300000);
+        CHECK("it still receives", !HcclSend(buffer, BYTES, HCCL_DATA_TYPE_UINT8, 0, comm, NULL));
         leave();
         return;
     }
-    pthread_create(&thread, NULL, destroy_soon, NULL);
-    start = now();
-    CHECK("an operation ends when its communicator does",
-          HcclRecv(buffer, BYTES, HCCL_DATA_TYPE_UINT8, 1, comm, NULL) == HCCL_E_UNAVAIL);
-    CHECK("without waiting for the timeout", now() - start < SOON);
+    pthread_create(&thread, NULL, destroy_soon, &destroyed);
+    CHECK("an operation under way is not ended with its communicator",
+          !HcclRecv(buffer, BYTES, HCCL_DATA_TYPE_UINT8, 1, comm, NULL) && buffer[BYTES - 1] == 1);
     pthread_join(thread, NULL);
+    CHECK("which is destroyed after that", !destroyed);
     aclrtFree(buffer);
 }
 
@@ -314,15 +319,16 @@ static void lives_on(unsigned rank, unsigned size)
     pause();
 }
 
-/* Sockets of ours in the whole machine. */
-static int sockets(void)
+/* Sockets of a process. Another run of the tests has sockets of other processes. */
+static int sockets(pid_t process)
 {
     FILE *file = fopen("/proc/net/unix", "r");
-    char line[512];
+    char line[512], part[32];
     int count = 0;
 
+    snprintf(part, sizeof part, ".%d.", (int)process);
     while (file && fgets(line, sizeof line, file))
-        count += strstr(line, "@cann_sim.") != NULL;
+        count += strstr(line, "@cann_sim_machine.") && strstr(line, part);
     if (file)
         fclose(file);
     return count;
@@ -344,16 +350,21 @@ static int entries(const char *path)
 static void kill_all(void)
 {
     pid_t children[3];
-    int status, before = sockets() + entries("/dev/shm") + entries("/tmp");
+    int status, alive = 0, left = 0, before = entries("/dev/shm") + entries("/tmp");
 
     for (unsigned rank = 0; rank < 3; rank++)
         children[rank] = start_child(lives_on, rank, 3);
     usleep(500000);
     for (unsigned rank = 0; rank < 3; rank++)
-        kill(children[rank], SIGKILL);
+        alive += sockets(children[rank]);
     for (unsigned rank = 0; rank < 3; rank++)
+        kill(children[rank], SIGKILL);
+    for (unsigned rank = 0; rank < 3; rank++) {
         waitpid(children[rank], &status, 0);
-    CHECK("nothing is left of ranks that were killed", sockets() + entries("/dev/shm") + entries("/tmp") == before);
+        left += sockets(children[rank]);
+    }
+    CHECK("ranks that live have sockets", alive == 3);
+    CHECK("nothing is left of those that were killed", !left && entries("/dev/shm") + entries("/tmp") == before);
 }
 
 /* Runs ranks of which one kills itself. */
@@ -367,6 +378,7 @@ int main(void)
     setenv("CANN_SIM_DEVICES", "8", 1);
     setenv("CANN_SIM_HCCL_TIMEOUT", "2", 1); /* TIMEOUT */
     HcclGetRootInfo(&root);
+    CHECK("there is a pipe", !pipe(about_to_destroy));
     CHECK("dies before", all_but_one(dies_before, 2));
     CHECK("one of four dies before", all_but_one(dies_before, 4));
     CHECK("dies in the middle", all_but_one(dies_in_the_middle, 2));
