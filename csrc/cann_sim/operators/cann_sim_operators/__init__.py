@@ -16,8 +16,7 @@ _LIBRARY = "libcann_sim_operators.so"
 def autoload() -> None:
     """Loads the operators into this process, once, if ASCEND_HOME_PATH names a simulated CANN.
 
-    Imports torch and torch-npu then. Raises RuntimeError if TASK_QUEUE_ENABLE is not 0: torch-npu's queue would run
-    operators in another thread than the one that calls them.
+    Imports torch and torch-npu then.
     """
     library = Path(os.environ.get("ASCEND_HOME_PATH", ""), "lib", _LIBRARY)
     if library.is_absolute() and library.exists():
@@ -30,8 +29,17 @@ def _load(library: Path) -> None:
 
     if hasattr(torch.ops.cann_sim, "install"):
         return
-    if (queue := os.environ.get("TASK_QUEUE_ENABLE")) != "0":
-        raise RuntimeError(f"TASK_QUEUE_ENABLE is {queue}; with operators of the simulated CANN it must be 0 (env.sh)")
     torch.ops.load_library(str(library))
     torch.ops.cann_sim.install()
     from cann_sim_operators import attention, cache, experts, layers, rotary, routing  # noqa: F401  registers them
+
+
+def aicpu_operators() -> dict[str, int]:
+    """How often this process called operators that a device runs on its slow AICPU cores, by name.
+
+    Which operators these are depends on the dtype of their first argument; the list, and what it was read from, is in
+    `aicpu.cpp`. One that is captured gives a warning.
+    """
+    import torch
+
+    return dict(torch.ops.cann_sim.aicpu_operators())

@@ -1,10 +1,14 @@
 #include "carry.h"
 
+#include <algorithm>
+
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/GradMode.h>
 
+#include "aicpu.h"
 #include "alias.h"
 #include "cann_sim.h"
 #include "format.h"
@@ -60,8 +64,12 @@ class Call
         if (result_device_)
             device_ = result_device_;
         take_generator();
+        const bool captured = is_captured(*device_);
+        note_aicpu(op_, c10::ArrayRef<c10::IValue>(stack_).slice(first_), captured);
+        if (has_queue() && !captured && can_wait() && run_later())
+            return;
         wait_for_turn(*device_);
-        if (is_captured(*device_))
+        if (captured)
             run_and_record();
         else
             run_on_device();
@@ -162,6 +170,121 @@ class Call
         TORCH_CHECK(owner.type() == NPU && (!owner.has_index() || owner == *device_), name(),
                     ": Expected a generator of ", *device_, " but found one of ", owner);
         draw_.emplace(generator);
+    }
+
+    // Whether the call can return before the operator has run: nobody must know data for it, neither the host nor who
+    // makes room for the results. Operators in Python stay in the calling thread, whose lock they need.
+    bool can_wait() const
+    {
+        const auto &returns = schema_.returns();
+        const auto &arguments = schema_.arguments();
+
+        return schema_.name().compare(0, 6, "aten::") == 0 && !result_device_ && !draw_ && !host_must_know_data() &&
+               returns.size() == 1 && returns[0].type()->kind() == c10::TypeKind::TensorType &&
+               std::none_of(arguments.begin(), arguments.end(), [](const c10::Argument &argument) {
+                   return argument.alias_info() && argument.kwarg_only(); // it may be resized
+               });
+    }
+
+    // Makes the result and puts the operator into torch-npu's queue. False if only the operator knows the result.
+    bool run_later()
+    {
+        Node node{op_, {stack_.begin() + static_cast<std::ptrdiff_t>(first_), stack_.end()}, {}, std::nullopt, false};
+        const auto result = schema_.returns()[0].alias_info() ? written_argument() : make_result();
+
+        if (!result.defined())
+            return false;
+        for (auto &argument : node.arguments)
+            keep_numbers(argument);
+        node.results.push_back(host_alias(result));
+        enqueue(*device_, std::move(node));
+        torch::jit::drop(stack_, count_);
+        stack_.emplace_back(result);
+        return true;
+    }
+
+    // The device tensor of the one argument that an operator in place writes.
+    at::Tensor written_argument()
+    {
+        at::Tensor written;
+
+        for (size_t i = 0; i < count_; i++)
+            if (schema_.arguments()[i].alias_info() && schema_.arguments()[i].alias_info()->isWrite()) {
+                if (written.defined() || !stack_[first_ + i].isTensor())
+                    return {};
+                written = aliases_.to_device(stack_[first_ + i].toTensor(), *device_);
+            }
+        return written;
+    }
+
+    // A device tensor like the one that the operator would return, according to its kernel for shapes.
+    at::Tensor make_result()
+    {
+        if (!op_.hasComputedKernelForDispatchKey(c10::DispatchKey::Meta))
+            return {};
+        torch::jit::Stack shapes(stack_.begin() + static_cast<std::ptrdiff_t>(first_), stack_.end()), arguments;
+        try {
+            for (auto &argument : shapes)
+                strip(argument);
+            arguments = shapes;
+            op_.callBoxed(&shapes);
+        } catch (const std::exception &) {
+            return {}; // the operator itself knows better what is wrong, if anything is
+        }
+        const auto shape = shapes.back().toTensor();
+        if (!shape.defined() || !shape.is_meta() || is_one_of(shape, arguments))
+            return {};
+        return at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(*device_));
+    }
+
+    // Whether an operator has returned an argument, as dropout does outside of training, or a view of one.
+    static bool is_one_of(const at::Tensor &result, const torch::jit::Stack &arguments)
+    {
+        return std::any_of(arguments.begin(), arguments.end(), [&](const c10::IValue &argument) {
+            return argument.isTensor() && argument.toTensor().defined() && argument.toTensor().is_alias_of(result);
+        });
+    }
+
+    // Leaves only the shapes of device tensors.
+    void strip(c10::IValue &argument) const
+    {
+        if (argument.isTensor()) {
+            argument = shape_of(argument.toTensor());
+        } else if (argument.isTensorList()) {
+            c10::List<at::Tensor> shapes;
+            for (const auto &each : argument.toTensorVector())
+                shapes.push_back(shape_of(each));
+            argument = std::move(shapes);
+        } else if (argument.isOptionalTensorList()) {
+            c10::List<std::optional<at::Tensor>> shapes;
+            for (const std::optional<at::Tensor> &each : argument.toOptionalTensorList())
+                shapes.push_back(each ? shape_of(*each) : each);
+            argument = std::move(shapes);
+        }
+    }
+
+    at::Tensor shape_of(const at::Tensor &tensor) const
+    {
+        if (!tensor.defined() || is_of_host(tensor))
+            return tensor;
+        return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
+    }
+
+    // Tensors of the host are taken by value, as a launch takes them.
+    void keep_numbers(c10::IValue &argument) const
+    {
+        if (argument.isTensor() && argument.toTensor().defined() && is_of_host(argument.toTensor())) {
+            const bool is_number = argument.toTensor().unsafeGetTensorImpl()->is_wrapped_number();
+            auto kept = argument.toTensor().clone();
+            if (is_number)
+                kept.unsafeGetTensorImpl()->set_wrapped_number(true);
+            argument = std::move(kept);
+        } else if (argument.isOptionalTensorList()) {
+            c10::List<std::optional<at::Tensor>> kept;
+            for (const std::optional<at::Tensor> &each : argument.toOptionalTensorList())
+                kept.push_back(each && is_of_host(*each) ? std::optional(each->clone()) : each);
+            argument = std::move(kept);
+        }
     }
 
     void run_on_device()

@@ -6,6 +6,7 @@
 
 #include <torch/library.h>
 
+#include "aicpu.h"
 #include "carry.h"
 #include "compiled.h"
 #include "copy.h"
@@ -109,6 +110,7 @@ TORCH_LIBRARY(cann_sim, library)
 {
     library.def("install() -> ()", install);
     library.def("carry(str[] names) -> ()", carry_named);
+    library.def("aicpu_operators() -> Dict(str, int)", aicpu_operators);
 }
 
 } // namespace

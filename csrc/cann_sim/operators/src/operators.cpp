@@ -1,4 +1,5 @@
 // The library as one translation unit: nearly all the time of its compilation goes into torch's headers.
+#include "aicpu.cpp"
 #include "alias.cpp"
 #include "carry.cpp"
 #include "compiled.cpp"

@@ -1,6 +1,9 @@
 #include "stream.h"
 
 #include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string_view>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -9,26 +12,34 @@
 
 #include "cann_sim.h"
 #include "memory.h"
+#include "torch_npu/csrc/core/npu/NPUStream.h"
+#include "torch_npu/csrc/framework/OpCommand.h"
 
 namespace cann_sim
 {
 namespace
 {
 
+// Once all that is in torch-npu's queue has reached the stream.
 aclrtStream current_stream(c10::Device device)
 {
-    return c10::impl::getDeviceGuardImpl(NPU)->getStream(device).native_handle();
+    return c10_npu::getCurrentNPUStream(device.index()).stream();
 }
 
-// What the results of the capture were is where those of a replay go. Operators in place are there already.
+// While the queue may still have work for the stream.
+aclrtStream current_stream_now(c10::Device device)
+{
+    return c10_npu::getCurrentNPUStream(device.index()).stream(false);
+}
+
+// Results go where memory was made for them before. Operators in place are there already.
 void put(const c10::IValue &result, const c10::IValue &place)
 {
     if (result.isTensor() && result.toTensor().defined()) {
         auto target = place.toTensor();
         const auto &source = result.toTensor();
 
-        TORCH_CHECK(source.sizes() == target.sizes(), "a replay returned ", source.sizes(), ", the capture ",
-                    target.sizes());
+        TORCH_CHECK(source.sizes() == target.sizes(), "it returned ", source.sizes(), " instead of ", target.sizes());
         if (source.data_ptr() != target.data_ptr())
             target.copy_(source);
     } else if (result.isTensorList()) {
@@ -39,10 +50,8 @@ void put(const c10::IValue &result, const c10::IValue &place)
     }
 }
 
-aclError replay(void *argument)
+aclError run(Node &node, const char *occasion)
 {
-    auto &node = *static_cast<Node *>(argument);
-
     try {
         at::AutoDispatchBelowADInplaceOrView guard;
         torch::jit::Stack stack = node.arguments;
@@ -59,7 +68,7 @@ aclError replay(void *argument)
             put(stack[i], node.results[i]);
         return ACL_SUCCESS;
     } catch (const std::exception &error) {
-        std::fprintf(stderr, "cann_sim: replay of %s: %s\n", node.op.schema().name().c_str(), error.what());
+        std::fprintf(stderr, "cann_sim: %s of %s: %s\n", occasion, node.op.schema().name().c_str(), error.what());
         return ACL_ERROR_INTERNAL_ERROR;
     }
 }
@@ -76,7 +85,27 @@ void wait_for_turn(c10::Device device)
 
 bool is_captured(c10::Device device)
 {
-    return cann_sim_capturing(current_stream(device));
+    return cann_sim_capturing(current_stream_now(device));
+}
+
+bool has_queue()
+{
+    static const bool has = [] {
+        const char *setting = std::getenv("TASK_QUEUE_ENABLE");
+        return !setting || std::string_view(setting) != "0";
+    }();
+    return has;
+}
+
+void enqueue(c10::Device device, Node node)
+{
+    const auto stream = current_stream_now(device);
+    const auto kept = std::make_shared<Node>(std::move(node));
+
+    at_npu::native::OpCommand::RunOpApi(kept->op.schema().name(), [kept, stream]() -> int {
+        const auto error = cann_sim_wait_for_turn(stream);
+        return error ? error : run(*kept, "launch");
+    });
 }
 
 void record(c10::Device device, Node node)
@@ -84,7 +113,7 @@ void record(c10::Device device, Node node)
     auto name = node.op.schema().name();
     const cann_sim_node entry = {
         name.c_str(),
-        replay,
+        [](void *argument) { return run(*static_cast<Node *>(argument), "replay"); },
         [](void *argument) { delete static_cast<Node *>(argument); },
         new Node(std::move(node)),
         0,

@@ -17,15 +17,21 @@ void wait_for_turn(c10::Device device);
 
 bool is_captured(c10::Device device);
 
-// An operator on host aliases of device memory that a graph repeats. Like a node of a real graph it has addresses, not
-// references: the memory belongs to the graph's pool.
+// An operator on host aliases of device memory, which runs later or again. Like a kernel that was launched it has
+// addresses, not references: the memory is kept by the allocator's order of reuse, or belongs to a graph's pool.
 struct Node {
     c10::OperatorHandle op;
     torch::jit::Stack arguments;
-    torch::jit::Stack results; // where the results of the capture are
+    torch::jit::Stack results; // where the results go
     std::optional<Draw> draw;
     bool draws_by_default; // it takes no generator
 };
+
+// Whether torch-npu's queue is on: a thread of its own launches what it is given.
+bool has_queue();
+
+// Puts an operator into the queue: it runs in the queue's thread, when it is its turn in the device's current stream.
+void enqueue(c10::Device device, Node node);
 
 // Appends to the graph that the device's current stream is captured into.
 void record(c10::Device device, Node node);

@@ -58,6 +58,7 @@ def test_changing_what_a_gradient_needs_is_noticed() -> None:
         squared.sum().backward()
 
 
+@pytest.mark.usefixtures("errors_told_at_once")
 def test_operators_of_torch_npu_have_no_gradient_here_and_say_so() -> None:
     x = torch.ones(2, 8, device="npu", requires_grad=True)
     normalised, _ = torch_npu.npu_rms_norm(x, torch.ones(8, device="npu"))

@@ -27,6 +27,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bytes of the tensor's storage on the device, as elements of its dtype."""
+    torch.npu.synchronize()
     size = tensor.untyped_storage().nbytes()
     return torch.frombuffer(bytearray(ctypes.string_at(tensor.data_ptr(), size)), dtype=tensor.dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch_npu
+from cann_sim_operators import aicpu_operators
 
 
 def capture(function: Callable[[], object]) -> tuple[torch.npu.NPUGraph, object]:
@@ -137,3 +138,18 @@ def test_a_replay_that_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError):
         graph.replay()
     assert "replay of npu::npu_scatter_pa_kv_cache" in capfd.readouterr().err
+
+
+def test_operators_on_aicpu_are_counted_and_give_a_warning_in_a_capture() -> None:
+    before = aicpu_operators()
+    edges, values = torch.arange(4, device="npu"), torch.ones(4, device="npu")
+    edges.sort()
+    values.sort()
+    values.cumsum(0)
+    with pytest.warns(UserWarning, match="aten::searchsorted of Long is being captured"):
+        capture(lambda: torch.searchsorted(edges, edges))
+    after = aicpu_operators()
+    assert {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)} == {
+        "aten::sort": 1,
+        "aten::searchsorted": 1,
+    }

@@ -65,6 +65,19 @@ def test_it_is_inert_where_no_library_lies(run_script: RunScript, home: str | No
     assert done.stdout.split() == ["False"], done.stderr
 
 
-def test_torch_npus_queue_is_refused(run_script: RunScript) -> None:
-    done = run_script("import torch", TASK_QUEUE_ENABLE="1")
-    assert "TASK_QUEUE_ENABLE is 1" in done.stderr
+@pytest.mark.parametrize(("queue", "told"), [("0", "at once"), ("1", "later")])
+def test_operators_go_through_torch_npus_queue_if_it_is_on(run_script: RunScript, queue: str, told: str) -> None:
+    script = """
+import torch
+values, index = torch.zeros(4).npu(), torch.tensor([9]).npu()
+values.add_(1)  # torch-npu waits for the first operator that it queues
+told = "at once"
+try:
+    values.index_fill_(0, index, 1.0)
+    told = "later"
+    torch.npu.synchronize()
+except (IndexError, RuntimeError):
+    print(told)
+"""
+    done = run_script(script, TASK_QUEUE_ENABLE=queue)
+    assert done.stdout.strip() == told, done.stderr
