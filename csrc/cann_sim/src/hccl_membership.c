@@ -15,6 +15,7 @@
 #include "hccl_link.h"
 #include "stream.h"
 
+#define MAX_GROUP_NAME 32 /* hcclUdi has room for more, but that is what torch-npu documents of its group_name */
 #define ROOT_MAGIC "cannsim root 1"
 
 /* What HcclRootInfo holds: a unique number from which each rank derives where the others are. */
@@ -102,6 +103,10 @@ static HcclResult read_config(const char *function, hccl_comm *comm, const HcclC
             return sim_fail(function, HCCL_E_PARA, "the name is longer than %d bytes", COMM_NAME_MAX_LENGTH - 1);
         strcpy(comm->name, config->hcclCommName);
     }
+    if (head.size >= offsetof(HcclCommConfig, hcclOpExpansionMode) &&
+        strnlen(config->hcclUdi, UDI_MAX_LENGTH) > MAX_GROUP_NAME)
+        return sim_fail(function, HCCL_E_PARA, "the group_name \"%.*s\" is longer than the %d characters that torch-npu "
+                        "documents", UDI_MAX_LENGTH, config->hcclUdi, MAX_GROUP_NAME);
     if (head.size >= offsetof(HcclCommConfig, hcclAlgo) && config->hcclExecTimeOut > 0)
         comm->timeout = config->hcclExecTimeOut;
     return HCCL_SUCCESS;

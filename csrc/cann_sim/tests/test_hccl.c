@@ -419,6 +419,11 @@ static void configured(unsigned rank, unsigned size)
     HcclGetRootInfo(&second);
     CHECK("a name is used once on a device", HcclCommInitRootInfoConfig(1, &second, 0, &config, &other) == HCCL_E_PARA);
     config = configuration("group_b", 0);
+    strcpy(config.hcclUdi, "123456789 123456789 123456789 123");
+    CHECK("torch-npu's name for a group has 32 characters",
+          HcclCommInitRootInfoConfig(1, &second, 0, &config, &other) == HCCL_E_PARA &&
+              strstr(aclGetRecentErrMsg(), "group_name"));
+    config.hcclUdi[32] = '\0';
     CHECK("another is free", !HcclCommInitRootInfoConfig(1, &second, 0, &config, &other) && !HcclCommDestroy(other));
     HcclBarrier(comm, NULL);
     if (!rank)
