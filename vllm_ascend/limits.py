@@ -11,17 +11,20 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from vllm import envs
+
 from vllm_ascend.attention.rules import MAX_REQUESTS, Heads, refusals
 
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
 MOST_RETURNED_EXPERTS = 256
 """vLLM returns the routes among more as uint16, in which NPUs do not compute."""
+FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache"}
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError that names everything in `vllm_config` which does not work on NPUs."""
-    reasons = [*_features(vllm_config), *_parallelism(vllm_config)]
+    reasons = [*_features(vllm_config), *_kernels(vllm_config), *_tools(vllm_config), *_parallelism(vllm_config)]
     if vllm_config.model_config is not None:
         reasons += [*_model(vllm_config), *_experts(vllm_config), *_heads(vllm_config)]
     if reasons:
@@ -38,8 +41,20 @@ def _features(config: Any) -> Iterator[str]:
         yield "KV connectors (kv_transfer_config, kv_offloading_size)"
     if config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size:
         yield "weights offloaded to host memory (cpu_offload_gb, offload_group_size)"
-    if config.kernel_config.moe_backend != "auto":
-        yield f"moe_backend={config.kernel_config.moe_backend!r} (there is one, 'auto')"
+    if (transfer := config.weight_transfer_config) is not None:
+        yield f"weights that a trainer sends by {transfer.backend!r} (weight_transfer_config)"
+    if config.watermark_config is not None:
+        yield "watermarks (watermark_config), which need vLLM's model runner V2"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "answers that do not depend on the batch (VLLM_BATCH_INVARIANT=1)"
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    kernels = config.kernel_config
+    if kernels.moe_backend != "auto":
+        yield f"moe_backend={kernels.moe_backend!r} (there is one, 'auto')"
+    if kernels.linear_backend != "auto" or kernels.linear_backend_per_quant:
+        yield f"linear_backend={kernels.linear_backend!r} (there is one, 'auto')"
     backends = {config.attention_config.backend, *config.attention_config.backend_per_kind.values()} - {None}
     if others := sorted(each.name for each in backends if each.name != ATTENTION_BACKEND):
         yield f"the attention backend {', '.join(others)} (leave the choice to vLLM)"
@@ -50,10 +65,26 @@ def _features(config: Any) -> Iterator[str]:
         yield "splitting_ops without attention: it is not captured in graphs"
 
 
+def _tools(config: Any) -> Iterator[str]:
+    if config.profiler_config.profiler is not None:
+        yield f"profiler_config.profiler={config.profiler_config.profiler!r} (vLLM has none for NPUs)"
+    if config.observability_config.enable_layerwise_nvtx_tracing:
+        yield "ranges of NVTX (enable_layerwise_nvtx_tracing)"
+    if config.parallel_config.enable_fault_tolerance:
+        yield "ranks that are replaced while others go on (enable_fault_tolerance)"
+    model = config.model_config
+    if model is not None and model.enable_nccl_comm_suspend:
+        yield "communicators that sleep (enable_nccl_comm_suspend)"
+    if model is not None and model.use_fp64_gumbel:
+        yield "sampling in float64 (use_fp64_gumbel)"
+
+
 def _load_format(name: str) -> Iterator[str]:
-    """Refuses one that no loader is registered for, which vLLM's workers would find out."""
+    """Refuses those that are for GPUs, and one that no loader is registered for, which a worker would find out."""
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 
+    if name in FOR_GPUS:
+        yield f"load_format={name!r}, which reads into the memory of GPUs"
     if name in _LOAD_FORMAT_TO_MODEL_LOADER:
         return
     plugins = os.environ.get("VLLM_PLUGINS")
@@ -67,6 +98,8 @@ def _parallelism(config: Any) -> Iterator[str]:
         yield f"prefill_context_parallel_size={parallel.prefill_context_parallel_size}"
     if parallel.decode_context_parallel_size > 1:
         yield f"decode_context_parallel_size={parallel.decode_context_parallel_size}"
+    if parallel.enable_batch_sharded_sampling:
+        yield "sampling divided among ranks (enable_batch_sharded_sampling), which needs vLLM's model runner V2"
     if parallel.enable_dbo or parallel.ubatch_size > 1:
         yield "microbatches (enable_dbo, ubatch_size)"
     if parallel.enable_eplb or parallel.enable_elastic_ep:

@@ -62,6 +62,7 @@ def with_257_experts(root: Path) -> str:
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+ONE_OF_TWO_REPLICAS = {"data_parallel_size": 2, "data_parallel_rank": 0}
 REFUSED: dict[str, dict[str, Any]] = {
     "quantization 'compressed-tensors'": {"model": checkpoints.w8a8},
     "the routes of 257 experts": {"model": with_257_experts, "enable_return_routed_experts": True},
@@ -97,6 +98,21 @@ REFUSED: dict[str, dict[str, Any]] = {
     "microbatches (enable_dbo": {"enable_dbo": True},
     "all2all_backend='deepep_low_latency'": {"all2all_backend": "deepep_low_latency"},
     "load_format='rfork' (there are auto, ": {"load_format": "rfork"},
+    "load_format='fastsafetensors', which reads into": {"load_format": "fastsafetensors"},
+    "weights that a trainer sends by 'nccl'": {"weight_transfer_config": {}},
+    "weights that a trainer sends by 'ipc'": {"weight_transfer_config": {"backend": "ipc"}},
+    "watermarks (watermark_config)": {"watermark_config": {"algorithm": "gumbel", "key": 7}},
+    "linear_backend='cutlass'": {"linear_backend": "cutlass"},
+    "profiler_config.profiler='torch'": {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "traces"}},
+    "ranges of NVTX": {"enable_layerwise_nvtx_tracing": True},
+    "communicators that sleep": {"enable_sleep_mode": True, "enable_nccl_comm_suspend": True},
+    "sampling in float64": {"use_fp64_gumbel": True},
+    "ranks that are replaced while others go on": {
+        "model": checkpoints.mixture_of_experts,
+        "enable_fault_tolerance": True,
+        **ONE_OF_TWO_REPLICAS,
+    },
+    "sampling divided among ranks": {"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2},
     "moe_backend='triton'": {"moe_backend": "triton"},
     "the attention backend TRITON_ATTN": {"attention_backend": "TRITON_ATTN"},
     "the compilation backend 'inductor'": {"compilation_config": {"backend": "inductor"}},
@@ -117,6 +133,12 @@ def test_what_does_not_work_is_refused_by_name(
 def test_everything_that_does_not_work_is_named_at_once(configured: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"speculative decoding .*; LoRA adapters .*; kv_cache_dtype='fp8'"):
         configured(speculative_config=NGRAM, enable_lora=True, kv_cache_dtype="fp8")
+
+
+def test_batch_invariance_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match=r"not supported on NPUs: answers that do not depend on the batch"):
+        configured()
 
 
 def test_netloader_is_refused_where_its_plugin_is_left_out(
