@@ -167,11 +167,12 @@ def _load_weights_directly(worker: Any, weights_path: str) -> None:
 
 
 def _register_kernels_once() -> None:
-    """vLLM replaces Triton kernels for every worker, and trips over its own replacements the second time."""
+    """vLLM 0.31 and later replace Triton kernels for every worker, and trip over their own replacements next time."""
     from vllm.platforms import current_platform
 
-    once = functools.cache(current_platform.register_triton_kernel_overrides)
-    type(current_platform).register_triton_kernel_overrides = staticmethod(once)
+    register = getattr(current_platform, "register_triton_kernel_overrides", None)
+    if register is not None:
+        type(current_platform).register_triton_kernel_overrides = staticmethod(functools.cache(register))
 
 
 def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
@@ -255,18 +256,15 @@ class _Observer:
 
 
 def digests(model: Any) -> dict[str, str]:
-    """vLLM's digests of all parameters that have memory, and the same of persistent buffers."""
+    """Of all parameters and persistent buffers by all their names; none if parameters have no memory."""
     import torch
-    from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
     if any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    found: dict[str, str] = compute_tensor_digests(model)
-    for name, tensor in model.state_dict().items():
-        if name not in found:
-            contents = tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
-            found[name] = hashlib.sha256(contents).hexdigest()
-    return found
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()).hexdigest()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def private_bytes() -> int:

@@ -1,6 +1,6 @@
 """Every kind of model: a client has the bytes, flags and answers of a load from disk by vLLM's own loader.
 
-Digests are vLLM's of all parameters, and of persistent buffers, taken before post-processing; answers are the greedy
+Digests are of all parameters and persistent buffers, taken before post-processing; answers are the greedy
 tokens of a whole engine with their log probabilities, or embeddings. The rows are those of the table in
 docs/source/models.md.
 """
