@@ -94,4 +94,4 @@ format: $(INSTALLED)
 
 clean:
 	$(MAKE) -C csrc/cann_sim clean
-	rm -rf $(VENV) $(NPU_VENV) .models docs/_build dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NPU_VENV) .venv-vllm-* .models docs/_build dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

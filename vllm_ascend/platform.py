@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_npu
+import vllm
 from vllm.platforms.interface import Platform, PlatformEnum
 
-from vllm_ascend import envs
+from vllm_ascend import envs, versions
 from vllm_ascend.compatibility import choose_block_size, name_what_is_not_read
 from vllm_ascend.graphs import choose_graphs
 from vllm_ascend.hardware import refuse_other_npus, warn_of_old_cann
@@ -101,8 +102,14 @@ class NPUPlatform(Platform):
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
-        """Settles what vLLM would otherwise choose for GPUs: full graphs, kernels of Triton, fused passes."""
+        """Settles what vLLM would otherwise choose for GPUs: full graphs, kernels of Triton, fused passes.
+
+        Raises ValueError for a vLLM that this platform cannot run on: no hook is called earlier for a configuration.
+        """
         from vllm.config import CUDAGraphMode
+
+        versions.require_not_older("The platform for NPUs", vllm.__version__, versions.NPU_PLATFORM)
+        versions.warn_if_untried("The platform for NPUs", vllm.__version__, versions.NPU_PLATFORM)
 
         compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode is None:

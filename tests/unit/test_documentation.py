@@ -15,7 +15,11 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = ROOT / "docs/source"
-MODULES = [ROOT / "vllm_ascend/__init__.py", *sorted((ROOT / "vllm_ascend/model_loader/netloader").rglob("*.py"))]
+MODULES = [
+    ROOT / "vllm_ascend/__init__.py",
+    ROOT / "vllm_ascend/versions.py",
+    *sorted((ROOT / "vllm_ascend/model_loader/netloader").rglob("*.py")),
+]
 TESTS = [path for folder in ("tests", "csrc") for path in sorted((ROOT / folder).rglob("test_*.py"))]
 
 PLACEHOLDER = re.compile(r"<[^<>]*>|\.\.\.")

@@ -122,7 +122,7 @@ def test_a_broken_package_is_named_and_not_what_it_lacks(
         ("from msgspec import what_later_versions_have", "pip install --force-reinstall 'msgspec>=0.19'"),
         ("from vllm_ascend.model_loader.netloader.errors import Absent", "pip install --force-reinstall 'vllm-ascend'"),
         ("undefined", "pip install --force-reinstall 'vllm-ascend'"),
-        ("raise ModuleNotFoundError(name='vllm.of_later_versions')", "is made for vLLM 0.32"),
+        ("raise ModuleNotFoundError(name='vllm.of_later_versions')", "is made for vLLM 0.30, 0.31 and 0.32, not "),
     ],
 )
 def test_what_is_of_another_version_or_incomplete_is_named(statement: str, expected: str) -> None:

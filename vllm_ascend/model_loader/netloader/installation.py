@@ -8,10 +8,10 @@ import sys
 import traceback
 from typing import Final
 
+from vllm_ascend import versions
 from vllm_ascend.model_loader.netloader.errors import BrokenInstallation
 
 _OURS: Final = "vllm_ascend"
-_VLLM: Final = "0.32"
 
 
 def what_is_broken(error: Exception) -> BrokenInstallation:
@@ -37,7 +37,8 @@ def _package_at_fault(error: Exception) -> str:
 
 def _repair(package: str) -> str:
     if package == "vllm":
-        return f"this version of the plug-in is made for vLLM {_VLLM}"
+        found = getattr(sys.modules.get("vllm"), "__version__", "one without a version")
+        return f"this version of vllm-ascend is made for vLLM {versions.in_words(versions.NETLOADER)}, not {found}"
     requirement = _requirements().get(package)
     if requirement is None and package != _OURS:
         return f"repair or install {package}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import torch
+import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.utils.network_utils import get_ip
 
+from vllm_ascend import versions
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader.engine.device import device_of
 from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here, load_from_disk
@@ -40,6 +42,8 @@ def rank_of(
     computes_on = device_of(vllm_config)
     number = global_rank(vllm_config)
     require_checkpoint(model_config)
+    if number == 0:
+        versions.warn_if_untried("Netloader", vllm.__version__, versions.NETLOADER)
 
     shows_progress = vllm_config.load_config.use_tqdm_on_load and number == 0
     return Rank(
