@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_npu
@@ -28,13 +28,6 @@ from vllm_ascend.limits import refuse_unsupported
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import ProcessGroup
-
-
-_OFF: Final = {
-    "VLLM_USE_V2_MODEL_RUNNER": "vLLM's model runner V2 needs Triton",
-    "VLLM_USE_BREAKABLE_CUDAGRAPH": "graphs with breaks in them are captured on GPUs only",
-}
-"""Variables of vLLM, and why they cannot be 1."""
 
 
 class NPUPlatform(Platform):
@@ -103,10 +96,9 @@ class NPUPlatform(Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
-        """Choices that vLLM makes while a configuration is made, for some models, are known before."""
-        for variable, reason in _OFF.items():
-            if os.environ.setdefault(variable, "0") != "0":
-                raise ValueError(f"{variable}: {reason}; on NPUs set it to 0")
+        """vLLM's second model runner needs Triton; that choice must be known before a configuration is made."""
+        if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+            raise ValueError("VLLM_USE_V2_MODEL_RUNNER: vLLM's model runner V2 needs Triton; on NPUs set it to 0")
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:

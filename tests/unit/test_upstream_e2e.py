@@ -44,6 +44,11 @@ def failed(text: str, test: str = "tests/e2e/test_a.py::test_b") -> Judgement:
             "tests a part of upstream's package: vllm_ascend.compilation.passes",
         ),
         (
+            '    raise ValueError("VLLM_USE_V2_MODEL_RUNNER: it needs Triton")\n'
+            "E   ValueError: VLLM_USE_V2_MODEL_RUNNER: it needs Triton",
+            "VLLM_USE_V2_MODEL_RUNNER: it needs Triton",
+        ),
+        (
             "E   ImportError: cannot import name 'enable_custom_op' from 'vllm_ascend.utils' (/here/utils.py)",
             "tests a part of upstream's package: enable_custom_op",
         ),
@@ -62,6 +67,12 @@ def test_another_error_is_a_failure_with_the_first_line_that_pytest_marks() -> N
 def test_a_test_that_upstream_skips_is_not_runnable() -> None:
     judgement = judge(Outcome("tests/e2e/test_a.py::test_b", "skipped", "Skipped: fix me", 0.0))
     assert judgement == Judgement("not runnable", "skipped by upstream: fix me")
+
+
+def test_a_test_that_passes_says_which_of_its_options_were_ignored() -> None:
+    warning = "WARNING additional_config changes nothing on this platform, which reads none of it: scheduler_config\n"
+    assert judge(Outcome("a", "passed", warning, 1.0)) == Judgement("passed", "with scheduler_config ignored")
+    assert judge(Outcome("a", "passed", "other output", 1.0)) == Judgement("passed", "")
 
 
 def test_an_expected_error_excuses_its_test_and_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,17 +51,27 @@ DENSE = {
     "tie_word_embeddings": False,
 }
 MOE = {**DENSE, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+LONG_MOE = {**MOE, "max_position_embeddings": 131072}
 ENCODER = {
     "vocab_size": 512,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": 514,
+    "max_position_embeddings": 512,
     "initializer_range": 0.08,
 }
-ROBERTA = {**ENCODER, "type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+ROBERTA = {
+    **ENCODER,
+    "max_position_embeddings": 8194,  # the first position has the number 2
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 ONE_LABEL = {"num_labels": 1}
+TWO_LABELS = {**DENSE, "head_dim": 64, "num_labels": 2, "initializer_range": 0.02}
+"""Small weights: its answers in bfloat16 are compared with those in float32."""
 CLASSIFIER = "AutoModelForSequenceClassification"
 MINICPM = {**DENSE, "head_dim": 64, "num_key_value_heads": 4, "dim_model_base": 64, "scale_depth": 1.4, "scale_emb": 12}
 
@@ -88,7 +98,7 @@ MODELS: dict[str, Recipe] = {
     "BAAI/bge-m3": Weights("xlm-roberta", "AutoModel", ROBERTA, "roberta", "cls"),
     "BAAI/bge-reranker-v2-m3": Weights("xlm-roberta", CLASSIFIER, {**ROBERTA, **ONE_LABEL}, "roberta"),
     "Eco-Tech/Qwen3.5-35B-A3B-w8a8-mtp": QWEN3_5_MOE,
-    "Howeee/Qwen2.5-1.5B-apeach": Weights("qwen2", CLASSIFIER, {**DENSE, "head_dim": 64, "num_labels": 2}),
+    "Howeee/Qwen2.5-1.5B-apeach": Weights("qwen2", CLASSIFIER, TWO_LABELS),
     "LLM-Research/Meta-Llama-3.1-8B-Instruct": LLAMA,
     "MNN/Qwen3-VL-8B-Instruct-Eagle3": EAGLE3,
     "OpenBMB/MiniCPM4-0.5B": Weights("minicpm", configuration=MINICPM),
@@ -163,6 +173,7 @@ class Group:
     folder: str
     """Where they are in the checkout; a file counts, too."""
     models: dict[str, Recipe] = field(default_factory=dict)
+    """All that they name, if they need others than the rest."""
     one_process: bool = False
 
 
@@ -170,11 +181,7 @@ GROUPS = [
     # Served by a model for images, but all requests of this group are text: their subject is the HTTP interface.
     Group(
         "tests/e2e/weekly/single_node/engine_func_test_robot",
-        {
-            "Qwen/Qwen3-VL-30B-A3B-Instruct": Weights(
-                "qwen3_moe", configuration={**MOE, "max_position_embeddings": 1 << 17}
-            )
-        },
+        {"Qwen/Qwen3-VL-30B-A3B-Instruct": Weights("qwen3_moe", configuration=LONG_MOE, prefers_to_close=True)},
         one_process=True,
     ),
     Group(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from support.vllm.fetch_model import fetch_model
-from tools.upstream_e2e.catalogue import Adapter, Described, Pooling, Recipe, Weights
+from tools.upstream_e2e.catalogue import Adapter, Described, Recipe, Weights
 
 COMMIT = "0" * 40
 """The hub names each version of a repository by a commit."""
@@ -70,10 +70,10 @@ def make_model(directory: Path, recipe: Recipe) -> None:
             if recipe.tokenizer == "chat":
                 _save_chat_tokenizer(directory)
             else:
-                _save_encoder_tokenizer(directory, recipe.tokenizer)
+                _save_encoder_tokenizer(directory, recipe.tokenizer, _longest_text(recipe))
             _save_weights(directory, recipe)
             if recipe.pooling:
-                _describe_pooling(directory, recipe.pooling, recipe.configuration["hidden_size"])
+                _describe_pooling(directory, recipe)
 
 
 def write(path: Path, value: Any) -> None:
@@ -85,6 +85,7 @@ def _save_weights(directory: Path, recipe: Weights) -> None:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     # What vLLM takes for MiniCPM has the names of Llama.
     model_type = "llama" if recipe.model_type == "minicpm" else recipe.model_type
@@ -129,7 +130,12 @@ def _save_chat_tokenizer(directory: Path) -> None:
     write(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 2})
 
 
-def _save_encoder_tokenizer(directory: Path, kind: str) -> None:
+def _longest_text(recipe: Weights) -> int:
+    positions: int = recipe.configuration["max_position_embeddings"]
+    return positions - 2 if recipe.tokenizer == "roberta" else positions
+
+
+def _save_encoder_tokenizer(directory: Path, kind: str, longest: int) -> None:
     """A tokenizer of letters, with the special tokens of its kind around one text and between two."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -151,10 +157,10 @@ def _save_encoder_tokenizer(directory: Path, kind: str) -> None:
     ends = [(first, numbers[first]), (last, numbers[last])]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     names = {"pad_token": pad, "unk_token": unknown, "cls_token": first, "sep_token": last, "mask_token": mask}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names).save_pretrained(directory)
 
 
-def _describe_pooling(directory: Path, pooling: Pooling, width: int) -> None:
+def _describe_pooling(directory: Path, recipe: Weights) -> None:
     """What sentence-transformers and vLLM read beside a model for embeddings."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     listed = [
@@ -162,12 +168,15 @@ def _describe_pooling(directory: Path, pooling: Pooling, width: int) -> None:
         for index, (path, kind) in enumerate(modules)
     ]
     write(directory / "modules.json", listed)
-    write(directory / "sentence_bert_config.json", {"max_seq_length": 512, "do_lower_case": False})
+    write(directory / "sentence_bert_config.json", {"max_seq_length": _longest_text(recipe)})
     ways = {
         "mean": "pooling_mode_mean_tokens",
         "cls": "pooling_mode_cls_token",
         "lasttoken": "pooling_mode_lasttoken",
     }
-    chosen = {way: name == pooling for name, way in ways.items()}
-    write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **chosen})
+    chosen = {way: name == recipe.pooling for name, way in ways.items()}
+    write(
+        directory / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": recipe.configuration["hidden_size"], **chosen},
+    )
     (directory / "2_Normalize").mkdir()

@@ -40,9 +40,11 @@ REFUSALS = [
     for pattern in (
         r"(?:ValueError: |Value error, )(not supported on NPUs: [^\n\[]+)",
         r"(quantization '\w+' is not supported on NPUs)",
-        r"(VLLM_USE_V2_MODEL_RUNNER: [^\n\[]+)",
+        r"(?:ValueError: |Value error, )(VLLM_USE_V2_MODEL_RUNNER: [^\n\[]+)",
+        r"(?:ValueError: |Value error, )([\w.]+ is not supported on NPUs[^\n\[]*)",
     )
 ]
+NOT_READ = re.compile(r"additional_config changes nothing on this platform[^\n]*: ([\w, ]+)")
 MISSING = [
     (re.compile(r"No module named '(vllm_ascend\.[\w.]+)'"), "tests a part of upstream's package: {}"),
     (re.compile(r"cannot import name '(\w+)' from 'vllm_ascend"), "tests a part of upstream's package: {}"),
@@ -52,7 +54,8 @@ MISSING = [
 
 def judge(outcome: Outcome) -> Judgement:
     if outcome.kind == "passed":
-        return Judgement("passed", "")
+        without = NOT_READ.search(outcome.text)
+        return Judgement("passed", f"with {_short(without[1])} ignored" if without else "")
     if outcome.kind == "skipped":
         return Judgement("not runnable", f"skipped by upstream: {_short(outcome.text.removeprefix('Skipped: '))}")
     for pattern in REFUSALS:

@@ -15,7 +15,7 @@ INSIDE = Path(__file__).with_name("inside")
 """What the tests' own processes import: these know nothing of this tool's other modules."""
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("tests", "tools", "examples", "pyproject.toml")
-DEVICE_MEMORY = "3G"
+DEVICE_MEMORY = "2560M"
 """Of a simulated NPU: vLLM fills most of it with its KV cache, in host memory. Two devices must fit into a laptop."""
 
 
@@ -52,7 +52,8 @@ def environment(cache: Path, group: Group, scratch: Path, outer: Mapping[str, st
     """Makes the models that the tests in `scratch` name. No other can be reached with this environment."""
     home = cache / (group.folder.replace("/", "-") or "models")
     programs = "\n".join(path.read_text(errors="replace") for path in (scratch / "tests").rglob("*.py"))
-    make_cache(home, {name: recipe for name, recipe in {**MODELS, **group.models}.items() if name in programs})
+    models = group.models or MODELS
+    make_cache(home, {name: recipe for name, recipe in models.items() if name in programs})
     inner = {name: value for name, value in outer.items() if name not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
     paths = [str(INSIDE), *filter(None, [str(ROOT), outer.get("PYTHONPATH", "")])]
     return {

@@ -54,8 +54,6 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
-    if report.outcome == "passed":
-        return ""
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2]
     output = "\n".join(text for _, text in report.sections)
