@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm import envs
 
-from vllm_ascend.attention.rules import MAX_REQUESTS, Heads, refusals
+from vllm_ascend.attention.rules import MAX_ENCODER_REQUESTS, MAX_REQUESTS, Heads, encoder_refusals, refusals
 
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
@@ -116,7 +116,7 @@ def _model(config: Any) -> Iterator[str]:
         yield "multi-head latent attention (MLA)"
     if model.multimodal_config is not None:
         yield "multimodal models"
-    if model.attn_type != "decoder":
+    if model.attn_type not in {"decoder", "encoder_only"}:
         yield f"models whose attention is of type {model.attn_type}"
     if model.get_sliding_window() is not None:
         yield f"a sliding window of {model.get_sliding_window()} (disable_sliding_window shortens max_model_len to it)"
@@ -126,8 +126,9 @@ def _model(config: Any) -> Iterator[str]:
         yield "soft-capped attention (attn_logit_softcapping)"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
-    if (requests := config.scheduler_config.max_num_seqs) > MAX_REQUESTS:
-        yield f"max_num_seqs={requests} (at most {MAX_REQUESTS})"
+    most = MAX_ENCODER_REQUESTS if model.attn_type == "encoder_only" else MAX_REQUESTS
+    if (requests := config.scheduler_config.max_num_seqs) > most:
+        yield f"max_num_seqs={requests} (at most {most})"
 
 
 def _experts(config: Any) -> Iterator[str]:
@@ -138,11 +139,11 @@ def _experts(config: Any) -> Iterator[str]:
 
 def _heads(config: Any) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
-    if model.use_mla or model.attn_type != "decoder":
+    if model.use_mla or model.attn_type not in {"decoder", "encoder_only"}:
         return  # refused already, and these have no such heads
     heads = Heads(
         size=model.get_head_size(),
         queries=model.get_num_attention_heads(parallel),
         key_values=model.get_num_kv_heads(parallel),
     )
-    yield from refusals(heads, model.dtype)
+    yield from (encoder_refusals if model.attn_type == "encoder_only" else refusals)(heads, model.dtype)

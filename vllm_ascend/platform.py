@@ -183,12 +183,17 @@ class NPUPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        from vllm_ascend.attention.backend import NPUAttentionBackend
+        from vllm.v1.attention.backend import AttentionType
 
-        reasons = NPUAttentionBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        from vllm_ascend.attention.backend import NPUAttentionBackend
+        from vllm_ascend.attention.encoder import NPUEncoderBackend
+
+        encoder = attn_selector_config.attn_type == AttentionType.ENCODER_ONLY
+        backend = NPUEncoderBackend if encoder else NPUAttentionBackend
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(f"{attn_selector_config} does not work on NPUs: {', '.join(reasons)}")
-        return "vllm_ascend.attention.backend.NPUAttentionBackend"
+        return f"{backend.__module__}.{backend.__name__}"
 
     @classmethod
     def opaque_attention_op(cls) -> bool:

@@ -139,6 +139,73 @@ def encoder_only(root: Path) -> str:
     return str(directory)
 
 
+def multilingual_encoder(root: Path) -> str:
+    """An XLM-RoBERTa, whose positions begin behind that of the padding token, with its head size of 64."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    directory = root / "multilingual_encoder"
+    if not directory.exists():
+        torch.manual_seed(0)
+        config = XLMRobertaConfig(
+            vocab_size=2048,
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=512,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            position_embedding_type="absolute",  # as the real ones say
+        )
+        XLMRobertaModel(config).bfloat16().save_pretrained(directory)
+        save_tokenizer(directory)
+    return str(directory)
+
+
+def cross_encoder(root: Path) -> str:
+    """A BERT with a score for pairs of texts and a head size of 32, as the small rerankers have."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    directory = root / "cross_encoder"
+    if not directory.exists():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=2048,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+            num_labels=1,
+            initializer_range=0.2,
+        )
+        BertForSequenceClassification(config).bfloat16().save_pretrained(directory)
+        save_tokenizer(directory)
+    return str(directory)
+
+
+def minicpm(root: Path) -> str:
+    """A Llama that scales its embeddings, residuals and logits, in which each query head has a KV head of its own."""
+    directory = root / "minicpm"
+    if not directory.exists():
+        make_random_model(directory, {**DENSE, "num_key_value_heads": 4})
+        scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
+        _change_config(directory, {"architectures": ["MiniCPMForCausalLM"], **scales})
+    return str(directory)
+
+
+def sequence_classifier(root: Path) -> str:
+    """A decoder with a head for three classes, as fine-tuned classifiers have it."""
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    directory = root / "sequence_classifier"
+    if not directory.exists():
+        torch.manual_seed(0)
+        configuration = {name: value for name, value in DENSE.items() if name != "head_dim"}
+        config = Qwen2Config(**configuration, num_labels=3, pad_token_id=0, initializer_range=0.2)
+        Qwen2ForSequenceClassification(config).bfloat16().save_pretrained(directory)
+        save_tokenizer(directory)
+    return str(directory)
+
+
 def pooling(root: Path) -> str:
     """A decoder that gives embeddings in place of tokens."""
     directory = make_random_model(root / "pooling", DENSE, architecture="qwen3")

@@ -192,7 +192,7 @@ def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
 def answers(engine: Any, prompts: list[Any]) -> list[Any]:
     """Greedy token ids with their log probabilities, or embeddings or probabilities of classes where `engine` pools."""
     if engine.model_config.runner_type == "pooling":
-        if engine.model_config.convert_type == "classify":
+        if "embed" not in engine.supported_tasks:
             return [output.outputs.probs for output in engine.classify(_inputs(prompts), use_tqdm=False)]
         return [output.outputs.embedding for output in engine.embed(_inputs(prompts), use_tqdm=False)]
     return [

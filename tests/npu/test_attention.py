@@ -203,7 +203,7 @@ def test_platform_and_simulator_hold_one_rule_of_heads_and_blocks(dtype: torch.d
         cache = torch.empty(1, block, heads.key_values * heads.size, dtype=dtype, device=NPU)
         batch = NPUAttentionMetadata([1], [1], torch.zeros(1, 1, dtype=torch.int32, device=NPU), torch.empty(0), mask)
         try:
-            attend(query, cache, cache, batch, num_kv_heads=heads.key_values, scale=1.0)
+            attend(query, cache, cache, batch, num_kv_heads=heads.key_values, scale=1.0, output=torch.empty_like(query))
         except RuntimeError as error:
             assert "npu_fused_infer_attention_score: " in str(error)  # noqa: PT017
             return False
@@ -234,6 +234,50 @@ def test_what_a_layer_wants_more_is_refused_by_name(argument: dict[str, Any], wo
 
     with pytest.raises(ValueError, match=f"attention with {word} is not supported on NPUs"):
         NPUAttentionImpl(4, 64, 0.125, 4, **argument)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_platform_and_simulator_hold_one_rule_of_an_encoders_heads(dtype: torch.dtype) -> None:
+    from vllm_ascend.attention.rules import Heads, encoder_refusals
+
+    def operator_takes(heads: Heads) -> bool:
+        query, key = (
+            torch.ones(2, count, heads.size, dtype=dtype, device=NPU) for count in (heads.queries, heads.key_values)
+        )
+        lengths = {"actual_seq_qlen": [2], "actual_seq_kvlen": [2]}
+        try:
+            torch.ops.npu.npu_fusion_attention(query, key, key, heads.queries, "TND", **lengths)
+        except RuntimeError as error:
+            assert "npu_fusion_attention: " in str(error)  # noqa: PT017
+            return False
+        return True
+
+    for size, group in itertools.product([*HEAD_SIZES, 768, 784], GROUPS):
+        heads = Heads(size, *group)
+        assert operator_takes(heads) == (not list(encoder_refusals(heads, dtype))), heads
+
+
+@pytest.mark.parametrize(("heads", "size"), [(4, 64), (12, 32)])
+def test_an_encoder_sees_all_of_each_request(heads: int, size: int) -> None:
+    """And what only pads a batch is left alone."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_ascend.attention.encoder import NPUEncoderBackend
+
+    ends = [5, 6, 300]
+    starts = torch.tensor([0, *ends, 300], dtype=torch.int32)
+    query, key, value = (torch.randn(303, heads, size) for _ in range(3))
+    common: Any = CommonAttentionMetadata.__new__(CommonAttentionMetadata)
+    common.query_start_loc_cpu, common.num_reqs = starts, 3
+    batch = NPUEncoderBackend.get_builder_cls()(None, [], None, torch.device(NPU)).build(0, common)
+    layer = NPUEncoderBackend.get_impl_cls()(heads, size, size**-0.5)
+    output = torch.full_like(query, 7.0, device=NPU)
+    layer.forward(None, query.to(NPU), key.to(NPU), value.to(NPU), torch.tensor([]), batch, output)
+    for start, end in itertools.pairwise([0, *ends]):
+        queries, keys, values = (each[start:end].transpose(0, 1)[None] for each in (query, key, value))
+        expected = scaled_dot_product_attention(queries, keys, values)[0].transpose(0, 1)
+        torch.testing.assert_close(output[start:end].cpu(), expected)
+    assert (output[300:] == 7).all()
 
 
 def test_a_layer_with_heads_that_the_operator_does_not_take_is_refused_when_it_is_built() -> None:

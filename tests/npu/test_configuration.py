@@ -51,6 +51,18 @@ def with_heads_of_80(root: Path) -> str:
     return str(make_random_model(root / "heads_of_80", {**checkpoints.DENSE, "head_dim": 80}, architecture="qwen3"))
 
 
+def modern_bert(root: Path) -> str:
+    from transformers import ModernBertConfig, ModernBertModel
+
+    directory = root / "modern_bert"
+    if not directory.exists():
+        sizes = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256}
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+        layers = {"num_hidden_layers": 3, "num_attention_heads": 2}
+        ModernBertModel(ModernBertConfig(**sizes, **layers, **tokens)).bfloat16().save_pretrained(directory)
+    return str(directory)
+
+
 def gemma2(root: Path) -> str:
     return str(make_random_model(root / "gemma2", checkpoints.DENSE, architecture="gemma2"))
 
@@ -69,7 +81,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "quantization 'auto_gptq'": {"model": checkpoints.gptq},
     "quantization 'fp8'": {"quantization": "fp8"},
     "multi-head latent attention (MLA)": {"model": checkpoints.latent_attention},
-    "models whose attention is of type encoder_only": {"model": checkpoints.encoder_only, "runner": "pooling"},
+    "to it); layers of type sliding_attention": {"model": modern_bert, "runner": "pooling"},
+    "max_num_seqs=3000 (at most 2048)": {
+        "model": checkpoints.encoder_only,
+        "runner": "pooling",
+        "max_num_seqs": 3000,
+        "max_num_batched_tokens": 8192,
+    },
     "multimodal models": {"model": checkpoints.encoder_decoder},
     "models whose attention is of type attention_free": {"model": checkpoints.state_space},
     "a sliding window of 64": {"model": with_a_sliding_window},

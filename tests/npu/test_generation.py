@@ -207,9 +207,20 @@ def test_an_engine_without_sleep_mode_says_so(engine: Load, models: Path) -> Non
     assert "start it with --enable-sleep-mode" in awake.fails_with()
 
 
-def test_a_decoder_gives_embeddings(engine: Load, models: Path) -> None:
-    model = checkpoints.pooling(models)
-    arguments = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}
-    ours = engine("npu", model, {**arguments, **EAGER})
-    expected = engine("cpu", model, arguments).finish_loading().answers
+POOLING: dict[str, tuple[Make, dict[str, Any]]] = {
+    "Qwen3, embeddings": (checkpoints.pooling, {"convert": "embed", **GRAPHS}),
+    "Qwen2, classes": (checkpoints.sequence_classifier, EAGER),
+    "BERT, embeddings": (checkpoints.encoder_only, GRAPHS),
+    "XLM-RoBERTa, embeddings": (checkpoints.multilingual_encoder, EAGER),
+    "BERT, scores": (checkpoints.cross_encoder, GRAPHS),
+}
+
+
+@pytest.mark.parametrize(("make", "arguments"), POOLING.values(), ids=POOLING.keys())
+def test_a_model_that_pools_answers_as_on_the_cpu(
+    make: Make, arguments: dict[str, Any], engine: Load, models: Path
+) -> None:
+    common = {"runner": "pooling", "skip_tokenizer_init": False, "max_num_batched_tokens": 512}
+    ours = engine("npu", make(models), {**arguments, **common})
+    expected = engine("cpu", make(models), {**arguments, **common, **EAGER}).finish_loading().answers
     torch.testing.assert_close(torch.tensor(ours.finish_loading().answers), torch.tensor(expected))

@@ -98,6 +98,18 @@ def test_a_client_loads_by_hccl_and_answers_as_its_server_and_as_the_cpu_platfor
         loader.end()
 
 
+def test_an_encoder_loads_by_hccl_and_answers_as_its_server(start: Load, models: Path) -> None:
+    model, engine = checkpoints.multilingual_encoder(models), {"runner": "pooling"}
+    server = start("0", model, prompts=PROMPTS, engine=engine).finish_loading()
+    client = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS, engine=engine)
+    client.finish_loading()
+    assert (client.report["outcome"], client.report["transport"]) == ("p2p", "process_group")
+    assert client.digests == server.digests
+    assert client.answers == server.answers
+    for loader in (server, client):
+        loader.end()
+
+
 def test_each_tensor_parallel_rank_takes_its_part_from_its_peer(start: Load, models: Path, tmp_path: Path) -> None:
     model, port = checkpoints.dense(models), two_free_ports()
     engine = {"tensor_parallel_size": 2}

@@ -90,6 +90,8 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> NPUAttentionMetadata:
         batch = common_attn_metadata
+        if batch.causal is not True:
+            raise NotImplementedError("attention over the cache that is not causal is not supported on NPUs")
         query_ends = batch.query_start_loc_cpu[1 : batch.num_reqs + 1].tolist()
         return NPUAttentionMetadata(
             query_ends=query_ends,
@@ -101,6 +103,8 @@ class NPUAttentionMetadataBuilder(AttentionMetadataBuilder):
 
 
 class NPUAttentionImpl(AttentionImpl):
+    _refusals = staticmethod(refusals)
+
     def __init__(  # noqa: PLR0917
         self,
         num_heads: int,
@@ -123,7 +127,7 @@ class NPUAttentionImpl(AttentionImpl):
         }
         reasons = [name for name, value in unsupported.items() if value is not None]
         # vLLM builds models with their dtype as torch's default.
-        reasons += refusals(Heads(head_size, num_heads, num_kv_heads or num_heads), torch.get_default_dtype())
+        reasons += self._refusals(Heads(head_size, num_heads, num_kv_heads or num_heads), torch.get_default_dtype())
         if reasons:
             raise ValueError(f"attention with {', '.join(reasons)} is not supported on NPUs")
         self.num_heads = num_heads
@@ -151,8 +155,14 @@ class NPUAttentionImpl(AttentionImpl):
         keys, values = kv_cache.unbind(1)
         if self._writes_cache:
             write_cache(key[:tokens], value[:tokens], keys, values, attn_metadata.slots)
-        output[:tokens] = attend(
-            query[:tokens], keys, values, attn_metadata, num_kv_heads=self.num_kv_heads, scale=self.scale
+        attend(
+            query[:tokens],
+            keys,
+            values,
+            attn_metadata,
+            num_kv_heads=self.num_kv_heads,
+            scale=self.scale,
+            output=output[:tokens],
         )
         return output
 
@@ -180,9 +190,11 @@ def attend(
     *,
     num_kv_heads: int,
     scale: float,
-) -> torch.Tensor:
-    """`query` and the result are [tokens, heads, head size]."""
-    result: torch.Tensor = torch.ops.npu.npu_fused_infer_attention_score(
+    output: torch.Tensor,
+) -> None:
+    """Writes the result into `output`, which is contiguous and, as `query`, [tokens, heads, head size]."""
+    no_sums = query.new_empty(0, dtype=torch.float32)
+    torch.ops.npu.npu_fused_infer_attention_score.out(
         query.contiguous(),
         keys,
         values,
@@ -196,8 +208,8 @@ def attend(
         num_key_value_heads=num_kv_heads,
         sparse_mode=LOWER_RIGHT_CAUSAL,
         block_size=keys.shape[1],
-    )[0]
-    return result
+        out=[output, no_sums],
+    )
 
 
 def causal_mask(device: torch.device) -> torch.Tensor:

@@ -6,7 +6,9 @@ operator's sources and its documentation both allow for the call of `backend`: q
 blocks of [tokens, heads x head size], a causal mask in sparse mode 3. Anything else ends with error 561002 in the first
 forward pass.
 
-The simulated CANN holds the same rule in code of its own. A test compares both over the whole grid, and the table in
+Encoders have no cache. Their operator, `npu_fusion_attention`, takes almost all heads.
+
+The simulated CANN holds the same rules in code of its own. A test compares them over the whole grid, and the table in
 docs/source/ascend.md is the rule for people.
 """
 
@@ -28,6 +30,8 @@ HEAD_SIZE_STEP = 16
 """Where several query heads share a KV head."""
 HEAD_SIZES_OF_THEIR_OWN = (64, 128)
 """Where each query head has a KV head of its own."""
+MAX_ENCODER_REQUESTS = 2048
+MAX_ENCODER_HEAD_SIZE = 768
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,11 @@ def refusals(heads: Heads, dtype: torch.dtype) -> Iterator[str]:
         yield f"{heads}, more than {MAX_HEADS} query heads"
     if heads.queries > MAX_QUERIES_PER_KV_HEAD * heads.key_values:
         yield f"{heads}, more than {MAX_QUERIES_PER_KV_HEAD} query heads for each KV head"
+
+
+def encoder_refusals(heads: Heads, dtype: torch.dtype) -> Iterator[str]:
+    """Everything about an encoder's attention with these heads that its operator does not take."""
+    if heads.size > MAX_ENCODER_HEAD_SIZE:
+        yield f"{heads}, whose size must be at most {MAX_ENCODER_HEAD_SIZE}"
+    if heads.queries > MAX_HEADS:
+        yield f"{heads}, more than {MAX_HEADS} query heads"

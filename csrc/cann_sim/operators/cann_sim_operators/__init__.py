@@ -31,7 +31,7 @@ def _load(library: Path) -> None:
         return
     torch.ops.load_library(str(library))
     torch.ops.cann_sim.install()
-    from cann_sim_operators import attention, cache, experts, layers, rotary, routing  # noqa: F401  registers them
+    from cann_sim_operators import attention, cache, experts, flash_attention, layers, rotary, routing  # noqa: F401  registers them
 
 
 def aicpu_operators() -> dict[str, int]:

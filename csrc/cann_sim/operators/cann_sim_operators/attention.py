@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -87,6 +88,22 @@ def fused_infer_attention_score(
         read = _paged(key, value, block_table, key_lengths, row)
 
     return _attend(query, query_ends, read, atten_mask, scale, with_sums=softmax_lse_flag)
+
+
+@implements("npu::npu_fused_infer_attention_score.out")
+def fused_infer_attention_score_out(
+    *tensors: torch.Tensor, out: list[torch.Tensor], **others: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Does the same, into two tensors that the caller has made. The second, for the sums, is empty without them."""
+    results = fused_infer_attention_score(*tensors, **others)
+    require(len(out) == len(results), OPERATOR, "the number of tensors in out", len(out), f"{len(results)}")
+    for place, result in zip(out, results, strict=True):
+        shape, dtype = tuple(place.shape), place.dtype
+        require(place.shape == result.shape, OPERATOR, "the shape of a tensor in out", shape, f"{tuple(result.shape)}")
+        require(dtype == result.dtype, OPERATOR, "the dtype of a tensor in out", dtype, f"{result.dtype}")
+        require_contiguous(OPERATOR, out=place)
+        place.copy_(result)
+    return out[0], out[1]
 
 
 def _attend(

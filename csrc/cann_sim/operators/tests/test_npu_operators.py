@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 npu, atb = torch.ops.npu, torch.ops.atb
 Tensors = tuple[torch.Tensor, ...]
 HEADS, KEY_HEADS, SIZE, BLOCK = 8, 2, 64, 128
+HEADS_OF = {"query": HEADS, "key": KEY_HEADS, "value": KEY_HEADS}
 FLOATS = [torch.float16, torch.bfloat16]
 
 
@@ -120,6 +121,29 @@ def test_attention_over_dense_keys(causal: bool) -> None:
         torch.testing.assert_close(output[part].cpu().double(), attended, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_attention_is_written_where_the_caller_wants_it(with_sums: bool) -> None:
+    cache = Paged([200, 70])
+    query = rand(10, HEADS, SIZE, dtype=torch.bfloat16)
+    expected, expected_sums = cache.attend(query, [6, 10], softmax_lse_flag=with_sums)
+    place = torch.zeros(12, HEADS, SIZE, dtype=torch.bfloat16, device="npu")
+    out = [place[1:11], torch.empty(expected_sums.shape, device="npu")]
+    arguments = cache.arguments | {"actual_seq_lengths": [6, 10], "softmax_lse_flag": with_sums}
+    tensors = query, cache.key_cache.flatten(2), cache.value_cache.flatten(2)
+    found, sums = npu.npu_fused_infer_attention_score.out(*tensors, **arguments, out=out)
+    assert found.data_ptr() == place[1].data_ptr()
+    assert torch.equal(place[1:11], expected)
+    assert torch.equal(sums, expected_sums)
+    assert not place[[0, 11]].any()
+    for wrong, complaint in (
+        ([place[1:10], out[1]], r"shape of a tensor in out is \(9, 8, 64\)"),
+        ([place[1:11].float(), out[1]], "dtype of a tensor in out is torch.float32"),
+        (out[:1], "number of tensors in out is 1"),
+    ):
+        with pytest.raises(RuntimeError, match=complaint):
+            npu.npu_fused_infer_attention_score.out(*tensors, **arguments, out=wrong)
+
+
 def test_the_mask_is_what_hides() -> None:
     cache = Paged([6])
     query = rand(6, HEADS, SIZE, dtype=torch.bfloat16)
@@ -142,6 +166,51 @@ def test_single_precision_is_for_comparisons_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
     attended, _ = expected_attention(query, cache.keys[0], cache.values[0], causal=True)
     torch.testing.assert_close(cache.attend(query, [10])[0].cpu().double(), attended, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [32, 64])
+def test_attention_of_encoders_sees_all_of_a_request(dtype: torch.dtype, size: int) -> None:
+    query, key, value = (rand(50, heads, size, dtype=dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    ends = [20, 20, 50]  # the second request has no tokens
+    lengths = {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    output, maxima, sums, *_ = npu.npu_fusion_attention(
+        query, key, value, HEADS, "TND", scale=1 / math.sqrt(size), **lengths
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for part in (slice(0, 20), slice(20, 50)):
+        attended, log_sum = expected_attention(query[part], key[part], value[part], causal=False)
+        torch.testing.assert_close(output[part].cpu().double(), attended, rtol=tolerance, atol=tolerance)
+        found = (maxima + sums.log())[part].cpu().double()
+        torch.testing.assert_close(found, log_sum.expand_as(found), rtol=1e-3, atol=1e-3)
+
+
+WRONG_FUSION = {
+    "layout": ({"input_layout": "BSH"}, "input_layout is 'BSH'"),
+    "mask": ({"atten_mask": torch.zeros(2048, 2048, dtype=torch.bool)}, "atten_mask=a tensor"),
+    "dropout": ({"keep_prob": 0.9}, "keep_prob is 0.9, but must be 1"),
+    "heads": ({"head_num": 4}, "head_num is 4.*the heads of query, 8"),
+    "not all tokens": ({"actual_seq_qlen": [4, 9]}, r"actual_seq_qlen is \[4, 9\].*up to 10"),
+    "not running totals": ({"actual_seq_kvlen": [10, 4]}, r"actual_seq_kvlen is \[10, 4\]"),
+    "no lengths": ({"actual_seq_qlen": None}, "actual_seq_qlen is None"),
+    "requests": ({"actual_seq_kvlen": [10]}, r"actual_seq_kvlen is \[10\].*2 requests"),
+    "no keys": ({"actual_seq_kvlen": [0, 10]}, r"actual_seq_kvlen is \[0, 10\].*keys for all queries"),
+    "types": ({"key": torch.zeros(10, KEY_HEADS, SIZE)}, "dtype of key is torch.float32"),
+    "odd key heads": (
+        {"key": torch.zeros(10, 3, SIZE).bfloat16(), "value": torch.zeros(10, 3, SIZE).bfloat16()},
+        "heads of key is 3, but must be a divisor of head_num",
+    ),
+    "other sizes": ({"query": torch.zeros(10, HEADS, 128).bfloat16()}, r"shape of key is \(10, 2, 64\)"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), WRONG_FUSION.values(), ids=WRONG_FUSION.keys())
+def test_attention_of_encoders_refuses_what_documentation_forbids(change: dict[str, object], complaint: str) -> None:
+    change = {name: value.npu() if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    tensors = {name: rand(10, heads, SIZE, dtype=torch.bfloat16) for name, heads in HEADS_OF.items()}
+    arguments = {"head_num": HEADS, "input_layout": "TND", "actual_seq_qlen": [4, 10], "actual_seq_kvlen": [4, 10]}
+    with pytest.raises(RuntimeError, match=complaint):
+        npu.npu_fusion_attention(**{**tensors, **arguments, **change})
 
 
 WRONG_ATTENTION = {
@@ -499,6 +568,13 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, .
     "attention with sums": (
         npu.npu_fused_infer_attention_score,
         lambda: (attention_arguments()[0], attention_arguments()[1] | {"softmax_lse_flag": True}),
+    ),
+    "attention of encoders": (
+        npu.npu_fusion_attention,
+        lambda: (
+            (*(rand(10, heads, SIZE, dtype=torch.bfloat16) for heads in HEADS_OF.values()), HEADS, "TND"),
+            {"actual_seq_qlen": [4, 10], "actual_seq_kvlen": [4, 10]},
+        ),
     ),
     "npu_grouped_matmul": (
         npu.npu_grouped_matmul,
