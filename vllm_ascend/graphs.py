@@ -2,8 +2,9 @@
 
 Attention takes the lengths of sequences from the host, so what is captured is the pieces between: one for each layer
 and one more, for each of some batch sizes. A captured piece holds streams of the device, one for what it computes and
-one for each kind of group that it communicates in, and a device has 2048 of them. vLLM's batch sizes are chosen for
-GPUs, without such a limit; where they are too many, sizes are left out evenly.
+one for each kind of group that it communicates in, and a device has about two thousand. vLLM's batch sizes are chosen
+for GPUs, without such a limit; where they are too many, sizes are left out evenly. That is an estimate: where it was
+wrong, `worker.capture` goes on with fewer.
 """
 
 from __future__ import annotations

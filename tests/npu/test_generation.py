@@ -6,6 +6,7 @@ below, without torch-npu. Engines of several ranks start a process for each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pool]]
     replicas = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
     environments: dict[str, dict[str, str]] = {
         "npu": {},
+        "few streams": {"CANN_SIM_STREAMS": "130", "CANN_SIM_MACHINE": "few streams"},
         "replica 0": {**replicas, "VLLM_DP_RANK": "0", "VLLM_DP_RANK_LOCAL": "0"},
         "replica 1": {**replicas, "VLLM_DP_RANK": "1", "VLLM_DP_RANK_LOCAL": "1"},
     }
@@ -161,6 +163,22 @@ def experts_of(model: str, read: list[int]) -> list[list[list[int]]]:
         logits = reference(torch.tensor([read]), output_router_logits=True).router_logits
     chosen: list[list[list[int]]] = torch.stack([each.topk(2)[1] for each in logits], dim=1).tolist()
     return chosen
+
+
+def test_graphs_are_of_as_many_sizes_as_the_devices_have_streams_for(
+    engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    """The device has fewer streams than the platform reckons with, and both ranks find out by running out of them."""
+    sizes = [1, 2, 4, *range(8, 65, 8)]
+    graphs = {**GRAPHS, "compilation_config": {"cudagraph_capture_sizes": sizes}}
+    answering = engine("few streams", checkpoints.dense(models), {"tensor_parallel_size": 2, **graphs})
+    assert tokens(answering.finish_loading().answers) == on_cpu(checkpoints.dense)
+    chosen = re.findall(
+        r"streams for graphs of (\d+) batch sizes, and no more .*: using these: (.*)", answering.log_text()
+    )
+    assert len(chosen) == 2, "each rank says so once"
+    assert chosen[0] == chosen[1]
+    assert 0 < len(chosen[0][1].split(",")) < int(chosen[0][0]) < len(sizes)
 
 
 def test_data_parallel_replicas_share_experts(

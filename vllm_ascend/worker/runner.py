@@ -17,6 +17,8 @@ from vllm.utils import torch_utils
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_ascend.worker.capture import OutOfStreams, agree_that_it_fits, begin_again_with_fewer
+from vllm_ascend.worker.graph import NPUGraph
 from vllm_ascend.worker.routed_experts import OutputWithExperts, RoutedExperts
 
 _operators: list[torch.library.Library] = []
@@ -54,11 +56,34 @@ class NPUModelRunner(GPUModelRunner):
             self._routed_experts.close()
         super().shutdown()
 
+    def _capture_cudagraphs(self, batch_descriptors: list[Any], *args: Any, **options: Any) -> None:
+        """For each of these batch sizes, the largest first, or for fewer where the device has no streams for all."""
+        while batch_descriptors:
+            try:
+                super()._capture_cudagraphs(batch_descriptors, *args, **options)
+                return
+            except OutOfStreams as failure:
+                fitted = [each.num_tokens for each in batch_descriptors].index(failure.size)
+                reason = str(failure)
+            # The failure, and the frames that it held on to, are gone by now.
+            batch_descriptors = begin_again_with_fewer(self, fitted, reason)
+
+    def _warmup_and_capture(self, desc: Any, *args: Any, **options: Any) -> None:
+        failure = None
+        try:
+            super()._warmup_and_capture(desc, *args, **options)
+        except RuntimeError as error:
+            failure = error
+        try:
+            agree_that_it_fits(desc.num_tokens, failure)
+        finally:
+            del failure  # it and this frame refer to each other
+
 
 def _lead_cuda_to_npu() -> None:
     """Functions become objects of their own: Dynamo does not accept one function under two names."""
     npu, names = torch_npu.npu, vars(torch.cuda)
-    names.update(Stream=npu.Stream, Event=npu.Event, CUDAGraph=npu.NPUGraph)
+    names.update(Stream=npu.Stream, Event=npu.Event, CUDAGraph=NPUGraph)
     for name in ("current_stream", "default_stream", "graph", "graph_pool_handle", "is_current_stream_capturing"):
         names[name] = functools.partial(getattr(npu, name))
     names.update(set_stream=_set_stream, stream=_stream)
