@@ -19,7 +19,9 @@ ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
 MOST_RETURNED_EXPERTS = 256
 """vLLM returns the routes among more as uint16, in which NPUs do not compute."""
-FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache"}
+FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache", "modelexpress"}
+PROVIDERS = {"native", "torch_npu"}
+"""Of vLLM's IR operators: others are compiled for CPUs and GPUs."""
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -39,6 +41,8 @@ def _features(config: Any) -> Iterator[str]:
         yield "LoRA adapters (enable_lora)"
     if config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None:
         yield "KV connectors (kv_transfer_config, kv_offloading_size)"
+    if config.ec_transfer_config is not None:
+        yield "encoder outputs from elsewhere (ec_transfer_config)"
     if config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size:
         yield "weights offloaded to host memory (cpu_offload_gb, offload_group_size)"
     if (transfer := config.weight_transfer_config) is not None:
@@ -55,12 +59,19 @@ def _kernels(config: Any) -> Iterator[str]:
         yield f"moe_backend={kernels.moe_backend!r} (there is one, 'auto')"
     if kernels.linear_backend != "auto" or kernels.linear_backend_per_quant:
         yield f"linear_backend={kernels.linear_backend!r} (there is one, 'auto')"
+    providers = {provider for chosen in vars(kernels.ir_op_priority).values() for provider in chosen}
+    if others := sorted(providers - PROVIDERS):
+        yield f"kernels of {', '.join(others)} (ir_op_priority takes {', '.join(sorted(PROVIDERS))})"
+    if config.attention_config.use_non_causal:
+        yield "attention to later tokens (attention_config.use_non_causal)"
     backends = {config.attention_config.backend, *config.attention_config.backend_per_kind.values()} - {None}
     if others := sorted(each.name for each in backends if each.name != ATTENTION_BACKEND):
         yield f"the attention backend {', '.join(others)} (leave the choice to vLLM)"
     compilation = config.compilation_config
     if compilation.backend not in ("", "eager"):
         yield f"the compilation backend {compilation.backend!r} (there is 'eager')"
+    if compilation.use_inductor_graph_partition:
+        yield "use_inductor_graph_partition: there is no Inductor, and attention would not be left out of graphs"
     if compilation.splitting_ops and "vllm::unified_attention_with_output" not in compilation.splitting_ops:
         yield "splitting_ops without attention: it is not captured in graphs"
 

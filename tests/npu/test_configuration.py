@@ -120,6 +120,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "weights that a trainer sends by 'nccl'": {"weight_transfer_config": {}},
     "weights that a trainer sends by 'ipc'": {"weight_transfer_config": {"backend": "ipc"}},
     "watermarks (watermark_config)": {"watermark_config": {"algorithm": "gumbel", "key": 7}},
+    "kernels of vllm_c (ir_op_priority takes native, torch_npu)": {"ir_op_priority": {"rms_norm": ["vllm_c"]}},
+    "attention to later tokens": {"attention_config": {"use_non_causal": True}},
+    "use_inductor_graph_partition: there is no Inductor": {
+        "compilation_config": {"use_inductor_graph_partition": True}
+    },
+    "encoder outputs from elsewhere": {
+        "ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}
+    },
     "linear_backend='cutlass'": {"linear_backend": "cutlass"},
     "profiler_config.profiler='torch'": {"profiler_config": {"profiler": "torch", "torch_profiler_dir": "traces"}},
     "ranges of NVTX": {"enable_layerwise_nvtx_tracing": True},
