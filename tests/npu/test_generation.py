@@ -110,6 +110,7 @@ SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
     "Llama in graphs": (checkpoints.dense, GRAPHS),
     "Qwen2 in graphs": (qwen2, GRAPHS),
     "Qwen3 in graphs": (qwen3, GRAPHS),
+    "MiniCPM": (checkpoints.minicpm, EAGER),
 }
 
 
