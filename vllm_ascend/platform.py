@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch_npu
@@ -28,6 +28,10 @@ from vllm_ascend.limits import refuse_unsupported
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed import ProcessGroup
+
+SHUTDOWN_SECONDS: Final = 5
+"""What a server's engine has to end in, where vLLM's default is to kill it at once: as on XPUs, so that it leaves its
+groups and its device itself. Requests under way go on meanwhile."""
 
 
 class NPUPlatform(Platform):
@@ -134,6 +138,8 @@ class NPUPlatform(Platform):
         if parallel.worker_cls == "auto":  # as it is until this has run: vLLM runs it again in the engine's process
             name_what_is_not_read(vllm_config)
             parallel.worker_cls = "vllm_ascend.worker.worker.NPUWorker"
+        if vllm_config.shutdown_timeout == 0:
+            vllm_config.shutdown_timeout = SHUTDOWN_SECONDS
         # A device context does not survive a fork.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 

@@ -96,8 +96,16 @@ class Instance:
                 return
         raise InstanceFailed(f"{self.name} was not ready within {START_TIMEOUT:.0f} s:\n{self.log_tail()}")
 
+    def ask_to_end(self) -> None:
+        """Tells the front end, as an operator would; the others are for it to end."""
+        assert self._process is not None
+        self._process.terminate()
+
     def wait_until_ended(self, timeout: float = START_TIMEOUT) -> int:
-        """Waits for a process that ends by itself, and returns its exit status. Raises subprocess.TimeoutExpired."""
+        """Waits for a process that ends by itself or was asked to, and returns its exit status.
+
+        Raises subprocess.TimeoutExpired.
+        """
         assert self._process is not None
         return self._process.wait(timeout)
 

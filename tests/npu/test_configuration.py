@@ -201,6 +201,7 @@ def test_what_is_not_chosen_suits_an_npu(
     assert (config.compilation_config.cudagraph_mode.name, config.compilation_config.backend) == ("PIECEWISE", "eager")
     assert config.kernel_config.ir_op_priority.rms_norm == ["torch_npu", "native"]
     assert not config.use_v2_model_runner
+    assert (config.shutdown_timeout, configured(shutdown_timeout=60).shutdown_timeout) == (5, 60)
     assert configured(enforce_eager=True).compilation_config.cudagraph_mode.name == "NONE"
     assert configured(model=with_heads_of_80(models), block_size=128).cache_config.block_size == 128
 

@@ -53,6 +53,7 @@ class NPUWorker(gpu_worker.Worker):
         self.requested_memory = request_memory(self.init_snapshot, self.cache_config, outside)
         self._init_workspace_and_model_runner()
         _run_finalizers_before_torch_npu_ends()
+        atexit.register(gc.freeze)  # the end of the interpreter would search all modules for cycles, for seconds
 
     def _make_model_runner(self) -> NPUModelRunner:
         return NPUModelRunner(self.vllm_config, self.device)
