@@ -99,7 +99,8 @@ def test_a_client_loads_by_hccl_and_answers_as_its_server_and_as_the_cpu_platfor
 
 
 def test_an_encoder_loads_by_hccl_and_answers_as_its_server(start: Load, models: Path) -> None:
-    model, engine = checkpoints.multilingual_encoder(models), {"runner": "pooling"}
+    model = checkpoints.multilingual_encoder(models)
+    engine = {"runner": "pooling", "skip_tokenizer_init": False}
     server = start("0", model, prompts=PROMPTS, engine=engine).finish_loading()
     client = start("1", model, {"SOURCE": [server.address], **FROM_PEERS}, prompts=PROMPTS, engine=engine)
     client.finish_loading()
