@@ -1,8 +1,9 @@
 """The versions of vLLM that this package was tried with, as docs/source/getting_started.md lists them.
 
-Nothing else compares versions. Netloader asks vLLM for little that changes, and is broken where an import fails, which
-`netloader.installation` tells. The platform for NPUs reaches deep into vLLM's worker, so that it would fail late and in
-many ways on a version older than the one it is written for. What is newer than all that was tried may work.
+Nothing else here depends on a version. Netloader asks vLLM for little that changes, and is broken where an import
+fails, which `netloader.installation` tells. The platform for NPUs reaches deep into vLLM's worker, so that it would
+fail late and in many ways on a version older than the one it is written for. What is newer than all that was tried may
+work.
 """
 
 from __future__ import annotations

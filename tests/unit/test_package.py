@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vllm_ascend
+from vllm_ascend.utils import vllm_version_is
 
 ROOT = Path(vllm_ascend.__file__).parent
 NETLOADER = "vllm_ascend.model_loader.netloader"
@@ -39,6 +40,12 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_importing_costs_nothing(statement: str) -> None:
     assert loaded_by(statement) == set()
+
+
+def test_a_release_of_vllm_is_recognised_whatever_it_was_built_for() -> None:
+    installed = importlib.metadata.version("vllm").partition("+")[0]
+    assert vllm_version_is(installed)
+    assert not vllm_version_is("0.27.1")
 
 
 def test_the_command_line_needs_no_vllm() -> None:

@@ -127,8 +127,8 @@ def test_results_are_kept_and_told_by_file(tmp_path: Path) -> None:
         "in all: 1 passed, 1 failed, 1 not runnable",
     ]
     assert list(markdown_report(found))[2:] == [
-        "| `x/test_a.py` | 1 |  | 1 | needs the Python package ray |",
-        "| `x/test_b.py` |  | 1 |  | AssertionError: 1 \\| 2 |",
+        "| x/test_a.py | 1 |  | 1 | needs the Python package ray |",
+        "| x/test_b.py |  | 1 |  | AssertionError: 1 \\| 2 |",
     ]
     assert found.nothing_left_in("tests/e2e/x/test_a.py")
     assert not found.nothing_left_in("tests/e2e/x/test_b.py")

@@ -73,7 +73,7 @@ def markdown_report(found: Found, prefix: str = "tests/e2e/") -> Iterator[str]:
         number = Counter(result.verdict for result in results)
         reasons = "; ".join(dict.fromkeys(result.reason for result in results if result.reason)).replace("|", "\\|")
         columns = [
-            f"`{file.removeprefix(prefix)}`",
+            file.removeprefix(prefix),
             number["passed"],
             number["failed"],
             number["not runnable"],

@@ -15,8 +15,6 @@ INSIDE = Path(__file__).with_name("inside")
 """What the tests' own processes import: these know nothing of this tool's other modules."""
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("tests", "tools", "examples", "pyproject.toml")
-DEVICE_MEMORY = "2560M"
-"""Of a simulated NPU: vLLM fills most of it with its KV cache, in host memory. Two devices must fit into a laptop."""
 
 
 def copy_tests(checkout: Path, scratch: Path) -> None:
@@ -50,14 +48,14 @@ def group_of(test: str) -> Group:
 
 def environment(cache: Path, group: Group, scratch: Path, outer: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Makes the models that the tests in `scratch` name. No other can be reached with this environment."""
-    home = cache / (group.folder.replace("/", "-") or "models")
+    home = cache / (group.folder.replace("/", "-") if group.models else "models")
     programs = "\n".join(path.read_text(errors="replace") for path in (scratch / "tests").rglob("*.py"))
     models = group.models or MODELS
     make_cache(home, {name: recipe for name, recipe in models.items() if name in programs})
     inner = {name: value for name, value in outer.items() if name not in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
     paths = [str(INSIDE), *filter(None, [str(ROOT), outer.get("PYTHONPATH", "")])]
     return {
-        "CANN_SIM_MEMORY": DEVICE_MEMORY,
+        "CANN_SIM_MEMORY": group.device_memory,
         **inner,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
