@@ -73,7 +73,7 @@ def torch_rooms() -> set[str]:
 def purpose_of(room: str) -> str:
     """What a room is for: the beginning of its package's docstring."""
     if room == ENTRY:
-        return f"what vLLM and the command line call: {', '.join(sorted(constant('OUTSIDE_ROOMS') - {''}))}"
+        return f"what vLLM and the command line call: {', '.join(sorted(constant('ENTRY_POINTS') - {''}))}"
     if room == "shared words":
         return ", ".join(sorted(constant("SHARED_WORDS")))
     docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
