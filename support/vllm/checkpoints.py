@@ -47,6 +47,12 @@ def dense(root: Path) -> str:
     return str(make_random_model(root / "dense", DENSE))
 
 
+def dense_with_words(root: Path) -> str:
+    """The model of `dense`, with a tokenizer."""
+    directory = make_random_model(root / "dense_with_words", DENSE)
+    return save_tokenizer(directory)
+
+
 def dense_retrained(root: Path) -> str:
     """A checkpoint with the layout of `dense` and other weights."""
     return str(make_random_model(root / "dense_retrained", DENSE, seed=1))

@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -50,8 +51,9 @@ class Loads:
         engine (further engine arguments), digests (whether to hash the weights as they are before post-processing),
         rank and init_method (for one process of several that make up an instance), parallel (attributes to set on
         vLLM's parallel configuration, where no engine argument does), prompts (makes a whole engine in this process,
-        which answers them: lists of token ids, or tones for a speech model), beside (goes on holding the engine that
-        is there, until something is loaded without that).
+        which answers them), beside (goes on holding the engine that is there, until something is loaded without that).
+        A prompt is a list of token ids, {"embedded": token ids} to pass their embeddings, {"choices": texts, "tokens":
+        token ids} to have one of these texts as the answer, or, for a speech model, {"tone": ..., "decoder": ...}.
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
         digests, modules, flags (attributes that loading may set), draft (the same of a draft model), and answers.
 
@@ -203,13 +205,38 @@ def answers(engine: Any, prompts: list[Any]) -> list[Any]:
 
 def generate(engine: Any, prompts: list[Any]) -> list[Any]:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
-    return [output.outputs[0] for output in engine.generate(_inputs(prompts), sampling, use_tqdm=False)]
+    common: dict[str, Any] = {"temperature": 0, "detokenize": False, "logprobs": 0}
+    sampling = [
+        SamplingParams(**common, max_tokens=1, structured_outputs=StructuredOutputsParams(choice=prompt["choices"]))
+        if "choices" in prompt
+        else SamplingParams(**common, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+        for prompt in prompts
+    ]
+    inputs = _inputs(prompts, engine.model_config.model)
+    return [output.outputs[0] for output in engine.generate(inputs, sampling, use_tqdm=False)]
 
 
-def _inputs(prompts: list[Any]) -> list[dict[str, Any]]:
-    return [{"prompt_token_ids": prompt} if isinstance(prompt, list) else _with_audio(prompt) for prompt in prompts]
+def _inputs(prompts: list[Any], model: str = "") -> list[dict[str, Any]]:
+    return [_input(prompt, model) for prompt in prompts]
+
+
+def _input(prompt: Any, model: str) -> dict[str, Any]:
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    if "choices" in prompt:
+        return {"prompt_token_ids": prompt["tokens"]}
+    if "embedded" in prompt:
+        return {"prompt_embeds": _embeddings(model)[prompt["embedded"]]}
+    return _with_audio(prompt)
+
+
+def _embeddings(model: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(Path(model, "model.safetensors"), "pt") as file:
+        return file.get_tensor("model.embed_tokens.weight")
 
 
 def _with_audio(prompt: dict[str, Any]) -> dict[str, Any]:

@@ -45,12 +45,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pool]]:
-    """Of processes on NPUs, on CPUs, and of the two replicas of a data-parallel engine."""
+    """Of processes on CPUs, on NPUs with torch-npu's queue and without, and of a data-parallel engine's replicas."""
     directory = tmp_path_factory.mktemp("engines")
     port = str(two_free_ports())
     replicas = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
     environments: dict[str, dict[str, str]] = {
         "npu": {},
+        "queue": {"TASK_QUEUE_ENABLE": "1"},
         "few streams": {"CANN_SIM_STREAMS": "130", "CANN_SIM_MACHINE": "few streams"},
         "replica 0": {**replicas, "VLLM_DP_RANK": "0", "VLLM_DP_RANK_LOCAL": "0"},
         "replica 1": {**replicas, "VLLM_DP_RANK": "1", "VLLM_DP_RANK_LOCAL": "1"},
@@ -124,6 +125,25 @@ def test_one_npu_answers_as_the_cpu(
     assert tokens(answering.ask(PROMPTS)) == expected, "with the beginnings of the prompts cached"
 
 
+def test_prompts_may_be_embeddings_and_answers_be_confined(engine: Load, models: Path) -> None:
+    """One batch of prompts as embeddings, and prompts whose answer is one of a few words."""
+    model = checkpoints.dense_with_words(models)
+    arguments = {"enable_prompt_embeds": True, "skip_tokenizer_init": False, **GRAPHS}
+    words = [["t7", "t8", "t9"], ["t4", "t5"]]
+    confined = [{"choices": chosen, "tokens": PROMPTS[index]} for index, chosen in enumerate(words)]
+    mixture = [*({"embedded": prompt} for prompt in PROMPTS), *confined]
+    ours = engine("npu", model, arguments, prompts=[*PROMPTS, *mixture])
+    expected = tokens(
+        engine("cpu", model, {**arguments, **EAGER}, prompts=[*PROMPTS, *confined]).finish_loading().answers
+    )
+
+    answers = tokens(ours.finish_loading().answers)
+    plain, embedded, chosen = answers[:3], answers[3:6], answers[6:]
+    assert plain == embedded == expected[:3]
+    assert chosen == expected[3:]
+    assert all(f"t{answer[0]}" in choices for answer, choices in zip(chosen, words, strict=True))
+
+
 PARTITIONS: dict[str, tuple[Make, dict[str, Any]]] = {
     "tensor parallel, in graphs": (checkpoints.dense, {"tensor_parallel_size": 2, **GRAPHS}),
     "pipeline parallel": (checkpoints.dense, {"pipeline_parallel_size": 2, **EAGER}),
@@ -136,6 +156,16 @@ def test_two_npus_answer_as_the_cpu(
 ) -> None:
     answering = engine("npu", make(models), arguments)
     expected = on_cpu(make)
+    assert tokens(answering.finish_loading().answers) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_torch_npus_queue_changes_no_answer(
+    size: int, engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
+) -> None:
+    answering = engine("queue", checkpoints.dense(models), {"tensor_parallel_size": size, **GRAPHS})
+    expected = on_cpu(checkpoints.dense)
     assert tokens(answering.finish_loading().answers) == expected
 
 

@@ -64,6 +64,7 @@ ENCODER = {
 ROBERTA = {
     **ENCODER,
     "max_position_embeddings": 8194,  # the first position has the number 2
+    "position_embedding_type": "absolute",
     "type_vocab_size": 1,
     "pad_token_id": 1,
     "bos_token_id": 0,

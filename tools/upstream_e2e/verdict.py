@@ -40,6 +40,7 @@ REFUSALS = [
     for pattern in (
         r"(?:ValueError: |Value error, )(not supported on NPUs: [^\n\[]+)",
         r"(quantization '\w+' is not supported on NPUs)",
+        r"Value error, (Unknown quantization method: \w+)",
         r"(?:ValueError: |Value error, )(VLLM_USE_V2_MODEL_RUNNER: [^\n\[]+)",
         r"(?:ValueError: |Value error, )([\w.]+ is not supported on NPUs[^\n\[]*)",
     )
@@ -49,6 +50,10 @@ MISSING = [
     (re.compile(r"No module named '(vllm_ascend\.[\w.]+)'"), "tests a part of upstream's package: {}"),
     (re.compile(r"cannot import name '(\w+)' from 'vllm_ascend"), "tests a part of upstream's package: {}"),
     (re.compile(r"No module named '([\w.]+)'"), "needs the Python package {}"),
+    (
+        re.compile(r"Model architectures \['(\w+ForConditionalGeneration)'\] failed to be inspected"),
+        "a multimodal model, {}, whose code in vLLM needs the Python package torchvision",
+    ),
 ]
 
 
