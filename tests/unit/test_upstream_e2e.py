@@ -52,6 +52,15 @@ def failed(text: str, test: str = "tests/e2e/test_a.py::test_b") -> Judgement:
             "E   ImportError: cannot import name 'enable_custom_op' from 'vllm_ascend.utils' (/here/utils.py)",
             "tests a part of upstream's package: enable_custom_op",
         ),
+        (
+            "E     Value error, Unknown quantization method: ascend. Must be one of ['awq', 'fp8']. [type=value_error]",
+            "Unknown quantization method: ascend",
+        ),
+        (
+            "E     Value error, Model architectures ['Qwen3_5ForConditionalGeneration'] failed to be inspected. Please",
+            "a multimodal model, Qwen3_5ForConditionalGeneration, whose code in vLLM needs the Python package "
+            "torchvision",
+        ),
     ],
 )
 def test_why_a_test_is_not_runnable_is_what_the_process_said(text: str, reason: str) -> None:
@@ -62,6 +71,7 @@ def test_another_error_is_a_failure_with_the_first_line_that_pytest_marks() -> N
     text = "    assert a == b\nE   AssertionError: answers differ\nE   assert 1 == 2\n"
     assert failed(text) == Judgement("failed", "AssertionError: answers differ")
     assert failed("the process is gone") == Judgement("failed", "the process is gone")
+    assert failed("WARNING no profiler: No module named 'scalene'\nE   assert 1 == 2").reason == "assert 1 == 2"
 
 
 def test_a_test_that_upstream_skips_is_not_runnable() -> None:
