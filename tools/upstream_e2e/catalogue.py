@@ -86,7 +86,7 @@ def _described(model_type: str, architecture: str, **configuration: Any) -> Desc
 
 QWEN3_DESCRIBED = _described("qwen3", "Qwen3ForCausalLM")
 QWEN3_MOE_DESCRIBED = _described("qwen3_moe", "Qwen3MoeForCausalLM")
-LLAMA = _described("llama", "LlamaForCausalLM", num_key_value_heads=8, dtype="bfloat16")
+LLAMA = _described("llama", "LlamaForCausalLM", num_key_value_heads=8, max_position_embeddings=131072, dtype="bfloat16")
 DEEPSEEK_V2 = _described("deepseek_v2", "DeepseekV2ForCausalLM")
 DEEPSEEK_V3 = _described("deepseek_v3", "DeepseekV3ForCausalLM", num_nextn_predict_layers=1)
 QWEN3_5 = _described("qwen3_5", "Qwen3_5ForConditionalGeneration")
