@@ -53,6 +53,10 @@ def failed(text: str, test: str = "tests/e2e/test_a.py::test_b") -> Judgement:
             "tests a part of upstream's package: enable_custom_op",
         ),
         (
+            "E   ImportError: Arctic Inference is required for suffix decoding. Install it.",
+            "needs the Python package Arctic Inference",
+        ),
+        (
             "E     Value error, Unknown quantization method: ascend. Must be one of ['awq', 'fp8']. [type=value_error]",
             "Unknown quantization method: ascend",
         ),

@@ -50,6 +50,7 @@ MISSING = [
     (re.compile(r"No module named '(vllm_ascend\.[\w.]+)'"), "tests a part of upstream's package: {}"),
     (re.compile(r"cannot import name '(\w+)' from 'vllm_ascend"), "tests a part of upstream's package: {}"),
     (re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'"), "needs the Python package {}"),
+    (re.compile(r"ImportError: ([\w ]+) is required for"), "needs the Python package {}"),
     (
         re.compile(r"Model architectures \['(\w+ForConditionalGeneration)'\] failed to be inspected"),
         "a multimodal model, {}, whose code in vLLM needs the Python package torchvision",

@@ -47,7 +47,10 @@ def group_of(test: str) -> Group:
 
 
 def environment(cache: Path, group: Group, scratch: Path, outer: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Makes the models that the tests in `scratch` name. No other can be reached with this environment."""
+    """Makes the models that the tests in `scratch` name. No other can be reached with this environment.
+
+    On the simulator, this run has a machine of its own, so that nobody else takes memory of its devices.
+    """
     home = cache / (group.folder.replace("/", "-") if group.models else "models")
     programs = "\n".join(path.read_text(errors="replace") for path in (scratch / "tests").rglob("*.py"))
     models = group.models or MODELS
@@ -56,6 +59,7 @@ def environment(cache: Path, group: Group, scratch: Path, outer: Mapping[str, st
     paths = [str(INSIDE), *filter(None, [str(ROOT), outer.get("PYTHONPATH", "")])]
     return {
         "CANN_SIM_MEMORY": group.device_memory,
+        "CANN_SIM_MACHINE": scratch.name,
         **inner,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
