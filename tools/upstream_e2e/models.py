@@ -17,6 +17,7 @@ from tools.upstream_e2e.catalogue import Adapter, Described, Recipe, Weights
 COMMIT = "0" * 40
 """The hub names each version of a repository by a commit."""
 CLOSING = set('"]}:,')
+MOST_TOKENS = 512
 
 CHAT_TEMPLATE = """\
 {%- if tools %}
@@ -96,6 +97,8 @@ def _save_weights(directory: Path, recipe: Weights) -> None:
     if recipe.prefers_to_close:
         _prefer_to_close(model, directory)
     model.save_pretrained(directory)
+    if recipe.prefers_to_close:
+        _limit_answers(directory)
     if recipe.model_type == "minicpm":
         (directory / "configuration_minicpm.py").write_text(MINICPM_CONFIGURATION)
         described = json.loads((directory / "config.json").read_text())
@@ -118,6 +121,12 @@ def _prefer_to_close(model: Any, directory: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 0] = 2.0
         model.lm_head.weight[[*closing, tokenizer.eos_token_id], 0] += 1.0
+
+
+def _limit_answers(directory: Path) -> None:
+    """Answers end after MOST_TOKENS, whatever a request asks for: some ask for no limit, and a model may go on."""
+    path = directory / "generation_config.json"
+    write(path, {**json.loads(path.read_text()), "max_new_tokens": MOST_TOKENS})
 
 
 def _save_chat_tokenizer(directory: Path) -> None:
