@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.sources import SHORT, SMALL, Tensors, fetch, serving
+from support.sources import PATIENT, SHORT, SMALL, Tensors, fetch, serving
 from vllm_ascend.distributed.process_group import BACKENDS
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
@@ -99,6 +99,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         devices = [torch.device(device, index) for index in (0, int(count > 1))] if count else [CPU, CPU]
         chosen = settings_between(*devices) if count else {device: pytest.param(None, marks=missing)}
     metafunc.parametrize("setting", chosen.values(), ids=chosen.keys())
+
+
+_acquainted: list[Setting] = []
+
+
+@pytest.fixture(autouse=True)
+def acquainted(request: pytest.FixtureRequest) -> None:
+    """The first group of an accelerator loads libraries for seconds; the tests' timeouts are for what comes after."""
+    setting = request.getfixturevalue("setting") if "setting" in request.fixturenames else None
+    if setting is None or setting.wanted_on in {None, CPU} or setting in _acquainted:
+        return
+    _acquainted.append(setting)
+    with serving(setting.small, setting.kind, timeouts=PATIENT) as (_, source):
+        fetch(setting.small, setting.wanting, source, timeouts=PATIENT)
 
 
 SHAPES = {
