@@ -134,58 +134,43 @@ def latent_attention_with_mtp(root: Path) -> str:
 def encoder_only(root: Path) -> str:
     from transformers import BertConfig, BertModel
 
-    directory = root / "encoder_only"
-    if not directory.exists():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=2048, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
-        )
-        BertModel(config).bfloat16().save_pretrained(directory)
-        save_tokenizer(directory)
-    return str(directory)
+    config = BertConfig(
+        vocab_size=2048, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
+    )
+    return _saved(root / "encoder_only", lambda: BertModel(config))
 
 
 def multilingual_encoder(root: Path) -> str:
     """An XLM-RoBERTa, whose positions begin behind that of the padding token, with its head size of 64."""
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
-    directory = root / "multilingual_encoder"
-    if not directory.exists():
-        torch.manual_seed(0)
-        config = XLMRobertaConfig(
-            vocab_size=2048,
-            hidden_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=512,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            position_embedding_type="absolute",  # as the real ones say
-        )
-        XLMRobertaModel(config).bfloat16().save_pretrained(directory)
-        save_tokenizer(directory)
-    return str(directory)
+    config = XLMRobertaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        position_embedding_type="absolute",  # as the real ones say
+    )
+    return _saved(root / "multilingual_encoder", lambda: XLMRobertaModel(config))
 
 
 def cross_encoder(root: Path) -> str:
     """A BERT with a score for pairs of texts and a head size of 32, as the small rerankers have."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    directory = root / "cross_encoder"
-    if not directory.exists():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=2048,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            num_labels=1,
-            initializer_range=0.2,
-        )
-        BertForSequenceClassification(config).bfloat16().save_pretrained(directory)
-        save_tokenizer(directory)
-    return str(directory)
+    config = BertConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        num_labels=1,
+        initializer_range=0.2,
+    )
+    return _saved(root / "cross_encoder", lambda: BertForSequenceClassification(config))
 
 
 def minicpm(root: Path) -> str:
@@ -202,14 +187,9 @@ def sequence_classifier(root: Path) -> str:
     """A decoder with a head for three classes, as fine-tuned classifiers have it."""
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-    directory = root / "sequence_classifier"
-    if not directory.exists():
-        torch.manual_seed(0)
-        configuration = {name: value for name, value in DENSE.items() if name != "head_dim"}
-        config = Qwen2Config(**configuration, num_labels=3, pad_token_id=0, initializer_range=0.2)
-        Qwen2ForSequenceClassification(config).bfloat16().save_pretrained(directory)
-        save_tokenizer(directory)
-    return str(directory)
+    configuration = {name: value for name, value in DENSE.items() if name != "head_dim"}
+    config = Qwen2Config(**configuration, num_labels=3, pad_token_id=0, initializer_range=0.2)
+    return _saved(root / "sequence_classifier", lambda: Qwen2ForSequenceClassification(config))
 
 
 def pooling(root: Path) -> str:
@@ -346,6 +326,15 @@ def _quantised(root: Path, name: str, quantization: dict[str, Any], quantise: Ca
 def _save(directory: Path, tensors: Tensors) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _saved(directory: Path, make: Callable[[], Any]) -> str:
+    """Saves a model that `make` gives random weights, in bfloat16 and with a tokenizer, unless it is there."""
+    if not directory.exists():
+        torch.manual_seed(0)
+        make().bfloat16().save_pretrained(directory)
+        save_tokenizer(directory)
+    return str(directory)
 
 
 def _change_config(directory: Path, changes: dict[str, Any]) -> None:

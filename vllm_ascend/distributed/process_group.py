@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup, ProcessGroupGloo, Work
@@ -147,15 +147,11 @@ class Pair:
 
     def send(self, tensor: torch.Tensor) -> Work:
         """Starts sending `tensor` to the receiver; it must stay unchanged until the work is finished."""
-        if self.device.type == "cpu":
-            return self._begun(self._group.send([tensor], RECEIVER, 0))
-        return self._begun(self._hccl.batch_isend_irecv(["isend"], [tensor], [RECEIVER]))
+        return self._begin("send", tensor, RECEIVER)
 
     def receive(self, tensor: torch.Tensor) -> Work:
         """Starts receiving into `tensor`."""
-        if self.device.type == "cpu":
-            return self._begun(self._group.recv([tensor], SENDER, 0))
-        return self._begun(self._hccl.batch_isend_irecv(["irecv"], [tensor], [SENDER]))
+        return self._begin("recv", tensor, SENDER)
 
     def finish(self, work: Work, aborted: threading.Event | None = None) -> None:
         """Returns when `work` is done, not only queued.
@@ -190,12 +186,14 @@ class Pair:
             except RuntimeError as error:
                 logger.warning("left a process group in which an operation had failed: %s", error)
 
-    @property
-    def _hccl(self) -> Any:
-        """HCCL's part of the group; its `send` and `recv` would not keep to the group's timeout and buffer."""
-        return self._group._get_backend(self.device)
-
-    def _begun(self, work: Work) -> Work:
+    def _begin(self, operation: Literal["send", "recv"], tensor: torch.Tensor, peer: int) -> Work:
+        """HCCL's own `send` and `recv` would not keep to the group's timeout and buffer."""
+        work: Work
+        if self.device.type == "cpu":
+            work = getattr(self._group, operation)([tensor], peer, 0)
+        else:
+            hccl: Any = self._group._get_backend(self.device)
+            work = hccl.batch_isend_irecv([f"i{operation}"], [tensor], [peer])
         self._unfinished.append(work)
         return work
 
