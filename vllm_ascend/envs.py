@@ -13,3 +13,14 @@ def fp32_attention() -> bool:
 def stateless_group_buffer() -> int:
     """ASCEND_STATELESS_HCCL_BUFFSIZE: MiB of HCCL's buffer for a stateless group; a device holds it twice."""
     return int(os.environ.get("ASCEND_STATELESS_HCCL_BUFFSIZE", "16"))
+
+
+def enable_nz() -> int:
+    """VLLM_ASCEND_ENABLE_NZ: which weights lie in FRACTAL_NZ, 0 for none, 1 for quantised ones, 2 for others too.
+
+    Raises ValueError for another value.
+    """
+    value = os.environ.get("VLLM_ASCEND_ENABLE_NZ", "1")
+    if value not in {"0", "1", "2"}:
+        raise ValueError(f"VLLM_ASCEND_ENABLE_NZ={value!r}: it is 0, 1 or 2")
+    return int(value)

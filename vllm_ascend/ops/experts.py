@@ -23,6 +23,8 @@ import vllm_ascend.ops.routing  # noqa: F401  makes the routers
 
 COUNTS = 1
 """How the groups' lengths are told: each by itself, not as running totals."""
+UNQUANTISED, DYNAMIC = -1, 1
+"""What npu_moe_init_routing_v2 does with the rows that it copies."""
 
 
 class Range(NamedTuple):
@@ -73,6 +75,18 @@ def own_experts(moe: Any) -> Range | None:
     return Range(first, first + moe.num_local_experts, moe.num_experts)
 
 
+class Routed(NamedTuple):
+    """Rows of tokens, sorted by expert, of which there are `lengths`.
+
+    `positions` says where the rows of a token are, one for each of its experts. Quantised rows have `scales`.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    scales: torch.Tensor
+
+
 def run_experts(  # noqa: PLR0917
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -85,18 +99,31 @@ def run_experts(  # noqa: PLR0917
 
     `weights` and `experts`, in int32, are [tokens, experts of a token]; `w13` and `w2` have the experts that are here.
     """
-    first, end, total = own or Range(0, len(w13), len(w13))
-    rows, positions, lengths, _ = torch.ops.npu.npu_moe_init_routing_v2(
+    routed = route(x, experts, own or Range(0, len(w13), len(w13)))
+    hidden = torch.ops.npu.npu_swiglu(_grouped_product(routed.rows, w13, routed.lengths))
+    results = _grouped_product(hidden, w2, routed.lengths)
+    return combine(results, routed.positions, weights, own)
+
+
+def route(x: torch.Tensor, experts: torch.Tensor, here: Range, *, quantise: bool = False) -> Routed:
+    """The rows of x for the experts that are here. If asked to, quantises each to int8 by its largest value."""
+    rows, positions, lengths, scales = torch.ops.npu.npu_moe_init_routing_v2(
         x,
         experts,
         active_num=experts.numel(),
-        expert_num=total,
+        expert_num=here.total,
         expert_tokens_num_type=COUNTS,
         expert_tokens_num_flag=True,
-        active_expert_range=[first, end],
+        quant_mode=DYNAMIC if quantise else UNQUANTISED,
+        active_expert_range=[here.first, here.end],
     )
-    hidden = torch.ops.npu.npu_swiglu(_grouped_product(rows, w13, lengths))
-    results = _grouped_product(hidden, w2, lengths)
+    return Routed(rows, positions, lengths, scales)
+
+
+def combine(
+    results: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, own: Range | None = None
+) -> torch.Tensor:
+    """For each token the sum of its rows among `results`, times their weights; without rows of others' experts."""
     if own is not None:
         weights = weights.masked_fill(positions.view(weights.shape) < 0, 0)
         positions = positions.clamp_min(0)
