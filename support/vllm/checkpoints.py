@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.quantised.kinds import make_quantised
 from support.vllm.random_model import SMALL, make_random_model
 
 Tensors = Mapping[str, torch.Tensor]
@@ -236,21 +237,33 @@ def encoder_decoder(root: Path) -> str:
 
 def w8a8(root: Path) -> str:
     """`dense` in compressed-tensors' int8, with a scale per output channel and activations quantised per token."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
-    }
+    return make_quantised("compressed-tensors-w8a8", Path(dense(root)), root / "w8a8")
 
-    def quantise(weight: torch.Tensor) -> Tensors:
-        scale = weight.float().abs().amax(1, keepdim=True) / 127
-        return {"weight": (weight.float() / scale).round().to(torch.int8), "weight_scale": scale}
 
-    return _quantised(root, "w8a8", quantization, quantise)
+def w8a8_experts(root: Path) -> str:
+    return make_quantised("compressed-tensors-w8a8", Path(mixture_of_experts(root)), root / "w8a8_experts")
+
+
+def modelslim(root: Path) -> str:
+    """The numbers of `w8a8`, as ModelSlim writes them."""
+    return make_quantised("modelslim-w8a8-dynamic", Path(dense(root)), root / "modelslim")
+
+
+def modelslim_experts(root: Path) -> str:
+    """The numbers of `w8a8_experts`, as ModelSlim writes them."""
+    source = Path(mixture_of_experts(root))
+    return make_quantised("modelslim-w8a8-dynamic", source, root / "modelslim_experts")
+
+
+def modelslim_static(root: Path) -> str:
+    """Of both ages: with norms that have a bias, and one layer that is not quantised."""
+    source, left_out = Path(dense(root)), ("layers.1.mlp.down_proj",)
+    return make_quantised("modelslim-w8a8", source, root / "modelslim_static", older=True, left_out=left_out)
+
+
+def modelslim_four_bits(root: Path) -> str:
+    """Experts in 4 bits, between attention in 8."""
+    return make_quantised("modelslim-w4a8", Path(mixture_of_experts(root)), root / "modelslim_four_bits")
 
 
 def gptq(root: Path) -> str:
