@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 
-def fp32_attention() -> bool:
-    """CANN_SIM_FP32_ATTENTION=1: the fused attention computes in fp32, as the simulator's does and no device's."""
-    return os.environ.get("CANN_SIM_FP32_ATTENTION", "0") == "1"
+def fp32() -> bool:
+    """CANN_SIM_FP32=1: fused and quantised operators compute in fp32, as the simulator's do and no device's."""
+    return os.environ.get("CANN_SIM_FP32", "0") == "1"
 
 
 def stateless_group_buffer() -> int:

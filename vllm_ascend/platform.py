@@ -48,7 +48,7 @@ class NPUPlatform(Platform):
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         half = [torch.bfloat16, torch.float16]
-        return [*half, torch.float32] if envs.fp32_attention() else half
+        return [*half, torch.float32] if envs.fp32() else half
 
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:

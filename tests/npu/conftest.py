@@ -9,7 +9,7 @@ import pytest
 import vllm_ascend
 
 os.environ.setdefault("CANN_SIM_MACHINE", f"tests {os.getpid()}")  # another run's processes take none of its memory
-os.environ.setdefault("CANN_SIM_FP32_ATTENTION", "1")  # fp32 makes answers comparable with those of other kernels
+os.environ.setdefault("CANN_SIM_FP32", "1")  # fp32 makes answers comparable with those of other kernels
 
 
 @pytest.fixture(scope="session", autouse=True)

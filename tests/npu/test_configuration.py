@@ -182,11 +182,11 @@ def test_netloader_is_refused_where_its_plugin_is_left_out(
 def test_fp32_is_for_the_simulator_only(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
-    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "0")
+    monkeypatch.setenv("CANN_SIM_FP32", "0")
     with pytest.raises(ValueError, match=r"float32 is not supported on NPUs.*choose --dtype bfloat16"):
         configured(dtype="float32")
     assert str(configured(dtype="half").model_config.dtype) == "torch.float16"
-    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
+    monkeypatch.setenv("CANN_SIM_FP32", "1")
     assert str(configured(dtype="float32").model_config.dtype) == "torch.float32"
     assert [str(dtype) for dtype in current_platform.supported_dtypes][:2] == ["torch.bfloat16", "torch.float16"]
 

@@ -31,7 +31,17 @@ def _load(library: Path) -> None:
         return
     torch.ops.load_library(str(library))
     torch.ops.cann_sim.install()
-    from cann_sim_operators import attention, cache, experts, flash_attention, layers, rotary, routing  # noqa: F401  registers them
+    from cann_sim_operators import (  # noqa: F401  registers them
+        attention,
+        cache,
+        experts,
+        flash_attention,
+        layers,
+        quantisation,
+        quantised_matmul,
+        rotary,
+        routing,
+    )
 
 
 def aicpu_operators() -> dict[str, int]:

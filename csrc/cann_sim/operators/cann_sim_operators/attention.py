@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cann_sim_operators.registry import (
     FP32_SWITCH,
-    fp32_attention,
+    fp32,
     implements,
     require,
     require_contiguous,
@@ -172,7 +172,7 @@ def _check_kernel(query: torch.Tensor, shared: bool, inner_precise: int, *, alon
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     if query.dtype == torch.float32:
         require(
-            query.dtype in fp32_attention(),
+            query.dtype in fp32(),
             OPERATOR,
             "the dtype of query",
             query.dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cann_sim_operators.registry import (
-    fp32_attention,
+    fp32,
     implements,
     require,
     require_contiguous,
@@ -36,7 +36,7 @@ def scatter_pa_kv_cache(
     require_defaults(operator, others)
     if cache_mode not in {None, "Norm"}:
         raise RuntimeError(f"{operator}: cache_mode={cache_mode!r}, the default, is not simulated; 'Norm' is")
-    require_dtype(operator, "key", key, *CACHED, *fp32_attention())
+    require_dtype(operator, "key", key, *CACHED, *fp32())
     require_dtype(operator, "slot_mapping", slot_mapping, torch.int32, torch.int64)
     require_contiguous(operator, key=key, value=value, key_cache=key_cache, value_cache=value_cache)
     _write(operator, key, key_cache, slot_mapping)

@@ -12,8 +12,11 @@ from typing import TypeVar
 
 import torch
 
-FP32_SWITCH = "CANN_SIM_FP32_ATTENTION"
+FP32_SWITCH = "CANN_SIM_FP32"
 Function = TypeVar("Function", bound=Callable[..., object])
+
+_DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 12: torch.qint8, 15: torch.bfloat16}
+"""By torch's numbers, which torch-npu's operators take for dtypes."""
 
 _libraries: dict[str, torch.library.Library] = {}  # a registration lives as long as its library
 
@@ -54,12 +57,37 @@ def require_dtype(operator: str, argument: str, tensor: torch.Tensor, *allowed: 
     require(tensor.dtype in allowed, operator, f"the dtype of {argument}", tensor.dtype, f"one of {names}")
 
 
+def is_fractal(tensor: torch.Tensor) -> bool:
+    """Returns whether a device holds this argument of the running operator in FRACTAL_NZ; its values are plain here."""
+    return bool(torch.ops.cann_sim.is_fractal(tensor))
+
+
+def require_plain(operator: str, **tensors: torch.Tensor | None) -> None:
+    """Raises RuntimeError if any of the tensors, given by the names of their arguments, is in FRACTAL_NZ."""
+    for argument, tensor in tensors.items():
+        require(tensor is None or not is_fractal(tensor), operator, f"the format of {argument}", "FRACTAL_NZ", "ND")
+
+
+def require_shape(operator: str, argument: str, tensor: torch.Tensor, *allowed: tuple[int, ...]) -> None:
+    """Raises RuntimeError unless the tensor has one of the allowed shapes."""
+    found, expected = tuple(tensor.shape), " or ".join(str(each) for each in dict.fromkeys(allowed))
+    require(found in allowed, operator, f"the shape of {argument}", found, expected)
+
+
+def require_output_dtype(operator: str, number: int | None, default: torch.dtype, *allowed: torch.dtype) -> torch.dtype:
+    """Returns the dtype that torch-npu passes as a number; raises RuntimeError unless it is one of the allowed ones."""
+    dtype = default if number is None else _DTYPES.get(number)
+    names = ", ".join(str(each).removeprefix("torch.") for each in allowed)
+    require(dtype in allowed, operator, "the output dtype", number if dtype is None else dtype, f"one of {names}")
+    return dtype  # type: ignore[return-value]  # None is never allowed
+
+
 def require_contiguous(operator: str, **tensors: torch.Tensor) -> None:
     """Raises RuntimeError unless all tensors, given by the names of their arguments, are contiguous."""
     for argument, tensor in tensors.items():
         require(tensor.is_contiguous(), operator, argument, f"strided {tensor.stride()}", "contiguous")
 
 
-def fp32_attention() -> tuple[torch.dtype, ...]:
-    """Returns float32 where CANN_SIM_FP32_ATTENTION=1 adds it to what attention computes and caches, else nothing."""
+def fp32() -> tuple[torch.dtype, ...]:
+    """Returns float32 where CANN_SIM_FP32=1 adds it to what fused and quantised operators compute, else nothing."""
     return (torch.float32,) if os.environ.get(FP32_SWITCH) == "1" else ()

@@ -58,6 +58,9 @@ class Call
         c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
 
         if (to_host_) {
+            if (!copies_.empty())
+                wait_for_turn(*device_);
+            Filled filled(copies_);
             op_.callBoxed(stack_);
             return;
         }
@@ -69,6 +72,7 @@ class Call
         if (has_queue() && !captured && can_wait() && run_later())
             return;
         wait_for_turn(*device_);
+        Filled filled(copies_);
         if (captured)
             run_and_record();
         else
@@ -117,17 +121,13 @@ class Call
         TORCH_CHECK(!is_written || !is_fractal(tensor), name(), ": argument ", argument.name(),
                     " is in FRACTAL_NZ, into which the simulator writes by npu_format_cast only");
         device_ = tensor.device();
-        return is_fractal(tensor) ? unpack(argument, tensor) : aliases_.to_host(tensor);
+        return is_fractal(tensor) ? take_fractal(tensor) : aliases_.to_host(tensor);
     }
 
-    at::Tensor unpack(const c10::Argument &argument, const at::Tensor &tensor) const
+    at::Tensor take_fractal(const at::Tensor &tensor)
     {
-        c10::DeviceGuard device_guard(tensor.device());
-        wait_for_turn(tensor.device());
-        TORCH_CHECK(!is_captured(tensor.device()), name(), ": argument ", argument.name(),
-                    " is in FRACTAL_NZ, with which the simulator captures nothing");
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return unpacked(tensor);
+        copies_.emplace_back(tensor);
+        return copies_.back().seen_as(tensor);
     }
 
     void take_device(c10::IValue &value)
@@ -189,7 +189,8 @@ class Call
     // Makes the result and puts the operator into torch-npu's queue. False if only the operator knows the result.
     bool run_later()
     {
-        Node node{op_, {stack_.begin() + static_cast<std::ptrdiff_t>(first_), stack_.end()}, {}, std::nullopt, false};
+        Node node{op_, {stack_.begin() + static_cast<std::ptrdiff_t>(first_), stack_.end()}, {}, std::nullopt, false,
+                  copies_};
         const auto result = schema_.returns()[0].alias_info() ? written_argument() : make_result();
 
         if (!result.defined())
@@ -307,7 +308,7 @@ class Call
         TORCH_CHECK(!host_must_know_data(), name(),
                     " cannot be captured: what it does depends on data that the host would have to wait for");
         Node node{op_, {stack_.begin() + static_cast<std::ptrdiff_t>(first_), stack_.end()}, {}, draw_,
-                  draws_by_default_};
+                  draws_by_default_, copies_};
 
         for (auto &argument : node.arguments)
             keep(argument);
@@ -336,7 +337,13 @@ class Call
 
     bool is_of_host(const at::Tensor &tensor) const
     {
-        return cann_sim_device_of(tensor.const_data_ptr(), 1) < 0 && tensor.numel();
+        return !is_copied(tensor) && cann_sim_device_of(tensor.const_data_ptr(), 1) < 0 && tensor.numel();
+    }
+
+    bool is_copied(const at::Tensor &tensor) const
+    {
+        return std::any_of(copies_.begin(), copies_.end(),
+                           [&](const PlainCopy &copy) { return copy.is_seen_by(tensor); });
     }
 
     void give(c10::IValue &value)
@@ -356,6 +363,7 @@ class Call
     torch::jit::Stack &stack_;
     const size_t count_, first_; // of the arguments, later of the results
     Aliases aliases_;
+    std::vector<PlainCopy> copies_;
     std::optional<c10::Device> device_, result_device_;
     bool to_host_ = false; // the device argument says so
     bool has_indices_ = false, has_mask_ = false;

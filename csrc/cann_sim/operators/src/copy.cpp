@@ -39,16 +39,13 @@ bool is_plain(const at::Tensor &target, const at::Tensor &source)
            is_whole(source);
 }
 
-at::Tensor wait_and_alias(const at::Tensor &tensor)
+at::Tensor wait_and_alias(const at::Tensor &tensor, std::vector<PlainCopy> &copies)
 {
     if (!is_on_device(tensor))
         return tensor;
     c10::DeviceGuard guard(tensor.device());
     wait_for_turn(tensor.device());
-    if (!is_fractal(tensor))
-        return host_alias(tensor);
-    TORCH_CHECK(!is_captured(tensor.device()), "aten::copy_ of a tensor in FRACTAL_NZ cannot be captured here");
-    return unpacked(tensor);
+    return is_fractal(tensor) ? copies.emplace_back(tensor).seen_as(tensor) : host_alias(tensor);
 }
 
 void convert(const at::Tensor &target, const at::Tensor &source)
@@ -59,15 +56,19 @@ void convert(const at::Tensor &target, const at::Tensor &source)
 
     TORCH_CHECK(!is_on_device(target) || !is_fractal(target),
                 "aten::copy_: the target is in FRACTAL_NZ, into which the simulator writes by npu_format_cast only");
-    const auto to = wait_and_alias(target), from = wait_and_alias(source);
+    std::vector<PlainCopy> copies;
+    const auto to = wait_and_alias(target, copies), from = wait_and_alias(source, copies);
     const bool captured = is_captured(device);
 
     TORCH_CHECK(!captured || (is_on_device(target) && is_on_device(source)),
                 "aten::copy_ from ", source.device(), " to ", target.device(),
                 " cannot be captured: it converts, for which the host would have to wait");
-    to.copy_(from);
+    {
+        Filled filled(copies);
+        to.copy_(from);
+    }
     if (captured)
-        record(device, {copy_operator(), {to, from, false}, {}, std::nullopt, false});
+        record(device, {copy_operator(), {to, from, false}, {}, std::nullopt, false, std::move(copies)});
 }
 
 at::Tensor &copy_(c10::DispatchKeySet keys, at::Tensor &self, const at::Tensor &source, bool non_blocking)

@@ -1,7 +1,10 @@
 #include "format.h"
 
+#include <algorithm>
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
 
 #include "torch_npu/csrc/core/NPUStorageImpl.h"
 
@@ -9,6 +12,8 @@ namespace cann_sim
 {
 namespace
 {
+
+thread_local std::vector<const c10::StorageImpl *> filled_storages; // of the plain copies for the operator that runs
 
 torch_npu::NPUStorageDesc &description(const c10::Storage &storage)
 {
@@ -47,16 +52,57 @@ bool is_fractal(const at::Tensor &device)
     return description(device.storage()).npu_format_ == ACL_FORMAT_FRACTAL_NZ;
 }
 
-at::Tensor unpacked(const at::Tensor &device)
+PlainCopy::PlainCopy(const at::Tensor &device)
+    : sizes_(description(device.storage()).base_sizes_.begin(), description(device.storage()).base_sizes_.end())
 {
     const auto &noted = description(device.storage());
-    const auto options = device.options().device(c10::kCPU);
-    const auto fractal =
-        at::from_blob(const_cast<void *>(device.storage().data()), c10::IntArrayRef(noted.storage_sizes_), options);
-    auto plain = at::empty(c10::IntArrayRef(noted.base_sizes_), options);
+    const auto options = at::TensorOptions().device(c10::kCPU).dtype(noted.data_type_); // of which `device` may be a view
 
-    unpack(fractal, plain);
-    return plain.as_strided(device.sizes(), device.strides(), device.storage_offset());
+    blocks_ = at::from_blob(const_cast<void *>(device.storage().data()), c10::IntArrayRef(noted.storage_sizes_), options);
+    values_ = c10::Storage(c10::Storage::use_byte_size_t(), c10::multiply_integers(sizes_) * blocks_.itemsize(),
+                           c10::DataPtr(nullptr, c10::kCPU), c10::GetCPUAllocator(), true);
+}
+
+at::Tensor PlainCopy::seen_as(const at::Tensor &device) const
+{
+    auto host = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(values_), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                         device.dtype());
+    auto *target = host.unsafeGetTensorImpl();
+
+    target->set_storage_offset(device.storage_offset());
+    target->set_sizes_and_strides(device.sizes(), device.strides());
+    return host;
+}
+
+void PlainCopy::fill()
+{
+    values_.set_data_ptr(c10::GetCPUAllocator()->allocate(values_.nbytes()));
+    unpack(blocks_, at::from_blob(values_.mutable_data(), sizes_, blocks_.options()));
+    filled_storages.push_back(values_.unsafeGetStorageImpl());
+}
+
+void PlainCopy::drop()
+{
+    filled_storages.erase(std::find(filled_storages.begin(), filled_storages.end(), values_.unsafeGetStorageImpl()));
+    values_.set_data_ptr(c10::DataPtr(nullptr, c10::kCPU));
+}
+
+Filled::Filled(std::vector<PlainCopy> &copies) : copies_(copies)
+{
+    for (auto &copy : copies_)
+        copy.fill();
+}
+
+Filled::~Filled()
+{
+    for (auto &copy : copies_)
+        copy.drop();
+}
+
+bool is_plain_copy(const at::Tensor &host)
+{
+    return host.has_storage() &&
+           std::find(filled_storages.begin(), filled_storages.end(), host.storage().unsafeGetStorageImpl()) != filled_storages.end();
 }
 
 void pack(const at::Tensor &plain, const at::Tensor &fractal)

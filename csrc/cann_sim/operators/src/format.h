@@ -3,7 +3,12 @@
 // In FRACTAL_NZ a matrix is cut into blocks of 16 rows and 32 bytes of columns (for elements of 4 bytes: 16 columns),
 // padded with zeros. The blocks of a column of blocks follow each other. The dimensions of the storage are
 // [..., columns of blocks, rows of blocks, 16, columns of a block]; those of the tensor stay what they were.
+//
+// An operator that reads such a tensor is given a plain copy of its values, which exists only while the operator runs.
+// An operator that takes another way for this layout, or refuses it, asks `is_plain_copy`.
 #pragma once
+
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -17,8 +22,44 @@ void describe(const at::Tensor &tensor, const c10::Storage &storage);
 
 bool is_fractal(const at::Tensor &device);
 
-// A host tensor with the values of a device tensor in FRACTAL_NZ.
-at::Tensor unpacked(const at::Tensor &device);
+// The values of a device's storage in FRACTAL_NZ, for the CPU's operators. Like a kernel that was launched it has an
+// address, not a reference.
+class PlainCopy
+{
+  public:
+    explicit PlainCopy(const at::Tensor &device);
+
+    // A host tensor that sees the copy as `device` sees its storage. Without memory until the copy is filled.
+    at::Tensor seen_as(const at::Tensor &device) const;
+
+    bool is_seen_by(const at::Tensor &host) const
+    {
+        return host.defined() && host.has_storage() && host.storage().is_alias_of(values_);
+    }
+
+    void fill(); // when it is the stream's turn
+    void drop();
+
+  private:
+    at::Tensor blocks_; // the device's memory
+    std::vector<int64_t> sizes_;
+    c10::Storage values_;
+};
+
+class Filled
+{
+  public:
+    explicit Filled(std::vector<PlainCopy> &copies);
+    ~Filled();
+    Filled(const Filled &) = delete;
+    Filled &operator=(const Filled &) = delete;
+
+  private:
+    std::vector<PlainCopy> &copies_;
+};
+
+// Whether a host tensor that the operator running in this thread was given has its values from FRACTAL_NZ.
+bool is_plain_copy(const at::Tensor &host);
 
 // Both are host tensors: `fractal` has the dimensions of the storage, `plain` those of the tensor.
 void pack(const at::Tensor &plain, const at::Tensor &fractal);

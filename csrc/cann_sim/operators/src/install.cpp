@@ -10,6 +10,7 @@
 #include "carry.h"
 #include "compiled.h"
 #include "copy.h"
+#include "format.h"
 #include "memory.h"
 
 namespace cann_sim
@@ -110,6 +111,7 @@ TORCH_LIBRARY(cann_sim, library)
 {
     library.def("install() -> ()", install);
     library.def("carry(str[] names) -> ()", carry_named);
+    library.def("is_fractal(Tensor argument) -> bool", is_plain_copy);
     library.def("aicpu_operators() -> Dict(str, int)", aicpu_operators);
 }
 

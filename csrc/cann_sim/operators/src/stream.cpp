@@ -55,6 +55,7 @@ aclError run(Node &node, const char *occasion)
     try {
         at::AutoDispatchBelowADInplaceOrView guard;
         torch::jit::Stack stack = node.arguments;
+        Filled filled(node.copies);
 
         if (node.draw)
             node.draw->repeat();

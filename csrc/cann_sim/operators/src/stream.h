@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include "format.h"
 #include "random.h"
 
 namespace cann_sim
@@ -25,6 +26,7 @@ struct Node {
     torch::jit::Stack results; // where the results go
     std::optional<Draw> draw;
     bool draws_by_default; // it takes no generator
+    std::vector<PlainCopy> copies; // seen by arguments
 };
 
 // Whether torch-npu's queue is on: a thread of its own launches what it is given.

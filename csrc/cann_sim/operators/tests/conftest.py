@@ -13,11 +13,31 @@ os.environ.setdefault("CANN_SIM_MACHINE", f"operators {os.getpid()}")
 os.environ.setdefault("CANN_SIM_MEMORY", "512M")  # read when a device is first used
 
 import torch
+from torch.utils._pytree import tree_map
 
 if not hasattr(torch.ops.cann_sim, "install"):
     pytest.exit("the simulator is not there: run `make check-operators PYTHON=...`", returncode=2)
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def on_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def shape_of(value: object) -> object:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def require_meta_shapes() -> Callable[..., None]:
+    """Fails unless an operator's results have the shapes and dtypes that the wheel's meta kernel promises for them."""
+
+    def require(operator: Callable[..., object], positional: tuple[object, ...], named: dict[str, object]) -> None:
+        expected = operator(*tree_map(on_meta, positional), **tree_map(on_meta, named))
+        assert tree_map(shape_of, operator(*positional, **named)) == tree_map(shape_of, expected)
+
+    return require
 
 
 @pytest.fixture(autouse=True)

@@ -86,10 +86,17 @@ def test_torch_npu_itself_copies_into_it() -> None:
     assert torch.equal((fractal + 0).cpu(), values)
 
 
-def test_it_is_not_captured() -> None:
-    fractal = torch_npu.npu_format_cast(matrix(20, 40).npu(), FRACTAL_NZ)
-    with pytest.raises(RuntimeError, match=r"aten::add.*FRACTAL_NZ.*captures nothing"), torch.npu.graph(NPUGraph()):
-        fractal + 1
+def test_a_graph_reads_it_at_each_replay() -> None:
+    values, rows, graph = matrix(20, 40), matrix(3, 40).npu(), NPUGraph()
+    fractal = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ)
+    with torch.npu.graph(graph):
+        product = torch.nn.functional.linear(rows, fractal)
+        single = fractal.t().to(torch.float32)
+    for changed in (values, values + 1):
+        fractal.copy_(changed)
+        graph.replay()
+        assert torch.equal(product.cpu(), torch.nn.functional.linear(rows.cpu(), changed))
+        assert torch.equal(single.cpu(), changed.t().float())
 
 
 def test_without_internal_formats_a_cast_changes_nothing() -> None:

@@ -154,16 +154,16 @@ def test_the_mask_is_what_hides() -> None:
 
 
 def test_single_precision_is_for_comparisons_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CANN_SIM_FP32_ATTENTION", raising=False)
+    monkeypatch.delenv("CANN_SIM_FP32", raising=False)
     with pytest.raises(RuntimeError, match=r"dtype of key is torch.float32.*float16, bfloat16, int8"):
         Paged([200], dtype=torch.float32)
-    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
+    monkeypatch.setenv("CANN_SIM_FP32", "1")
     cache = Paged([200], dtype=torch.float32)
     query = rand(10, HEADS, SIZE)
-    monkeypatch.delenv("CANN_SIM_FP32_ATTENTION")
-    with pytest.raises(RuntimeError, match=r"dtype of query is torch.float32.*CANN_SIM_FP32_ATTENTION"):
+    monkeypatch.delenv("CANN_SIM_FP32")
+    with pytest.raises(RuntimeError, match=r"dtype of query is torch.float32.*CANN_SIM_FP32"):
         cache.attend(query, [10])
-    monkeypatch.setenv("CANN_SIM_FP32_ATTENTION", "1")
+    monkeypatch.setenv("CANN_SIM_FP32", "1")
     attended, _ = expected_attention(query, cache.keys[0], cache.values[0], causal=True)
     torch.testing.assert_close(cache.attend(query, [10])[0].cpu().double(), attended, rtol=1e-5, atol=1e-5)
 
@@ -610,14 +610,11 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, .
 
 @pytest.mark.parametrize(("operator", "make_arguments"), CALLS.values(), ids=CALLS.keys())
 def test_results_are_shaped_as_the_wheels_meta_kernels_say(
-    operator: Callable[..., object], make_arguments: Callable[[], tuple[tuple[object, ...], dict[str, object]]]
+    operator: Callable[..., object],
+    make_arguments: Callable[[], tuple[tuple[object, ...], dict[str, object]]],
+    require_meta_shapes: Callable[..., None],
 ) -> None:
-    positional, named = make_arguments()
-    to_meta = lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value  # noqa: E731
-    expected = operator(*tree_map(to_meta, positional), **tree_map(to_meta, named))
-    found = operator(*positional, **named)
-    describe = lambda value: (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value  # noqa: E731
-    assert tree_map(describe, found) == tree_map(describe, expected)
+    require_meta_shapes(operator, *make_arguments())
 
 
 @pytest.mark.usefixtures("errors_told_at_once")

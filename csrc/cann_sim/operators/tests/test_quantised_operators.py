@@ -1,0 +1,249 @@
+"""Quantised operators: exact products, scales in single precision, strict as CANN's sources and documentation are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch_npu
+from torch.npu import NPUGraph
+
+npu = torch.ops.npu
+FRACTAL_NZ = torch_npu.Format.FRACTAL_NZ
+ROWS, DEPTH, COLUMNS = 5, 48, 40
+
+
+@pytest.fixture(autouse=True)
+def internal_formats() -> Iterator[None]:
+    torch.npu.config.allow_internal_format = True
+    yield
+    torch.npu.config.allow_internal_format = False
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="npu").to(dtype)
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8).npu()
+
+
+def fractal(tensor: torch.Tensor) -> torch.Tensor:
+    return torch_npu.npu_format_cast(tensor.contiguous(), FRACTAL_NZ)
+
+
+def integers(*values: int) -> torch.Tensor:
+    return torch.tensor(values, device="npu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_are_quantised_by_their_largest_value(dtype: torch.dtype) -> None:
+    x = rand(3, 7, 16, dtype=dtype)
+    x[0, 0] = 0
+    quantised, scales = npu.npu_dynamic_quant(x, dst_type=torch.int8)
+    single = x.cpu().float()
+    assert torch.equal(scales.cpu(), single.abs().amax(-1) / 127)
+    expected = (single / scales.cpu().unsqueeze(-1)).nan_to_num(0).round()
+    assert torch.equal(quantised.cpu().float(), expected)
+    assert quantised.abs().amax(-1).cpu().flatten().tolist() == [0] + [127] * 20
+
+
+def test_halves_go_to_the_even_integer() -> None:
+    x = torch.tensor([[127, 0.5, 1.5, -2.5, -3.5]]).half().npu()
+    assert npu.npu_dynamic_quant(x)[0].tolist() == [[127, 0, 2, -2, -4]]
+
+
+def test_groups_of_rows_have_smooth_scales_of_their_own() -> None:
+    x, smooth = rand(5, 16, dtype=torch.bfloat16), rand(2, 16, dtype=torch.bfloat16)
+    for found, part, row in (
+        (npu.npu_dynamic_quant(x, smooth_scales=smooth[0]), x, smooth[0]),
+        (npu.npu_dynamic_quant(x, smooth_scales=smooth, group_index=integers(2, 5).int()), x[:2], smooth[0]),
+        (npu.npu_dynamic_quant(x, smooth_scales=smooth, group_index=integers(0, 5).int()), x, smooth[1]),
+    ):
+        smoothed = part.float() * row.float()
+        assert torch.equal(found[1][: len(part)], smoothed.abs().amax(-1) / 127)
+        assert torch.equal(found[0][: len(part)].float(), (smoothed / found[1][: len(part), None]).round())
+
+
+Weight = Callable[[torch.Tensor], torch.Tensor]
+WEIGHTS: dict[str, Weight] = {
+    "plain": lambda matrix: matrix,
+    "transposed": lambda matrix: matrix.t().contiguous().t(),
+    "fractal": fractal,
+}
+
+
+@pytest.mark.parametrize("prepare", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_products_by_token(prepare: Weight) -> None:
+    x, matrix, scale, by_token = int8(ROWS, DEPTH), int8(DEPTH, COLUMNS), rand(COLUMNS), rand(ROWS)
+    product = (x.cpu().long() @ matrix.cpu().long()).npu()
+    call = {"pertoken_scale": by_token, "output_dtype": torch.bfloat16}
+    assert torch.equal(
+        npu.npu_quant_matmul(x, prepare(matrix), scale, **call),
+        (product.float() * scale * by_token[:, None]).bfloat16(),
+    )
+    for bias in (int8(COLUMNS).int() * 999, rand(COLUMNS), rand(COLUMNS, dtype=torch.bfloat16)):
+        whole = (product + bias if bias.dtype == torch.int32 else product).float()
+        expected = whole * scale * by_token[:, None] + (0 if bias.dtype == torch.int32 else bias.float())
+        assert torch.equal(npu.npu_quant_matmul(x, prepare(matrix), scale, bias=bias, **call), expected.bfloat16())
+
+
+def test_products_of_a_static_scale() -> None:
+    """With bfloat16 the scale is float32, with float16 it has 19 bits; int32 is not scaled."""
+    x, matrix, scale = int8(ROWS, DEPTH), fractal(int8(DEPTH, COLUMNS)), rand(COLUMNS) / 512
+    bias = int8(COLUMNS).int() * 99
+    whole = (x.cpu().long() @ matrix.cpu().long() + bias.cpu()).npu()
+    call = {"bias": bias, "output_dtype": torch.bfloat16}
+    assert torch.equal(npu.npu_quant_matmul(x, matrix, scale, **call), (whole.float() * scale).bfloat16())
+    found = npu.npu_quant_matmul(x, matrix, scale, bias=bias, output_dtype=torch.int32)
+    assert torch.equal(found, whole.int())
+    coarse = (scale.cpu().view(torch.int32) & ~0x1FFF).view(torch.float32).npu()
+    checkpoint = scale.cpu().view(torch.int32).long().npu()  # as ModelSlim writes it for float16
+    for parameter in (scale, npu.npu_trans_quant_param(scale), checkpoint):
+        found = npu.npu_quant_matmul(x, matrix, parameter, bias=bias, output_dtype=torch.float16)
+        assert torch.equal(found, (whole.float() * coarse).half())
+    offset = (rand(COLUMNS) * 50).round()
+    for arguments in ({"scale": scale, "offset": offset}, {"scale": npu.npu_trans_quant_param(scale, offset)}):
+        found = npu.npu_quant_matmul(x, matrix, bias=bias, **arguments)
+        assert torch.equal(found.float(), ((whole.float() * coarse).round() + offset).clamp(-128, 127))
+
+
+def test_the_parameter_of_a_matrix_unit() -> None:
+    found = npu.npu_trans_quant_param(torch.tensor([1.0001, -2]).npu(), torch.tensor([-3.5, 999]).npu())
+    flag, scales = 1 << 46, (0x3F800000, 0xC0000000)
+    assert found.tolist() == [flag | (-4 & 0x1FF) << 37 | scales[0], flag | 255 << 37 | scales[1]]
+
+
+def test_products_of_batches() -> None:
+    x, matrices, scale = int8(3, ROWS, DEPTH), int8(3, DEPTH, COLUMNS), rand(1)
+    bias = int8(3, 1, COLUMNS).int()
+    found = npu.npu_quant_matmul(x, matrices.mT.contiguous().mT, scale, bias=bias, output_dtype=torch.bfloat16)
+    whole = (x.cpu().long() @ matrices.cpu().long() + bias.cpu()).npu()
+    assert torch.equal(found, (whole.float() * scale).bfloat16())
+
+
+def test_sums_beyond_single_precision_are_exact() -> None:
+    x = torch.full((1, 4001), 127, dtype=torch.int8).npu()
+    found = npu.npu_quant_matmul(x, torch.ones(4001, 1).to(torch.int8).npu() * 127, rand(1), output_dtype=torch.int32)
+    assert found.tolist() == [[4001 * 127 * 127]]
+
+
+def test_single_precision_is_for_comparisons_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, matrix, scale = rand(ROWS, DEPTH), int8(DEPTH, COLUMNS), rand(COLUMNS)
+    monkeypatch.delenv("CANN_SIM_FP32", raising=False)
+    with pytest.raises(RuntimeError, match=r"dtype of x is torch.float32.*float16, bfloat16"):
+        npu.npu_dynamic_quant(x)
+    monkeypatch.setenv("CANN_SIM_FP32", "1")
+    quantised, by_token = npu.npu_dynamic_quant(x)
+    arguments = quantised, matrix, scale
+    found = npu.npu_quant_matmul(*arguments, pertoken_scale=by_token, bias=scale, output_dtype=torch.float32)
+    product = (quantised.cpu().long() @ matrix.cpu().long()).npu()
+    assert torch.equal(found, product.float() * scale * by_token[:, None] + scale)
+    monkeypatch.delenv("CANN_SIM_FP32")
+    with pytest.raises(RuntimeError, match=r"output dtype is torch.float32.*int8, float16, bfloat16, int32"):
+        npu.npu_quant_matmul(*arguments, output_dtype=torch.float32)
+
+
+def test_a_graph_reads_a_fractal_weight_at_each_replay() -> None:
+    x, matrix, scale = rand(ROWS, DEPTH, dtype=torch.bfloat16), int8(DEPTH, COLUMNS), rand(COLUMNS)
+    weight, graph = fractal(matrix), NPUGraph()
+
+    def layer() -> torch.Tensor:
+        quantised, by_token = npu.npu_dynamic_quant(x)
+        product: torch.Tensor = npu.npu_quant_matmul(
+            quantised, weight, scale, pertoken_scale=by_token, output_dtype=torch.bfloat16
+        )
+        return product
+
+    with torch.npu.graph(graph):
+        captured = layer()
+    for changed in (matrix, int8(DEPTH, COLUMNS)):
+        x.normal_()
+        weight.copy_(changed)
+        graph.replay()
+        assert torch.equal(captured, layer())
+        assert captured.abs().sum() > 0
+
+
+def product(**changed: object) -> object:
+    arguments = {"x1": int8(ROWS, DEPTH), "x2": int8(DEPTH, COLUMNS), "scale": rand(COLUMNS)}
+    return npu.npu_quant_matmul(**{**arguments, "output_dtype": torch.bfloat16, **changed})
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "one dimension": (lambda: npu.npu_dynamic_quant(rand(8).half()), r"shape of x is \(8,\).*2 to 8 dimensions"),
+    "integers": (lambda: npu.npu_dynamic_quant(int8(2, 8)), "dtype of x is torch.int8"),
+    "other smooth scales": (
+        lambda: npu.npu_dynamic_quant(rand(2, 8).half(), smooth_scales=rand(8)),
+        "smooth_scales is",
+    ),
+    "groups without scales": (
+        lambda: npu.npu_dynamic_quant(rand(2, 8).half(), group_index=integers(2)),
+        "group_index is given, but must be absent",
+    ),
+    "groups of fewer rows": (
+        lambda: npu.npu_dynamic_quant(rand(3, 8).half(), smooth_scales=rand(1, 8).half(), group_index=integers(2)),
+        r"group_index is \[2\].*end with the number of rows, 3",
+    ),
+    "four bits": (lambda: npu.npu_dynamic_quant(rand(2, 8).half(), dst_type=torch.quint4x2), "output dtype is 16"),
+    "by tensor": (lambda: npu.npu_dynamic_quant(rand(2, 8).half(), quant_mode="pertensor"), "quant_mode is pertensor"),
+    "of fractal": (lambda: npu.npu_dynamic_quant(fractal(rand(16, 16).half())), "format of x is FRACTAL_NZ"),
+    "half scales": (lambda: npu.npu_trans_quant_param(rand(8).half()), "dtype of scale is torch.float16"),
+    "rounded scales": (lambda: npu.npu_trans_quant_param(rand(8), round_mode=1), "round_mode=1 is not simulated"),
+    "floats": (lambda: product(x1=rand(ROWS, DEPTH)), "dtype of x1 is torch.float32"),
+    "packed": (lambda: product(x2=int8(DEPTH, 5).int()), "dtype of x2 is torch.int32"),
+    "other depth": (lambda: product(x2=int8(DEPTH + 1, COLUMNS)), r"shape of x2 is \(49, 40\).*48, n"),
+    "no rows": (lambda: product(x1=int8(0, DEPTH)), r"shape of x1 is \(0, 48\).*none of them 0"),
+    "a part": (lambda: product(x2=int8(DEPTH, 2 * COLUMNS)[:, :COLUMNS]), r"x2 is strided \(80, 1\)"),
+    "wide": (lambda: product(x2=int8(DEPTH, 65536), scale=rand(1)), "inner dimension of x2 is 65536.*at most 65535"),
+    "fractal x1": (lambda: product(x1=fractal(int8(ROWS, DEPTH))), "format of x1 is FRACTAL_NZ"),
+    "transposed fractal": (lambda: product(x2=fractal(int8(COLUMNS, DEPTH)).t()), "FRACTAL_NZ, is transposed"),
+    "thin fractal": (lambda: product(x2=fractal(int8(DEPTH, 1)), scale=rand(1)), r"FRACTAL_NZ, is \(48, 1\)"),
+    "scale as a column": (lambda: product(scale=rand(COLUMNS, 1)), r"shape of scale is \(40, 1\).*\(40,\) or \(1,\)"),
+    "half scale": (lambda: product(scale=rand(COLUMNS).half()), "dtype of scale is torch.float16"),
+    "brain scale for half": (
+        lambda: product(scale=rand(COLUMNS).bfloat16(), pertoken_scale=rand(ROWS), output_dtype=torch.float16),
+        "dtype of scale is torch.bfloat16",
+    ),
+    "parameter for bfloat16": (lambda: product(scale=npu.npu_trans_quant_param(rand(COLUMNS))), "dtype of scale is t"),
+    "tokens of int8": (lambda: product(pertoken_scale=rand(ROWS), output_dtype=None), "output dtype is torch.int8"),
+    "half tokens": (lambda: product(pertoken_scale=rand(ROWS).half()), "dtype of pertoken_scale is torch.float16"),
+    "other tokens": (lambda: product(pertoken_scale=rand(ROWS + 1)), r"shape of pertoken_scale is \(6,\).*\(5,\)"),
+    "half bias": (lambda: product(bias=rand(COLUMNS).half()), "dtype of bias is torch.float16"),
+    "float bias of half": (
+        lambda: product(bias=rand(COLUMNS), output_dtype=torch.float16),
+        "dtype of bias is torch.float32",
+    ),
+    "bias of 2 dimensions": (lambda: product(bias=rand(1, COLUMNS)), r"shape of bias is \(1, 40\)"),
+    "offset": (lambda: product(offset=rand(COLUMNS)), "offset is given for torch.bfloat16"),
+    "groups": (lambda: product(group_sizes=[1, 128, 128]), "group_sizes=.*not simulated"),
+}
+
+
+@pytest.mark.parametrize(("call", "complaint"), WRONG.values(), ids=WRONG.keys())
+def test_what_a_device_refuses_is_refused(call: Callable[[], object], complaint: str) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        call()
+
+
+CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, ...], dict[str, object]]]]] = {
+    "npu_dynamic_quant": (npu.npu_dynamic_quant, lambda: ((rand(2, 3, 16).half(),), {})),
+    "npu_trans_quant_param": (npu.npu_trans_quant_param, lambda: ((rand(1, 8), rand(1, 8)), {})),
+    "npu_quant_matmul": (
+        npu.npu_quant_matmul,
+        lambda: (
+            (int8(2, ROWS, DEPTH), int8(DEPTH, COLUMNS), rand(COLUMNS)),
+            {"bias": rand(COLUMNS), "output_dtype": torch.bfloat16},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("operator", "make_arguments"), CALLS.values(), ids=CALLS.keys())
+def test_results_are_shaped_as_the_wheels_meta_kernels_say(
+    operator: Callable[..., object],
+    make_arguments: Callable[[], tuple[tuple[object, ...], dict[str, object]]],
+    require_meta_shapes: Callable[..., None],
+) -> None:
+    require_meta_shapes(operator, *make_arguments())
