@@ -59,7 +59,12 @@ def require_dtype(operator: str, argument: str, tensor: torch.Tensor, *allowed: 
 
 def is_fractal(tensor: torch.Tensor) -> bool:
     """Returns whether a device holds this argument of the running operator in FRACTAL_NZ; its values are plain here."""
-    return bool(torch.ops.cann_sim.is_fractal(tensor))
+    return block_width(tensor) > 0
+
+
+def block_width(tensor: torch.Tensor) -> int:
+    """Returns the bytes in a row of the blocks in which a device holds this argument, or 0 if it is not in blocks."""
+    return int(torch.ops.cann_sim.block_width(tensor))
 
 
 def require_plain(operator: str, **tensors: torch.Tensor | None) -> None:
@@ -86,6 +91,11 @@ def require_contiguous(operator: str, **tensors: torch.Tensor) -> None:
     """Raises RuntimeError unless all tensors, given by the names of their arguments, are contiguous."""
     for argument, tensor in tensors.items():
         require(tensor.is_contiguous(), operator, argument, f"strided {tensor.stride()}", "contiguous")
+
+
+def undefined(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns what an operator leaves undefined: NaN, or the largest integer, so that nobody can rely on it."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)
 
 
 def fp32() -> tuple[torch.dtype, ...]:

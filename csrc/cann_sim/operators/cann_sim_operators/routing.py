@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from cann_sim_operators.layers import FLOATS
-from cann_sim_operators.registry import implements, require, require_defaults, require_dtype
+from cann_sim_operators.registry import implements, require, require_defaults, require_dtype, undefined
 
 MAX_CHOSEN = 1024
 MAX_EXPERTS = 2048
@@ -83,7 +83,7 @@ def gating_top_k(
     values = scores.gather(1, indices)
     if norm_type:
         values = values / (values.sum(-1, keepdim=True) + eps)
-    return (values * routed_scaling_factor).to(x.dtype), indices.int(), _undefined(x.shape, torch.float32)
+    return (values * routed_scaling_factor).to(x.dtype), indices.int(), undefined(x.shape, torch.float32)
 
 
 def _check_groups(operator: str, experts: int, k: int, k_group: int, group_count: int) -> None:
@@ -134,12 +134,12 @@ def init_routing(
     experts = expert_idx.flatten()
     here = (experts >= begin) & (experts < end)
     order = torch.sort(torch.where(here, experts, expert_num), stable=True)[1][: int(here.sum())]
-    copies = _undefined((routes, x.shape[1]), x.dtype)
+    copies = undefined((routes, x.shape[1]), x.dtype)
     copies[: len(order)] = x[order // expert_idx.shape[1]]
     positions = torch.full_like(experts, -1)
     positions[order] = torch.arange(len(order), dtype=torch.int32)
     counts = torch.bincount(experts[order] - begin, minlength=end - begin)
-    return copies, positions, counts, _undefined((routes,), torch.float32)
+    return copies, positions, counts, undefined((routes,), torch.float32)
 
 
 @implements("npu::npu_moe_token_unpermute")
@@ -182,7 +182,3 @@ def token_unpermute_for_training(*arguments: torch.Tensor, **others: object) -> 
 def _largest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     ordered, indices = torch.sort(values, dim=-1, descending=True, stable=True)
     return ordered[..., :count], indices[..., :count]
-
-
-def _undefined(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)

@@ -13,7 +13,7 @@ namespace cann_sim
 namespace
 {
 
-thread_local std::vector<const c10::StorageImpl *> filled_storages; // of the plain copies for the operator that runs
+thread_local std::vector<const PlainCopy *> filled_copies; // for the operator that runs
 
 torch_npu::NPUStorageDesc &description(const c10::Storage &storage)
 {
@@ -78,12 +78,12 @@ void PlainCopy::fill()
 {
     values_.set_data_ptr(c10::GetCPUAllocator()->allocate(values_.nbytes()));
     unpack(blocks_, at::from_blob(values_.mutable_data(), sizes_, blocks_.options()));
-    filled_storages.push_back(values_.unsafeGetStorageImpl());
+    filled_copies.push_back(this);
 }
 
 void PlainCopy::drop()
 {
-    filled_storages.erase(std::find(filled_storages.begin(), filled_storages.end(), values_.unsafeGetStorageImpl()));
+    filled_copies.erase(std::find(filled_copies.begin(), filled_copies.end(), this));
     values_.set_data_ptr(c10::DataPtr(nullptr, c10::kCPU));
 }
 
@@ -99,10 +99,12 @@ Filled::~Filled()
         copy.drop();
 }
 
-bool is_plain_copy(const at::Tensor &host)
+int64_t block_width(const at::Tensor &host)
 {
-    return host.has_storage() &&
-           std::find(filled_storages.begin(), filled_storages.end(), host.storage().unsafeGetStorageImpl()) != filled_storages.end();
+    const auto copy = std::find_if(filled_copies.begin(), filled_copies.end(),
+                                   [&](const PlainCopy *each) { return each->is_seen_by(host); });
+
+    return copy == filled_copies.end() ? 0 : (*copy)->block_width();
 }
 
 void pack(const at::Tensor &plain, const at::Tensor &fractal)

@@ -5,7 +5,7 @@
 // [..., columns of blocks, rows of blocks, 16, columns of a block]; those of the tensor stay what they were.
 //
 // An operator that reads such a tensor is given a plain copy of its values, which exists only while the operator runs.
-// An operator that takes another way for this layout, or refuses it, asks `is_plain_copy`.
+// An operator that takes another way for this layout, or refuses it, asks for its `block_width`.
 #pragma once
 
 #include <vector>
@@ -37,6 +37,11 @@ class PlainCopy
         return host.defined() && host.has_storage() && host.storage().is_alias_of(values_);
     }
 
+    int64_t block_width() const
+    {
+        return blocks_.size(-1) * blocks_.itemsize();
+    }
+
     void fill(); // when it is the stream's turn
     void drop();
 
@@ -58,8 +63,9 @@ class Filled
     std::vector<PlainCopy> &copies_;
 };
 
-// Whether a host tensor that the operator running in this thread was given has its values from FRACTAL_NZ.
-bool is_plain_copy(const at::Tensor &host);
+// Of a host tensor that the operator running in this thread was given: the bytes in a row of the blocks that its values
+// came from, or 0 if they were plain.
+int64_t block_width(const at::Tensor &host);
 
 // Both are host tensors: `fractal` has the dimensions of the storage, `plain` those of the tensor.
 void pack(const at::Tensor &plain, const at::Tensor &fractal);

@@ -111,7 +111,7 @@ TORCH_LIBRARY(cann_sim, library)
 {
     library.def("install() -> ()", install);
     library.def("carry(str[] names) -> ()", carry_named);
-    library.def("is_fractal(Tensor argument) -> bool", is_plain_copy);
+    library.def("block_width(Tensor argument) -> int", block_width);
     library.def("aicpu_operators() -> Dict(str, int)", aicpu_operators);
 }
 

@@ -166,6 +166,88 @@ def test_a_graph_reads_a_fractal_weight_at_each_replay() -> None:
         assert captured.abs().sum() > 0
 
 
+EXPERTS, LENGTHS = 3, [2, 0, 2]  # and one row behind the last group
+ROUTED = sum(LENGTHS)
+
+
+def grouped(x: torch.Tensor, weight: torch.Tensor, **arguments: object) -> torch.Tensor:
+    """Calls the operator in the way of inference engines."""
+    groups = {"group_list": arguments.pop("group_list", integers(*LENGTHS)), "group_list_type": 1}
+    lists = {name: [value] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    (found,) = npu.npu_grouped_matmul([x], [weight], split_item=2, group_type=0, **groups | lists)
+    product: torch.Tensor = found
+    return product
+
+
+def products_of_groups(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    parts = x[:ROUTED].cpu().long().split(LENGTHS)
+    return torch.cat([part @ matrix for part, matrix in zip(parts, weight.cpu().long(), strict=True)]).npu()
+
+
+def by_row(of_experts: torch.Tensor) -> torch.Tensor:
+    return of_experts.cpu().repeat_interleave(torch.tensor(LENGTHS), 0).npu()
+
+
+EXPERT_WEIGHTS: dict[str, Weight] = {
+    "plain": lambda matrices: matrices,
+    "transposed": lambda matrices: matrices.mT.contiguous().mT,
+    "fractal": fractal,
+}
+
+
+@pytest.mark.parametrize("prepare", EXPERT_WEIGHTS.values(), ids=EXPERT_WEIGHTS.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_experts(dtype: torch.dtype, prepare: Weight) -> None:
+    x, weight, by_token = int8(ROUTED + 1, DEPTH), int8(EXPERTS, DEPTH, 64), rand(ROUTED + 1)
+    scale = rand(EXPERTS, 64, dtype={torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}[dtype]) / 512
+    call = {"scale": scale, "output_dtype": dtype}
+    found = grouped(x, prepare(weight), per_token_scale=by_token, **call)
+    product = products_of_groups(x, weight)
+    assert torch.equal(found[:ROUTED], (product.float() * by_row(scale.float()) * by_token[:ROUTED, None]).to(dtype))
+    assert found[ROUTED:].isnan().all()
+    bias = int8(EXPERTS, 64).int() * 9
+    found = grouped(x, prepare(weight), bias=bias, **call)
+    assert torch.equal(found[:ROUTED], ((product + by_row(bias)).float() * by_row(scale.float())).to(dtype))
+
+
+def test_products_of_experts_that_are_scaled_later() -> None:
+    x, weight = int8(ROUTED + 1, DEPTH), int8(EXPERTS, DEPTH, 64)
+    found = grouped(x, fractal(weight), output_dtype=torch.int32)
+    assert torch.equal(found[:ROUTED].long(), products_of_groups(x, weight))
+    assert (found[ROUTED:] == 2**31 - 1).all()
+    scale = npu.npu_trans_quant_param((rand(1, 64) / 512).abs()).repeat(EXPERTS, 1)
+    found = grouped(x, weight, scale=scale)
+    coarse = (scale.cpu() & 0xFFFFFFFF).int().view(torch.float32).npu()
+    expected = (products_of_groups(x, weight).float() * by_row(coarse)).round().clamp(-128, 127)
+    assert torch.equal(found[:ROUTED].float(), expected)
+
+
+def packed_experts(depth: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns int4 numbers, and the same in FRACTAL_NZ as checkpoints become it: two in a byte, seen as int32."""
+    numbers = torch.randint(-8, 8, (EXPERTS, depth, columns), dtype=torch.int8)
+    low, high = numbers[..., ::2], numbers[..., 1::2]
+    return numbers, fractal((high << 4 | low & 15).npu()).view(torch.int32)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_products_of_experts_in_four_bits(parts: int) -> None:
+    x, by_token = int8(ROUTED + 1, 128), rand(ROUTED + 1)
+    numbers, weight = packed_experts(128, 64)
+    single = torch.rand(EXPERTS, parts, 64) / 512
+    scale = single.view(torch.int32).long().npu()
+    coarse = (single.view(torch.int32) & ~0x1FFF).view(torch.float32).double().repeat_interleave(128 // parts, 1)
+    scaled = numbers.double() * coarse
+    bias = (8 * scaled.sum(1)).float().npu()
+    call = {"scale": scale, "bias": bias, "per_token_scale": by_token, "output_dtype": torch.bfloat16}
+    parts_of_x = x[:ROUTED].cpu().double().split(LENGTHS)
+    plain = torch.cat([part @ matrix for part, matrix in zip(parts_of_x, scaled, strict=True)])
+    expected = plain * by_token[:ROUTED, None].cpu()
+    for each in (weight, (weight + 0)):  # in FRACTAL_NZ, and not
+        found = grouped(x, each, **call)
+        torch.testing.assert_close(found[:ROUTED].cpu().double(), expected, rtol=2**-8, atol=1e-3)
+        assert found[ROUTED:].isnan().all()
+
+
 def product(**changed: object) -> object:
     arguments = {"x1": int8(ROWS, DEPTH), "x2": int8(DEPTH, COLUMNS), "scale": rand(COLUMNS)}
     return npu.npu_quant_matmul(**{**arguments, "output_dtype": torch.bfloat16, **changed})
@@ -221,6 +303,62 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+def experts(**changed: object) -> object:
+    arguments = {"x": int8(ROUTED, DEPTH), "weight": int8(EXPERTS, DEPTH, 64), "scale": rand(EXPERTS, 64).bfloat16()}
+    return grouped(**{**arguments, "output_dtype": torch.bfloat16, **changed})
+
+
+def packed(**changed: object) -> object:
+    arguments = {"x": int8(ROUTED, 64), "weight": packed_experts(64, 64)[1], "per_token_scale": rand(ROUTED)}
+    arguments |= {"scale": torch.zeros(EXPERTS, 1, 64).long().npu(), "bias": rand(EXPERTS, 64)}
+    return grouped(**{**arguments, "output_dtype": torch.bfloat16, **changed})
+
+
+WRONG |= {
+    "experts in floats": (lambda: experts(weight=rand(EXPERTS, DEPTH, 64)), "dtype of weight is torch.float32.*int8"),
+    "fractal rows": (lambda: experts(x=fractal(int8(ROUTED, DEPTH))), "format of x is FRACTAL_NZ"),
+    "float32 in fractal": (
+        lambda: grouped(rand(ROUTED, DEPTH), fractal(rand(EXPERTS, DEPTH, 64))),
+        "dtype of weight, which is in FRACTAL_NZ, is torch.float32",
+    ),
+    "transposed experts in fractal": (
+        lambda: experts(weight=fractal(int8(EXPERTS, 64, DEPTH)).mT),
+        "FRACTAL_NZ, is transposed",
+    ),
+    "padded experts": (
+        lambda: experts(weight=fractal(int8(EXPERTS, DEPTH, 48)), scale=rand(EXPERTS, 48).bfloat16()),
+        r"FRACTAL_NZ, is \(3, 48, 48\).*multiples of 16 and 32",
+    ),
+    "no scale of experts": (lambda: experts(scale=None), "scale is absent"),
+    "single scale of experts": (lambda: experts(scale=rand(EXPERTS, 64)), "dtype of scale is torch.float32.*bfloat16"),
+    "one scale of experts": (lambda: experts(scale=rand(64).bfloat16()), r"shape of scale is \(64,\).*\(3, 64\)"),
+    "scaled int32": (lambda: experts(output_dtype=torch.int32), "scale is given for int32"),
+    "int8 from fractal": (
+        lambda: experts(weight=fractal(int8(EXPERTS, DEPTH, 64)), output_dtype=None),
+        "output dtype is torch.int8",
+    ),
+    "float bias of experts": (lambda: experts(bias=rand(EXPERTS, 64)), "dtype of bias is torch.float32"),
+    "column of tokens": (lambda: experts(per_token_scale=rand(ROUTED, 1)), r"per_token_scale is \(4, 1\)"),
+    "activation": (lambda: experts(act_type=1), "act_type=1 is not simulated"),
+    "quantised floats": (
+        lambda: grouped(rand(ROUTED, DEPTH), rand(EXPERTS, DEPTH, 64), scale=rand(EXPERTS, 64)),
+        "scale is given for torch.float32",
+    ),
+    "wide blocks of int4": (
+        lambda: packed(weight=fractal(torch.zeros(EXPERTS, 64, 16).int().npu())),
+        "width of the blocks.*is 64.*cast it to FRACTAL_NZ in int8",
+    ),
+    "totals for int4": (
+        lambda: packed(group_list_type=0, group_list=integers(1, 2, 3)),
+        "group_list_type is 0.*1 for weights in int4",
+    ),
+    "flat scale of int4": (lambda: packed(scale=torch.zeros(EXPERTS, 64).long().npu()), r"scale is \(3, 64\).*parts"),
+    "single scale of int4": (lambda: packed(scale=rand(EXPERTS, 1, 64)), "dtype of scale is torch.float32"),
+    "no bias of int4": (lambda: packed(bias=None), "bias is absent"),
+    "depth of int4": (lambda: packed(x=int8(ROUTED, 48), weight=packed_experts(48, 64)[1]), "depth of x is 48.*of 64"),
+}
+
+
 @pytest.mark.parametrize(("call", "complaint"), WRONG.values(), ids=WRONG.keys())
 def test_what_a_device_refuses_is_refused(call: Callable[[], object], complaint: str) -> None:
     with pytest.raises(RuntimeError, match=complaint):
@@ -235,6 +373,23 @@ CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, .
         lambda: (
             (int8(2, ROWS, DEPTH), int8(DEPTH, COLUMNS), rand(COLUMNS)),
             {"bias": rand(COLUMNS), "output_dtype": torch.bfloat16},
+        ),
+    ),
+    "experts": (
+        npu.npu_grouped_matmul,
+        lambda: (
+            ([int8(ROUTED, DEPTH)], [int8(EXPERTS, DEPTH, 64)]),
+            {"group_list": integers(*LENGTHS), "split_item": 2, "group_type": 0, "group_list_type": 1}
+            | {"output_dtype": torch.int32},
+        ),
+    ),
+    "packed experts": (
+        npu.npu_grouped_matmul,
+        lambda: (
+            ([int8(ROUTED, 64)], [packed_experts(64, 64)[1] + 0]),
+            {"group_list": integers(*LENGTHS), "split_item": 2, "group_type": 0, "group_list_type": 1}
+            | {"scale": [torch.zeros(EXPERTS, 1, 64).long().npu()], "bias": [rand(EXPERTS, 64)]}
+            | {"per_token_scale": [rand(ROUTED)], "output_dtype": torch.float16},
         ),
     ),
 }
