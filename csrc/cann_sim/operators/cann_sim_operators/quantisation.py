@@ -87,6 +87,39 @@ def _smooth_scales_of_rows(
     return smooth_scales.float().repeat_interleave(lengths.long(), 0).view(*x.shape[:-1], columns)
 
 
+@implements("npu::npu_quantize")
+def quantize(  # noqa: PLR0917  the genuine schema
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    dtype: int,
+    axis: int = 1,
+    div_mode: bool = True,
+) -> torch.Tensor:
+    """Returns x * scales + zero_points as int8; `scales` and `zero_points` are rows, or one number each.
+
+    An `axis` from -1 on means the last one, as on a device.
+    """
+    operator = "npu_quantize"
+    if div_mode or axis < -1:
+        raise RuntimeError(f"{operator}: div_mode={div_mode}, axis={axis} is not simulated; div_mode=False, axis=-1 is")
+    require_plain(operator, input=x, scales=scales, zero_points=zero_points)
+    require_output_dtype(operator, dtype, torch.qint8, torch.qint8, torch.int8)
+    require_dtype(operator, "input", x, *HALVES, torch.float32)
+    require(0 < x.dim() < 9, operator, "the shape of input", tuple(x.shape), "of 1 to 8 dimensions")
+    allowed = (*HALVES, torch.float32) if x.dtype == torch.float32 else (x.dtype,)
+    require_dtype(operator, "scales", scales, *allowed)
+    columns = x.shape[-1]
+    ones = (1,) * (x.dim() - 1)
+    require_shape(operator, "scales", scales, (columns,), (1,), (*ones, columns), (*ones, 1))
+    shifted = x.float() * scales.to(x.dtype).float()
+    if zero_points is not None:
+        require_dtype(operator, "zero_points", zero_points, scales.dtype)
+        require_shape(operator, "zero_points", zero_points, tuple(scales.shape))
+        shifted = shifted + zero_points.to(x.dtype).float()
+    return shifted.round().clamp(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
+
+
 @implements("npu::npu_trans_quant_param")
 def trans_quant_param(
     scale: torch.Tensor, offset: torch.Tensor | None = None, round_mode: int | None = 0

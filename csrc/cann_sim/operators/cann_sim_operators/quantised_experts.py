@@ -1,4 +1,4 @@
-"""The products of quantised experts, for grouped matrix products: int8 by int8, and int8 by int4.
+"""The products of quantised experts, int8 by int8 and int8 by int4, and what happens between two of them.
 
 The rules are those of CANN's sources, which are stricter than its documentation about scales: bfloat16 takes scales in
 bfloat16 only, and float16 in float32 only.
@@ -9,17 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import silu
 
-from cann_sim_operators.quantisation import offset_of_parameter, scale_of_parameter
+from cann_sim_operators.quantisation import offset_of_parameter, quantise_rows, scale_of_parameter
 from cann_sim_operators.quantised_matmul import exact_product
 from cann_sim_operators.registry import (
     fp32,
+    implements,
     is_fractal,
     require,
+    require_defaults,
     require_dtype,
     require_output_dtype,
     require_plain,
     require_shape,
+    undefined,
 )
 
 OPERATOR = "npu_grouped_matmul"
@@ -30,6 +34,7 @@ SCALE_OF_OUTPUT = {
     torch.bfloat16: torch.bfloat16,
     torch.float32: torch.float32,
 }
+SWIGLU_STEP, SWIGLU_MAX = 64, 10496
 INT4_PER_INT32 = 8
 INT4_DEPTH_STEP, INT4_MAX_DEPTH = 64, 18432
 
@@ -155,3 +160,64 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     nibbles = packed.unsqueeze(-1) >> shifts & 15
     return torch.where(nibbles > 7, nibbles - 16, nibbles).to(torch.int8).flatten(-2)
+
+
+@implements("npu::npu_dequant_swiglu_quant")
+def dequant_swiglu_quant(
+    x: torch.Tensor,
+    *,
+    weight_scale: torch.Tensor | None = None,
+    activation_scale: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    activate_left: bool = False,
+    quant_mode: int = 0,
+    **others: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales int32 products of experts, takes silu of one half times the other, and returns that as int8 and scales.
+
+    `group_index` holds the lengths of the groups of rows, each of which has a row of `weight_scale`, and of
+    `quant_scale` if that is given. What follows the last group is undefined.
+    """
+    operator = "npu_dequant_swiglu_quant"
+    require_defaults(operator, others)
+    if x.dtype != torch.int32 or group_index is None or quant_mode != 1:
+        given = "absent" if group_index is None else "given"
+        raise RuntimeError(
+            f"{operator}: x of {x.dtype}, group_index {given}, quant_mode={quant_mode} is not simulated; int32, a "
+            "group_index, quant_mode=1 is"
+        )
+    require_plain(operator, x=x, weight_scale=weight_scale, activation_scale=activation_scale)
+    require(x.dim() == 2, operator, "the shape of x", tuple(x.shape), "of 2 dimensions")
+    rows, half = x.shape[0], x.shape[1] // 2
+    fits = x.shape[1] == 2 * half and half % SWIGLU_STEP == 0 and 0 < half <= SWIGLU_MAX
+    expected = f"twice a multiple of {SWIGLU_STEP} up to {SWIGLU_MAX}"
+    require(fits, operator, "the last dimension of x", x.shape[1], expected)
+    lengths = _lengths_of_groups(operator, group_index, rows)
+    groups = len(lengths)
+    for argument, factor, shape in (
+        ("weight_scale", weight_scale, (groups, 2 * half)),
+        ("activation_scale", activation_scale, (rows,)),
+        ("quant_scale", quant_scale, (groups, half)),
+    ):
+        if factor is not None or argument != "quant_scale":
+            require(factor is not None, operator, argument, "absent", "given for int32")
+            require_dtype(operator, argument, factor, torch.float32)
+            require_shape(operator, argument, factor, shape)
+
+    used = int(lengths.sum())
+    scaled = x[:used].float() * weight_scale.repeat_interleave(lengths, 0) * activation_scale[:used, None]
+    left, right = scaled.chunk(2, -1)
+    activated = silu(left) * right if activate_left else silu(right) * left
+    if quant_scale is not None:
+        activated = activated * quant_scale.repeat_interleave(lengths, 0)
+    quantised, scales = quantise_rows(activated)
+    rest = undefined((rows - used, half), torch.int8), undefined((rows - used,), torch.float32)
+    return torch.cat([quantised, rest[0]]), torch.cat([scales, rest[1]])
+
+
+def _lengths_of_groups(operator: str, group_index: torch.Tensor, rows: int) -> torch.Tensor:
+    require_dtype(operator, "group_index", group_index, torch.int64)
+    fits = group_index.dim() == 1 and bool((group_index >= 0).all()) and int(group_index.sum()) <= rows
+    require(fits, operator, "group_index", group_index.tolist(), f"lengths of groups of at most {rows} rows together")
+    return group_index

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from cann_sim_operators.layers import FLOATS
-from cann_sim_operators.registry import implements, require, require_defaults, require_dtype, undefined
+from cann_sim_operators.quantisation import quantise_rows
+from cann_sim_operators.registry import implements, require, require_defaults, require_dtype, require_shape, undefined
 
 MAX_CHOSEN = 1024
 MAX_EXPERTS = 2048
@@ -18,6 +19,7 @@ GROUP_STEP = 32
 MAX_ROUTED_EXPERTS = 10240
 MAX_ROUTES_OF_A_TOKEN = 512
 COUNTS = 1
+NOT_QUANTISED, QUANTISED = -1, 1
 
 
 @implements("npu::npu_moe_gating_top_k_softmax_v2")
@@ -102,21 +104,26 @@ def init_routing(
     x: torch.Tensor,
     expert_idx: torch.Tensor,
     *,
+    scale: torch.Tensor | None = None,
     active_num: int = -1,
     expert_num: int = -1,
     expert_tokens_num_type: int = 0,
     expert_tokens_num_flag: bool = False,
+    quant_mode: int = NOT_QUANTISED,
     active_expert_range: tuple[int, ...] = (),
     **others: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Copies each row of x once for each of its experts that is within the range, sorted by expert.
 
     Returns the copies, followed by undefined rows; for each entry of `expert_idx` where its copy is, or -1; how many
-    copies each expert within the range has; and an undefined tensor.
+    copies each expert within the range has; and the scales of the copies. With `quant_mode` 1 the copies are quantised
+    by row, after having been multiplied by the expert's row of `scale`, if there is one. Otherwise `scale` holds the
+    scales of the rows of x, and without it those of the copies are undefined.
     """
     operator = "npu_moe_init_routing_v2"
     require_defaults(operator, others)
-    require_dtype(operator, "x", x, *FLOATS, torch.int8)
+    require(quant_mode in {NOT_QUANTISED, QUANTISED}, operator, "quant_mode", quant_mode, "-1 or 1 on A2 and A3")
+    require_dtype(operator, "x", x, *FLOATS, *((torch.int8,) if quant_mode == NOT_QUANTISED else ()))
     require_dtype(operator, "expert_idx", expert_idx, torch.int32)
     fits = x.dim() == expert_idx.dim() == 2 and len(x) == len(expert_idx)
     require(fits, operator, "the shape of expert_idx", tuple(expert_idx.shape), f"[rows of x, k] for {tuple(x.shape)}")
@@ -131,15 +138,27 @@ def init_routing(
     wild = expert_idx[(expert_idx < 0) | (expert_idx >= expert_num)].tolist()
     require(not wild, operator, "an expert", wild, f"from 0 to {expert_num - 1}")
 
+    if scale is not None:
+        require_dtype(operator, "scale", scale, torch.float32)
+        require_shape(operator, "scale", scale, (end - begin, x.shape[1]) if quant_mode == QUANTISED else (len(x),))
+
     experts = expert_idx.flatten()
     here = (experts >= begin) & (experts < end)
     order = torch.sort(torch.where(here, experts, expert_num), stable=True)[1][: int(here.sum())]
-    copies = undefined((routes, x.shape[1]), x.dtype)
-    copies[: len(order)] = x[order // expert_idx.shape[1]]
+    rows = order // expert_idx.shape[1]
+    copies = undefined((routes, x.shape[1]), torch.int8 if quant_mode == QUANTISED else x.dtype)
+    scales = undefined((routes,), torch.float32)
+    if quant_mode == QUANTISED:
+        smoothed = x[rows].float() if scale is None else x[rows].float() * scale[experts[order] - begin]
+        copies[: len(order)], scales[: len(order)] = quantise_rows(smoothed)
+    else:
+        copies[: len(order)] = x[rows]
+        if scale is not None:
+            scales[: len(order)] = scale[rows]
     positions = torch.full_like(experts, -1)
     positions[order] = torch.arange(len(order), dtype=torch.int32)
     counts = torch.bincount(experts[order] - begin, minlength=end - begin)
-    return copies, positions, counts, undefined((routes,), torch.float32)
+    return copies, positions, counts, scales
 
 
 @implements("npu::npu_moe_token_unpermute")

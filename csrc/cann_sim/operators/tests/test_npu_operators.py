@@ -469,6 +469,22 @@ def test_rows_of_other_devices_experts_are_undefined_and_not_read() -> None:
     torch.testing.assert_close(found, x * weights.sum(1, keepdim=True))
 
 
+def test_rows_are_quantised_on_their_way() -> None:
+    x, smooth = rand(3, 5, dtype=torch.bfloat16), rand(2, 5)
+    rows, _, _, scales = route(x, 1, 3, quant_mode=1)
+    quantised, scales_of_x = npu.npu_dynamic_quant(x)
+    assert torch.equal(rows[:2], quantised[[0, 1]])
+    assert torch.equal(scales[:2], scales_of_x[[0, 1]])
+    assert scales[2:].isnan().all()
+    rows, _, _, scales = route(x, 1, 3, quant_mode=1, scale=smooth)
+    smoothed = x[[0, 1]].float() * smooth
+    assert torch.equal(scales[:2], smoothed.abs().amax(1) / 127)
+    assert torch.equal(rows[:2].float(), (smoothed / scales[:2, None]).round())
+    rows, _, _, scales = route(quantised, 1, 3, scale=scales_of_x)
+    assert torch.equal(rows[:2], quantised[[0, 1]])
+    assert torch.equal(scales[:2], scales_of_x[[0, 1]])
+
+
 WRONG_ROUTES: dict[str, tuple[Callable[[], object], str]] = {
     "too many chosen": (lambda: npu.npu_moe_gating_top_k_softmax_v2(rand(2, 8), k=9), "k is 9.*from 1 to 8"),
     "neither order": (lambda: npu.npu_moe_gating_top_k_softmax_v2(rand(2, 8), renorm=2), "renorm is 2"),
@@ -489,7 +505,10 @@ WRONG_ROUTES: dict[str, tuple[Callable[[], object], str]] = {
     "no range": (lambda: route(rand(3, 5), active_expert_range=[]), r"active_expert_range is \[\]"),
     "range beyond": (lambda: route(rand(3, 5), 2, 5), r"active_expert_range is \[2, 5\].*within 4"),
     "expert beyond": (lambda: route(rand(3, 5), 0, 2, expert_num=3), r"an expert is \[3, 3, 3\].*from 0 to 2"),
-    "quantised": (lambda: route(rand(3, 5), quant_mode=1), "quant_mode=1 is not simulated"),
+    "static": (lambda: route(rand(3, 5), quant_mode=0), "quant_mode is 0.*-1 or 1"),
+    "quantised twice": (lambda: route(rand(3, 5).to(torch.int8), quant_mode=1), "dtype of x is torch.int8"),
+    "smooth scales of rows": (lambda: route(rand(3, 5), scale=rand(3), quant_mode=1), r"scale is \(3,\).*\(4, 5\)"),
+    "half scales of rows": (lambda: route(rand(3, 5), scale=rand(3).half()), "dtype of scale is torch.float16"),
     "minus one": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.tensor([-1, 0]).int().npu()), r"index is \[-1"),
     "read twice": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.zeros(2).int().npu()), r"\[0, 0\].*repetit"),
     "wide indices": (lambda: npu.npu_moe_token_unpermute(rand(2, 5), torch.zeros(2).long().npu()), "torch.int64"),

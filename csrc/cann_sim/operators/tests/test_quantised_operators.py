@@ -66,6 +66,35 @@ def test_groups_of_rows_have_smooth_scales_of_their_own() -> None:
         assert torch.equal(found[0][: len(part)].float(), (smoothed / found[1][: len(part), None]).round())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_static_quantising(dtype: torch.dtype) -> None:
+    x, scales = rand(2, 3, COLUMNS, dtype=dtype), rand(COLUMNS, dtype=dtype) * 60
+    zeros = (rand(COLUMNS) * 20).round().to(dtype)
+    call = torch.qint8, -1, False
+    for scale, zero in ((scales, zeros), (scales[:1], zeros[:1]), (scales.view(1, 1, -1), zeros.view(1, 1, -1))):
+        expected = (x.float() * scale.float() + zero.float()).round().clamp(-128, 127)
+        assert torch.equal(npu.npu_quantize(x, scale, zero, *call).float(), expected)
+    expected = (x.float() * scales.float()).round().clamp(-128, 127)
+    assert torch.equal(npu.npu_quantize(x, scales, None, *call).float(), expected)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_products_of_experts_become_int8_again(left: bool) -> None:
+    x, weight_scale, by_token = int8(ROUTED + 1, 128).int() * 100, rand(EXPERTS, 128) / 99, rand(ROUTED + 1)
+    arguments = {"weight_scale": weight_scale, "activation_scale": by_token, "group_index": integers(*LENGTHS)}
+    arguments |= {"activate_left": left, "quant_mode": 1}
+    scaled = x[:ROUTED].float() * by_row(weight_scale) * by_token[:ROUTED, None]
+    gate, up = scaled.chunk(2, -1) if left else scaled.chunk(2, -1)[::-1]
+    activated = torch.nn.functional.silu(gate) * up
+    for smooth in (None, rand(EXPERTS, 64)):
+        expected = activated if smooth is None else activated * by_row(smooth)
+        quantised, scales = npu.npu_dequant_swiglu_quant(x, quant_scale=smooth, **arguments)
+        torch.testing.assert_close(scales[:ROUTED], expected.abs().amax(1) / 127)
+        restored = quantised[:ROUTED] * scales[:ROUTED, None]
+        assert ((restored - expected).abs() <= scales[:ROUTED, None] * 0.5001).all()
+        assert scales[ROUTED:].isnan().all()
+
+
 Weight = Callable[[torch.Tensor], torch.Tensor]
 WEIGHTS: dict[str, Weight] = {
     "plain": lambda matrix: matrix,
@@ -314,7 +343,33 @@ def packed(**changed: object) -> object:
     return grouped(**{**arguments, "output_dtype": torch.bfloat16, **changed})
 
 
+def swiglu(columns: int = 128, **changed: object) -> object:
+    x = torch.zeros(ROUTED, columns, dtype=torch.int32, device="npu")
+    arguments = {"weight_scale": rand(EXPERTS, columns), "activation_scale": rand(ROUTED), "quant_mode": 1}
+    return npu.npu_dequant_swiglu_quant(x, **{**arguments, "group_index": integers(*LENGTHS), **changed})
+
+
+STATIC = torch.qint8, -1, False
+
 WRONG |= {
+    "dividing": (lambda: npu.npu_quantize(rand(2, 8), rand(8), None, torch.qint8), "div_mode=True, axis=1 is not sim"),
+    "integers at rest": (lambda: npu.npu_quantize(int8(2, 8), rand(8), None, *STATIC), "dtype of input is torch.int8"),
+    "single scales of halves": (
+        lambda: npu.npu_quantize(rand(2, 8).half(), rand(8), None, *STATIC),
+        "dtype of scales is torch.float32.*float16",
+    ),
+    "fewer scales": (lambda: npu.npu_quantize(rand(2, 8), rand(4), None, *STATIC), r"shape of scales is \(4,\)"),
+    "integer zero": (
+        lambda: npu.npu_quantize(rand(2, 8), rand(8), int8(8), *STATIC),
+        "dtype of zero_points is torch.int8.*float32",
+    ),
+    "one zero": (lambda: npu.npu_quantize(rand(2, 8), rand(8), rand(1), *STATIC), r"shape of zero_points is \(1,\)"),
+    "unsigned": (lambda: npu.npu_quantize(rand(2, 8), rand(8), None, torch.quint8, -1, False), "output dtype is 13"),
+    "uneven halves": (lambda: swiglu(96), "last dimension of x is 96.*twice a multiple of 64"),
+    "not scaled": (lambda: swiglu(weight_scale=None), "weight_scale is absent"),
+    "flat scale": (lambda: swiglu(weight_scale=rand(128)), r"weight_scale is \(128,\).*\(3, 128\)"),
+    "groups beyond": (lambda: swiglu(group_index=integers(3, 3, 0)), r"group_index is \[3, 3, 0\].*at most 4"),
+    "one group": (lambda: swiglu(group_index=None), "group_index absent.*not simulated"),
     "experts in floats": (lambda: experts(weight=rand(EXPERTS, DEPTH, 64)), "dtype of weight is torch.float32.*int8"),
     "fractal rows": (lambda: experts(x=fractal(int8(ROUTED, DEPTH))), "format of x is FRACTAL_NZ"),
     "float32 in fractal": (
@@ -367,6 +422,15 @@ def test_what_a_device_refuses_is_refused(call: Callable[[], object], complaint:
 
 CALLS: dict[str, tuple[Callable[..., object], Callable[[], tuple[tuple[object, ...], dict[str, object]]]]] = {
     "npu_dynamic_quant": (npu.npu_dynamic_quant, lambda: ((rand(2, 3, 16).half(),), {})),
+    "npu_quantize": (npu.npu_quantize, lambda: ((rand(2, 3, 16).half(), rand(16).half(), None, *STATIC), {})),
+    "npu_dequant_swiglu_quant": (
+        npu.npu_dequant_swiglu_quant,
+        lambda: (
+            (torch.zeros(ROUTED, 128, dtype=torch.int32, device="npu"),),
+            {"weight_scale": rand(EXPERTS, 128), "activation_scale": rand(ROUTED), "quant_mode": 1}
+            | {"group_index": integers(*LENGTHS)},
+        ),
+    ),
     "npu_trans_quant_param": (npu.npu_trans_quant_param, lambda: ((rand(1, 8), rand(1, 8)), {})),
     "npu_quant_matmul": (
         npu.npu_quant_matmul,
