@@ -35,7 +35,9 @@ from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.load import require_one_checkpoint
 from vllm_ascend.model_loader.netloader.instance.ranks import _Card
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
+from vllm_ascend.model_loader.netloader.model import originals
 from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, LiveWeights
+from vllm_ascend.model_loader.netloader.transport.digests import digests_of
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights import arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -418,9 +420,10 @@ def loaded_in_place(model: Model) -> Loaded:
     weights = LiveWeights(model, CPU)
     memory = weights.allocate()
     memory.seal()
+    digests = digests_of(memory.reader())
     weights.note_originals(memory)
     request = Request(IDENTITY, RankCoordinates(), weights.manifest)
-    return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {})))
+    return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {}, digests)))
 
 
 def test_what_post_processing_leaves_alone_is_served_from_where_it_is(checkpoint: Checkpoint) -> None:
@@ -431,14 +434,19 @@ def test_what_post_processing_leaves_alone_is_served_from_where_it_is(checkpoint
     assert heard(Endpoint.parse(load.summary.listening or "")) == ""
 
 
-def test_what_post_processing_has_lost_is_declined_with_the_setting_that_keeps_it(checkpoint: Checkpoint) -> None:
+def test_what_post_processing_has_lost_is_declined_with_the_setting_that_keeps_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(originals, "KEPT_BYTES", 0)
+    monkeypatch.setattr(originals, "KEPT_SHARE", 0.0)
     instance = Instance(checkpoint, {"listen_port": nowhere().port})
     load, loaded = instance.begin(), loaded_in_place(instance.model)
     instance.model.first.data.add_(1)
     load.publish(instance.model, loaded)
     assert load.summary.listening is None
     for reason in (load.summary.not_served or "", heard(listener_of(instance))):
-        assert "post-processing changed 1 tensors (first) and nothing keeps their originals: set INT8_CACHE" in reason
+        assert "post-processing changed 1 tensors (first) in a way that no known inverse undoes" in reason
+        assert 'nothing keeps their originals: set INT8_CACHE to "hbm" or "dram"' in reason
     assert is_given_up(loaded)
 
 

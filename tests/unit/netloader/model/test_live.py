@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
-from vllm_ascend.model_loader.netloader.model.live import Int8Cache, LiveMemory, checksum
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.streams import own_stream
 from vllm_ascend.model_loader.netloader.model.tensors import current_tensors
 from vllm_ascend.model_loader.netloader.model.views import flat
@@ -130,84 +130,6 @@ def test_memory_that_is_given_up_says_so() -> None:
         memory.chunk(0, 1)
 
 
-def add_in_place(model: Model) -> None:
-    model.large.data.add_(1)
-
-
-def swap_two_elements(model: Model) -> None:
-    contents = model.large.data
-    contents[0, 0], contents[5, 7] = contents[5, 7].clone(), contents[0, 0].clone()
-
-
-def replace_by_another_layout(model: Model) -> None:
-    model.large = nn.Parameter(model.large.data.t().contiguous(), requires_grad=False)
-
-
-def replace_by_another_type(model: Model) -> None:
-    model.large = nn.Parameter(model.large.data.float(), requires_grad=False)
-
-
-def remove(model: Model) -> None:
-    del model.large
-
-
-CHANGES = (add_in_place, swap_two_elements, replace_by_another_layout, replace_by_another_type, remove)
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("cache", ["hbm", "dram"])
-def test_what_post_processing_changes_is_served_from_its_copy(change: Callable[[Model], None], cache: str) -> None:
-    model = Model()
-    memory = memory_of(model)
-    original = contents_of(memory)
-    memory.remember(Int8Cache(cache))
-    change(model)
-    assert memory.reconcile(current_tensors(model)) == ["large"]
-    assert contents_of(memory) == original
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize(("cache", "names"), [("no", None), ("hbm", ("first",))], ids=["no cache", "another name"])
-def test_without_a_copy_it_is_named_with_the_setting_that_keeps_it(
-    change: Callable[[Model], None], cache: str, names: tuple[str, ...] | None
-) -> None:
-    model = Model()
-    memory = memory_of(model)
-    memory.remember(Int8Cache(cache, names))
-    change(model)
-    with pytest.raises(UnsupportedModel, match=r'changed 1 tensors \(large\).*INT8_CACHE to "hbm" or "dram"'):
-        memory.reconcile(current_tensors(model))
-
-
-def test_weights_that_are_served_from_where_they_are_note_their_originals() -> None:
-    model = Model()
-    weights = LiveWeights(model, DEVICE, Int8Cache("dram"))
-    memory = weights.allocate()
-    original = contents_of(memory)
-    weights.note_originals(memory)
-    add_in_place(model)
-    assert weights.find_changes(model, memory) == ["large"]
-    assert contents_of(memory) == original
-
-
-def test_what_is_unchanged_needs_no_copy() -> None:
-    model: Any = Model()
-    memory = memory_of(model)
-    memory.remember(Int8Cache())
-    assert memory.reconcile(current_tensors(model)) == []
-    assert memory.chunk(memory.nbytes - 64, 4).data_ptr() == model.scale.data_ptr()
-
-
-def test_equal_bytes_elsewhere_are_served_from_there_so_that_the_first_place_is_free() -> None:
-    model = Model()
-    memory = memory_of(model)
-    memory.remember(Int8Cache())
-    model.large = nn.Parameter(model.large.data.clone(), requires_grad=False)
-    assert memory.reconcile(current_tensors(model)) == []
-    spec = next(spec for spec in LiveWeights(model, DEVICE).manifest.tensors if spec.name == "large")
-    assert memory.chunk(spec.offset, 10).data_ptr() == model.large.data_ptr()
-
-
 def test_a_loader_may_put_a_tensor_elsewhere() -> None:
     model = Model()
     weights = LiveWeights(model, DEVICE)
@@ -224,17 +146,6 @@ def test_a_loader_that_changes_a_shape_makes_the_model_one_that_is_not_served() 
     model.large.data = torch.ones(3, device=DEVICE)
     with pytest.raises(UnsupportedModel, match="loading changed large"):
         weights.collect_into(model, memory)
-
-
-def test_the_checksum_is_that_of_the_bytes_whatever_their_number() -> None:
-    chooser = random.Random(3)
-    for nbytes in (0, 1, 3, 4, 8191, 8192, 8193, 40_001):
-        content = torch.frombuffer(bytearray(chooser.randbytes(nbytes) or b"\0"), dtype=torch.uint8)[:nbytes].to(DEVICE)
-        assert checksum(content.clone()) == checksum(content)
-        if nbytes:
-            other = content.clone()
-            other[chooser.randrange(nbytes)] ^= 1 << chooser.randrange(8)
-            assert checksum(other) != checksum(content)
 
 
 def test_a_manifest_without_bytes_is_memory_too() -> None:

@@ -29,10 +29,11 @@ from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, Sources
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
 from vllm_ascend.model_loader.netloader.model import attributes
-from vllm_ascend.model_loader.netloader.model.live import Int8Cache
+from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import ModelWeights, weights_of
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
+from vllm_ascend.model_loader.netloader.transport.digests import digests_of
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
@@ -217,9 +218,12 @@ class Filler:
             return None, reason
 
         # Post-processing comes next, and on an accelerator it changes what is to be served.
-        order.weights.note_originals(memory)
         if not order.weights.keeps_originals:
+            with self.phases("digest"):
+                digests = contents.digests or digests_of(memory.reader())
+            contents = dataclasses.replace(contents, digests=digests)
             self.rank.watch_changes()
+        order.weights.note_originals(memory)
         return Kept(order.weights, contents), ""
 
     def _finish(self, record: ReadRecord) -> tuple[str, str]:

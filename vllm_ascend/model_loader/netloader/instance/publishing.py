@@ -21,6 +21,7 @@ from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Transport
+from vllm_ascend.model_loader.netloader.transport.digests import altered
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,11 @@ class Publisher:
         return reason
 
     def _find_changes(self, model: nn.Module, kept: Kept) -> list[str] | None:
-        """Raises UnsupportedModel if an original is kept nowhere."""
-        changed = kept.weights.find_changes(model, kept.contents.memory)
+        """Raises UnsupportedModel if an original cannot be had."""
+        contents = kept.contents
+        changed = kept.weights.find_changes(
+            model, contents.memory, lambda: altered(contents.memory.reader(), contents.digests or ())
+        )
         if changed is not None and kept.weights.keeps_originals:
             logger.info(
                 "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "

@@ -5,55 +5,37 @@ from where it is, any other from a bucket, into which it is gathered. A chunk th
 copied to its tensors once it has been verified. Buckets have the size of a chunk, and there are as many as chunks are
 under way.
 
-Post-processing may change what was loaded. Before it, `remember` notes a checksum of every tensor, and copies the
-tensors that INT8_CACHE covers. After it, `reconcile` finds out which tensors are still what they were, wherever they
-lie now, and serves the others from their copies.
+Post-processing may move, rearrange or replace what was loaded. Before it, `remember` notes what is needed to find the
+bytes again, and lets go of the tensors (`originals`). After it, `reconcile` chooses how each tensor is read from now on
+and has the choice proven: as it is, through an inverse, piece by piece (`inverses`), or from a copy.
 """
 
 from __future__ import annotations
 
 import bisect
 import errno
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.device_memory import DeviceLanding, DeviceMemory
+from vllm_ascend.model_loader.netloader.model.inverses import AsLoaded, Contents
+from vllm_ascend.model_loader.netloader.model.originals import (
+    Holdings,
+    Int8Cache,
+    Original,
+    kept_bytes_of,
+    remember,
+)
 from vllm_ascend.model_loader.netloader.model.streams import finish_work, own_stream
-from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, flat, has_plain_format, view_of
-from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec, chunks, is_dense
+from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, flat, view_of
+from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec
 from vllm_ascend.model_loader.netloader.weights.memory import Readable
 
-_ROW_BYTES: Final = 1 << 13
-_CHECKSUM_BYTES: Final = 1 << 24
-"""Bytes that are summed at a time, which bounds what the sums take beside the weights."""
-
-
-@dataclass(frozen=True)
-class Int8Cache:
-    """Which originals are copied before post-processing may change them, and where to.
-
-    `place` is INT8_CACHE: ``hbm``, ``dram``, or ``no``. `names` is INT8_CACHE_NAME: copied are the tensors whose name
-    contains one of them, or with None all tensors.
-    """
-
-    place: str = "no"
-    names: tuple[str, ...] | None = None
-
-    def may_cover(self, name: str) -> bool:
-        """Whether the tensor `name` is among those that `names` allows, whatever the place."""
-        return self.names is None or any(part in name for part in self.names)
-
-
-class _Part(NamedTuple):
-    """A tensor of the manifest, and all its bytes as a one-dimensional uint8 tensor."""
-
-    spec: TensorSpec
-    memory: torch.Tensor
+Altered = Callable[[], Sequence[tuple[int, int]]]
+"""Reads what is served, and gives the offset and length of each chunk whose digest is not that of what was loaded."""
 
 
 class LiveMemory(DeviceMemory):
@@ -68,14 +50,14 @@ class LiveMemory(DeviceMemory):
         self.device = device
         self._specs = [spec for spec in manifest.tensors if spec.nbytes]
         self._ends = [spec.end for spec in self._specs]
-        self._checksums: dict[str, bytes] = {}
-        self._copies: dict[str, torch.Tensor] = {}
+        self._contents: dict[str, Contents] = {}
+        self._originals: dict[str, Original] = {}
         self._servable = False
         self.hold(tensors)
 
     def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Serves the bytes of `tensors` from now on. They are as `manifest` describes them, perhaps in other places."""
-        self._parts = {spec.name: _Part(spec, flat(tensors[spec.name])) for spec in self._specs}
+        self._contents = {spec.name: AsLoaded(flat(tensors[spec.name])) for spec in self._specs}
         finish_work(self.device)
 
     @property
@@ -91,34 +73,33 @@ class LiveMemory(DeviceMemory):
     reader = contents
 
     def chunk(self, offset: int, length: int) -> torch.Tensor:
-        pieces = list(self.pieces(offset, length))
-        if len(pieces) == 1 and pieces[0][1].nbytes == length and pieces[0][1].device == self.device:
-            return pieces[0][1]
+        first = next(self._parts(offset, length), None)
+        if first is not None:
+            contents, begin, end, _ = first
+            if isinstance(contents, AsLoaded) and end - begin == length and contents.memory.device == self.device:
+                return contents.memory[begin:end]
         with own_stream(self.device):
             bucket = torch.zeros(length, dtype=torch.uint8, device=self.device)  # what lies between tensors is zero
-            for begin, piece in pieces:
-                bucket[begin : begin + piece.nbytes].copy_(piece)
+            self._gather(bucket, offset)
         return bucket
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         if spec.nbytes == 0:
             return view_of(torch.empty(0, dtype=torch.uint8, device=self.device), spec)
-        return view_of(self._parts[spec.name].memory, spec)
+        contents = self._contents[spec.name]
+        assert isinstance(contents, AsLoaded), "this tensor is spread over other memory"
+        return view_of(contents.memory, spec)
 
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Bytes [offset, offset + length) tensor by tensor, each with where it begins relative to `offset`.
+        """Bytes [offset, offset + length) piece by piece, each with where it begins relative to `offset`.
 
         What lies between two tensors belongs to none. Raises OSError after `close`.
         """
-        parts = self._parts
-        if self.nbytes and not parts:
-            raise OSError(errno.EBADF, "these weights are given up")
-        for spec in self._specs[bisect.bisect_right(self._ends, offset) :]:
-            part = parts[spec.name]
-            begin, end = max(part.spec.offset, offset), min(part.spec.end, offset + length)
-            if begin >= end:
-                return
-            yield begin - offset, part.memory[begin - part.spec.offset : end - part.spec.offset]
+        for contents, begin, end, position in self._parts(offset, length):
+            within = 0
+            for piece in contents.pieces(begin, end):
+                yield position + within, piece
+                within += piece.nbytes
 
     def seal(self) -> None:
         finish_work(self.device)
@@ -126,53 +107,68 @@ class LiveMemory(DeviceMemory):
 
     def close(self) -> None:
         self._servable = False
-        self._parts, self._copies = {}, {}
+        self._contents, self._originals = {}, {}
 
     def remember(self, cache: Int8Cache) -> None:
-        """Notes what every tensor holds, and copies those that `cache` covers. Call it before post-processing."""
-        for name, part in self._parts.items():
-            self._checksums[name] = checksum(part.memory)
-            if cache.place != "no" and cache.may_cover(name):
-                self._copies[name] = part.memory.clone() if cache.place == "hbm" else part.memory.to("cpu", copy=True)
+        """Notes what every tensor holds, copies those that `cache` covers, and lets go of them.
+
+        Call it before post-processing. Until `reconcile`, nothing can be read.
+        """
+        parts = [(spec, self._contents[spec.name].memory) for spec in self._specs]
+        self._originals = remember(parts, cache, kept_bytes_of(self.nbytes))
+        self._contents = {}
         finish_work(self.device)
 
-    def reconcile(self, current: Mapping[str, torch.Tensor]) -> list[str]:
-        """Finds the originals again. Call it after post-processing, with the tensors that the model holds by now.
+    def reconcile(self, model: nn.Module, altered: Altered) -> list[str]:
+        """Finds the originals again in `model`, and has `altered` prove it. Call it after post-processing.
 
-        Returns the names of the tensors that were changed. Raises UnsupportedModel, naming the tensors, if the original
-        of one is kept nowhere.
+        Returns the names of the tensors that were changed. Raises UnsupportedModel, naming the tensors, if one is
+        neither to be had by an inverse nor kept.
         """
-        in_use = {tensor.untyped_storage().data_ptr() for tensor in current.values()}
-        changed: list[str] = []
-        lost: list[str] = []
-        for name, part in self._parts.items():
-            kept = self._unchanged(part, current.get(name), in_use)
-            if kept is None:
-                changed.append(name)
-                kept = self._copies.get(name)
-            if kept is None:
-                lost.append(name)
-            else:
-                self._parts[name] = part._replace(memory=kept)
-        self._copies, self._checksums = {}, {}
+        finish_work(self.device)
+        holdings, originals, self._originals = Holdings(model), self._originals, {}
+        choices = {name: original.choices(holdings) for name, original in originals.items()}
+        if lost := [name for name, possible in choices.items() if not possible]:
+            raise _not_found(lost)
 
-        if lost:
-            raise UnsupportedModel(
-                f"post-processing changed {len(lost)} tensors ({', '.join(lost[:8])}{', ...' if lost[8:] else ''}) and "
-                f'nothing keeps their originals: set INT8_CACHE to "hbm" or "dram", with INT8_CACHE_NAME, if set, '
-                f"covering them"
-            )
-        return changed
+        self._contents = {name: possible[0] for name, possible in choices.items()}
+        while wrong := altered():
+            doubted = [spec.name for offset, length in wrong for spec in self._within(offset, length)]
+            doubted = [name for name in dict.fromkeys(doubted) if not originals[name].is_copy(self._contents[name])]
+            others = [name for name in doubted if len(choices[name]) > 1]
+            if not others:
+                raise _not_found(doubted)
+            for name in others:
+                choices[name].pop(0)
+                self._contents[name] = choices[name][0]
 
-    def _unchanged(self, part: _Part, now: torch.Tensor | None, in_use: set[int]) -> torch.Tensor | None:
-        """The memory in which the model itself still has what was loaded into `part`, None if there is none."""
-        original = self._checksums[part.spec.name]
-        if part.memory.untyped_storage().data_ptr() in in_use and checksum(part.memory) == original:
-            return part.memory
-        if now is None or now.nbytes != part.spec.nbytes or not _lies_plainly(now):
-            return None
-        elsewhere = flat(now)
-        return elsewhere if checksum(elsewhere) == original else None
+        return [
+            name
+            for name, contents in self._contents.items()
+            if originals[name].is_copy(contents) or not isinstance(contents, AsLoaded)
+        ]
+
+    def _parts(self, offset: int, length: int) -> Iterator[tuple[Contents, int, int, int]]:
+        """The tensors that bytes [offset, offset + length) belong to.
+
+        Each comes with the bytes of it from begin to before end, and where these begin relative to `offset`.
+        """
+        known = self._contents
+        if self._specs and not known:
+            raise OSError(errno.EBADF, "these weights are given up, or being processed")
+        for spec in self._within(offset, length):
+            begin, end = max(spec.offset, offset), min(spec.end, offset + length)
+            yield known[spec.name], begin - spec.offset, end - spec.offset, begin - offset
+
+    def _within(self, offset: int, length: int) -> Iterator[TensorSpec]:
+        for spec in self._specs[bisect.bisect_right(self._ends, offset) :]:
+            if spec.offset >= offset + length:
+                return
+            yield spec
+
+    def _gather(self, bucket: torch.Tensor, offset: int) -> None:
+        for begin, piece in self.pieces(offset, bucket.nbytes):
+            bucket[begin : begin + piece.nbytes].copy_(piece)
 
 
 class _LiveLanding(DeviceLanding):
@@ -209,7 +205,7 @@ class _LiveLanding(DeviceLanding):
 
 
 class _HostCopies:
-    """All bytes of a memory on a device; each slice is copied to the host when it is read."""
+    """All bytes of a memory on a device; each slice is copied to the host when it is read, piece by piece."""
 
     def __init__(self, memory: LiveMemory) -> None:
         self._memory = memory
@@ -220,38 +216,21 @@ class _HostCopies:
 
     def __getitem__(self, part: slice) -> memoryview:
         begin, end, _ = part.indices(self.nbytes)
-        return _to_host(self._memory.chunk(begin, end - begin)).toreadonly()
+        host = torch.zeros(max(end - begin, 0), dtype=torch.uint8, device="cpu")
+        with own_stream(self._memory.device):
+            for start, piece in self._memory.pieces(begin, host.nbytes):
+                host[start : start + piece.nbytes].copy_(piece)
+        return as_bytes(host).toreadonly()
 
 
-def checksum(memory: torch.Tensor) -> bytes:
-    """A checksum of the bytes of `memory`, a one-dimensional uint8 tensor, made on its own device.
-
-    It consists of sums over rows and columns, so it is cheap. It reveals accidents, and is no defence against anybody.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with own_stream(memory.device):
-        for offset, length in chunks(memory.nbytes, _CHECKSUM_BYTES):
-            for sums in _sums(memory[offset : offset + length]):
-                digest.update(_to_host(sums.contiguous().view(torch.uint8)))
-    return digest.digest()
-
-
-def _sums(block: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The sums of the columns and of the rows of `block`, seen as a table, and the bytes that do not fill a row."""
-    even = block.nbytes - block.nbytes % _ROW_BYTES
-    if even:
-        words = block[:even].view(torch.int32) if block.storage_offset() % 4 == 0 else block[:even]
-        table = words.view(even // _ROW_BYTES, -1)
-        yield table.sum(0, dtype=torch.int64)
-        yield table.sum(1, dtype=torch.int64)
-    yield block[even:]
+def _not_found(names: list[str]) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"post-processing changed {len(names)} tensors ({', '.join(names[:8])}{', ...' if names[8:] else ''}) in a way "
+        f'that no known inverse undoes, and nothing keeps their originals: set INT8_CACHE to "hbm" or "dram", with '
+        f"INT8_CACHE_NAME, if set, covering them"
+    )
 
 
 def _to_host(memory: torch.Tensor) -> memoryview:
     with own_stream(memory.device):
         return as_bytes(memory.cpu())
-
-
-def _lies_plainly(tensor: torch.Tensor) -> bool:
-    is_strided = tensor.layout is torch.strided
-    return is_strided and is_dense(tuple(tensor.shape), tensor.stride()) and has_plain_format(tensor)
