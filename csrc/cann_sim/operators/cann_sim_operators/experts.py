@@ -14,6 +14,7 @@ from cann_sim_operators.registry import (
     require_dtype,
     require_output_dtype,
     require_plain,
+    require_whole,
     undefined,
 )
 
@@ -22,7 +23,7 @@ MAX_GROUPS = 1024
 BLOCK_ROWS = 16
 
 
-@implements("npu::npu_grouped_matmul")
+@implements("npu::npu_grouped_matmul", takes_fractal=True)
 def grouped_matmul(
     x: list[torch.Tensor],
     weight: list[torch.Tensor],
@@ -90,7 +91,7 @@ def _check_blocks(matrices: torch.Tensor, width: int) -> None:
     """The operator does not know of padding."""
     weight = "weight, which is in FRACTAL_NZ,"
     require(matrices.dtype != torch.float32, OPERATOR, f"the dtype of {weight}", matrices.dtype, "of at most 2 bytes")
-    require(matrices.is_contiguous(), OPERATOR, weight, "transposed", "contiguous")
+    require_whole(OPERATOR, "weight", matrices)
     if matrices.dtype == torch.int32:
         expected = "32: cast it to FRACTAL_NZ in int8, and view it as int32 then"
         require(width == 32, OPERATOR, f"the width of the blocks of {weight} in bytes", width, expected)

@@ -15,7 +15,6 @@ from cann_sim_operators.registry import (
     require_defaults,
     require_dtype,
     require_output_dtype,
-    require_plain,
     require_shape,
 )
 
@@ -46,7 +45,6 @@ def dynamic_quant(
     """
     operator = "npu_dynamic_quant"
     require_defaults(operator, others)
-    require_plain(operator, x=x, smooth_scales=smooth_scales)
     require_dtype(operator, "x", x, *HALVES, *fp32())
     require(1 < x.dim() < 9, operator, "the shape of x", tuple(x.shape), "of 2 to 8 dimensions")
     require_output_dtype(operator, dst_type, torch.int8, torch.int8)
@@ -103,7 +101,6 @@ def quantize(  # noqa: PLR0917  the genuine schema
     operator = "npu_quantize"
     if div_mode or axis < -1:
         raise RuntimeError(f"{operator}: div_mode={div_mode}, axis={axis} is not simulated; div_mode=False, axis=-1 is")
-    require_plain(operator, input=x, scales=scales, zero_points=zero_points)
     require_output_dtype(operator, dtype, torch.qint8, torch.qint8, torch.int8)
     require_dtype(operator, "input", x, *HALVES, torch.float32)
     require(0 < x.dim() < 9, operator, "the shape of input", tuple(x.shape), "of 1 to 8 dimensions")

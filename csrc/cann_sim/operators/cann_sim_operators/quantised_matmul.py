@@ -18,6 +18,7 @@ from cann_sim_operators.registry import (
     require_output_dtype,
     require_plain,
     require_shape,
+    require_whole,
 )
 
 OPERATOR = "npu_quant_matmul"
@@ -25,7 +26,7 @@ INNER_LIMIT = 65535
 OUTPUTS = (torch.int8, torch.float16, torch.bfloat16, torch.int32)
 
 
-@implements("npu::npu_quant_matmul")
+@implements("npu::npu_quant_matmul", takes_fractal=True)
 def quant_matmul(
     x1: torch.Tensor,
     x2: torch.Tensor,
@@ -91,7 +92,7 @@ def _check_matrices(x1: torch.Tensor, x2: torch.Tensor) -> None:
         require(inner <= INNER_LIMIT, OPERATOR, f"the inner dimension of {argument}", inner, f"at most {INNER_LIMIT}")
     require_plain(OPERATOR, x1=x1)
     if is_fractal(x2):
-        require(x2.is_contiguous(), OPERATOR, "x2, which is in FRACTAL_NZ,", "transposed", "contiguous")
+        require_whole(OPERATOR, "x2", x2)
         lengths = tuple(x2.shape[-2:])
         require(1 not in lengths, OPERATOR, "the shape of x2, which is in FRACTAL_NZ,", lengths, "above 1")
     depth = x1.shape[-1]

@@ -21,8 +21,11 @@ _DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 12
 _libraries: dict[str, torch.library.Library] = {}  # a registration lives as long as its library
 
 
-def implements(name: str) -> Callable[[Function], Function]:
+def implements(name: str, *, takes_fractal: bool = False) -> Callable[[Function], Function]:
     """Makes the decorated function the implementation of the operator `name`, for example "npu::npu_rms_norm".
+
+    Tensors in FRACTAL_NZ are refused, as torch-npu does for most of its operators, unless it `takes_fractal`: then it
+    must look at each of its arguments.
 
     It is called with host tensors that alias the device's memory. Arguments that have their default are not passed, so
     it needs parameters only for those that it supports, and `**others` to refuse the rest.
@@ -32,7 +35,7 @@ def implements(name: str) -> Callable[[Function], Function]:
         namespace, operator = name.split("::")
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
         library.impl(operator, function, "CPU")
-        torch.ops.cann_sim.carry([name])
+        torch.ops.cann_sim.carry(name, takes_fractal)
         return function
 
     return register
@@ -71,6 +74,13 @@ def require_plain(operator: str, **tensors: torch.Tensor | None) -> None:
     """Raises RuntimeError if any of the tensors, given by the names of their arguments, is in FRACTAL_NZ."""
     for argument, tensor in tensors.items():
         require(tensor is None or not is_fractal(tensor), operator, f"the format of {argument}", "FRACTAL_NZ", "ND")
+
+
+def require_whole(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    """Raises RuntimeError if the tensor is a view of its storage, which nobody can read in FRACTAL_NZ."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    found = "transposed" if tensor.mT.is_contiguous() else "a part"
+    require(whole, operator, f"{argument}, which is in FRACTAL_NZ,", found, "a whole tensor")
 
 
 def require_shape(operator: str, argument: str, tensor: torch.Tensor, *allowed: tuple[int, ...]) -> None:

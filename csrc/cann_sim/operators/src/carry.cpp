@@ -120,6 +120,8 @@ class Call
         const bool is_written = argument.alias_info() && argument.alias_info()->isWrite();
         TORCH_CHECK(!is_written || !is_fractal(tensor), name(), ": argument ", argument.name(),
                     " is in FRACTAL_NZ, into which the simulator writes by npu_format_cast only");
+        TORCH_CHECK(!is_fractal(tensor) || !refuses_fractal(op_.operator_name()), name(), ": the format of ",
+                    argument.name(), " is FRACTAL_NZ, but must be ND");
         device_ = tensor.device();
         return is_fractal(tensor) ? take_fractal(tensor) : aliases_.to_host(tensor);
     }

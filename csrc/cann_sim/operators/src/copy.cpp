@@ -2,10 +2,12 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_to_copy_native.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "alias.h"
+#include "carry.h"
 #include "format.h"
 #include "memory.h"
 #include "stream.h"
@@ -97,6 +99,19 @@ at::Tensor copy_from_and_resize(const at::Tensor &source, const at::Tensor &targ
     return target;
 }
 
+// torch-npu keeps the format of a whole tensor. Its own kernel knows more cases, but needs operators of its own for them.
+void clone(const c10::OperatorHandle &op, torch::jit::Stack *stack)
+{
+    const auto source = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
+
+    if (!is_on_device(source) || !is_whole_fractal(source))
+        return carry(op, stack);
+    auto copy = at::empty_like(source);
+    copy.copy_(source);
+    torch::jit::drop(*stack, op.schema().arguments().size());
+    stack->emplace_back(copy);
+}
+
 } // namespace
 
 void carry_copies()
@@ -107,6 +122,7 @@ void carry_copies()
 
     plain_copy(); // before it is replaced
     library.impl("copy_", TORCH_FN(copy_));
+    library.impl("clone", torch::CppFunction::makeFromBoxedFunction<&clone>());
     library.impl("_to_copy", TORCH_FN(at::native::_to_copy));
     library.impl("_copy_from", TORCH_FN(copy_from));
     library.impl("_copy_from_and_resize", TORCH_FN(copy_from_and_resize));

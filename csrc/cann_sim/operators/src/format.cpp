@@ -15,6 +15,16 @@ namespace
 
 thread_local std::vector<const PlainCopy *> filled_copies; // for the operator that runs
 
+std::vector<c10::OperatorName> accepting; // of torch-npu's own
+
+// Operators of ATen that torch-npu 2.13 only knows as aclnn's, and which its messages say "do not support internal
+// format". For others it compiles an operator that knows the layout, or passes it on.
+constexpr const char *REFUSING[] = {
+    "_masked_softmax", "_scaled_grouped_mm", "_scaled_mm", "aminmax", "angle", "argsort", "bitwise_left_shift",
+    "bitwise_right_shift", "bucketize", "exponential", "isin", "logit", "nanmean", "nansum", "repeat_interleave",
+    "scaled_dot_product_attention", "scatter_reduce", "signbit", "sort",
+};
+
 torch_npu::NPUStorageDesc &description(const c10::Storage &storage)
 {
     return static_cast<torch_npu::NPUStorageImpl *>(storage.unsafeGetStorageImpl())->npu_desc_;
@@ -50,6 +60,30 @@ void describe(const at::Tensor &tensor, const c10::Storage &storage)
 bool is_fractal(const at::Tensor &device)
 {
     return description(device.storage()).npu_format_ == ACL_FORMAT_FRACTAL_NZ;
+}
+
+bool is_whole_fractal(const at::Tensor &device)
+{
+    return is_fractal(device) && device.is_contiguous() && !device.storage_offset() &&
+           device.sizes() == c10::IntArrayRef(description(device.storage()).base_sizes_) &&
+           device.dtype() == description(device.storage()).data_type_;
+}
+
+bool refuses_fractal(const c10::OperatorName &op)
+{
+    if (op.name.compare(0, 6, "aten::") != 0)
+        return std::find(accepting.begin(), accepting.end(), op) == accepting.end();
+    auto name = op.name.substr(6);
+    if (name.compare(0, 9, "_foreach_") == 0)
+        return true;
+    if (!name.empty() && name.back() == '_')
+        name.pop_back();
+    return std::find(std::begin(REFUSING), std::end(REFUSING), name) != std::end(REFUSING);
+}
+
+void accept_fractal(const c10::OperatorName &op)
+{
+    accepting.push_back(op);
 }
 
 PlainCopy::PlainCopy(const at::Tensor &device)

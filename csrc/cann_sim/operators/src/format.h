@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/operator_name.h>
 
 #include "cann_sim.h"
 
@@ -21,6 +22,15 @@ namespace cann_sim
 void describe(const at::Tensor &tensor, const c10::Storage &storage);
 
 bool is_fractal(const at::Tensor &device);
+
+// Whether a device tensor is its whole storage in FRACTAL_NZ, and not a view of it.
+bool is_whole_fractal(const at::Tensor &device);
+
+// Whether torch-npu refuses tensors in FRACTAL_NZ for the operator on A2 and A3.
+bool refuses_fractal(const c10::OperatorName &op);
+
+// Says that an operator of torch-npu takes them.
+void accept_fractal(const c10::OperatorName &op);
 
 // The values of a device's storage in FRACTAL_NZ, for the CPU's operators. Like a kernel that was launched it has an
 // address, not a reference.

@@ -37,6 +37,7 @@ bool is_kept(const c10::OperatorHandle &op)
         "aten::empty",       "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided",
         "aten::_lazy_clone", "aten::is_pinned",  "aten::_pin_memory",   "aten::record_stream",
         "aten::is_set_to",   "aten::copy_",      "aten::_to_copy",      "aten::_local_scalar_dense",
+        "aten::clone",
         "aten::_copy_from",  "aten::_copy_from_and_resize",
     };
     const auto &returns = op.schema().returns();
@@ -95,22 +96,21 @@ void install()
     carry_compiled_operators();
 }
 
-// Operators that have got a CPU kernel.
-void carry_named(const c10::List<std::string> &names)
+// An operator that has got a CPU kernel.
+void carry_named(const std::string &name, bool takes_fractal)
 {
-    for (const std::string &name : names) {
-        const auto dot = name.find('.');
-        const auto overload = dot == std::string::npos ? "" : name.substr(dot + 1);
+    const auto dot = name.find('.');
+    const c10::OperatorName op{name.substr(0, dot), dot == std::string::npos ? "" : name.substr(dot + 1)};
 
-        implement({name.substr(0, dot), overload}, DispatchKey::PrivateUse1,
-                  torch::CppFunction::makeFromBoxedFunction<&carry>());
-    }
+    if (takes_fractal)
+        accept_fractal(op);
+    implement(op, DispatchKey::PrivateUse1, torch::CppFunction::makeFromBoxedFunction<&carry>());
 }
 
 TORCH_LIBRARY(cann_sim, library)
 {
     library.def("install() -> ()", install);
-    library.def("carry(str[] names) -> ()", carry_named);
+    library.def("carry(str name, bool takes_fractal) -> ()", carry_named);
     library.def("block_width(Tensor argument) -> int", block_width);
     library.def("aicpu_operators() -> Dict(str, int)", aicpu_operators);
 }

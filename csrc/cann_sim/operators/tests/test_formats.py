@@ -99,6 +99,49 @@ def test_a_graph_reads_it_at_each_replay() -> None:
         assert torch.equal(single.cpu(), changed.t().float())
 
 
+def test_only_whole_tensors_keep_it_in_a_clone() -> None:
+    values = matrix(3, 20, 40, dtype=torch.int8)
+    fractal = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ)
+    whole, part = fractal.clone(), fractal[1].clone()
+    fractal.copy_(values + 1)
+    assert (torch_npu.get_npu_format(whole), torch_npu.get_npu_format(part)) == (FRACTAL_NZ, ND)
+    assert torch.equal(whole.cpu(), values)
+    assert torch.equal(part.cpu(), values[1])
+    assert torch.equal(fractal.transpose(1, 2).contiguous().cpu(), (values + 1).transpose(1, 2))
+
+
+def test_bytes_of_it_can_be_seen_as_another_type() -> None:
+    """As int4 numbers are, of which a byte holds two, and an operator wants to see eight in an int32."""
+    values = matrix(3, 20, 40, dtype=torch.int8)
+    packed = torch_npu.npu_format_cast(values.npu(), FRACTAL_NZ).view(torch.int32)
+    assert packed.shape == (3, 20, 10)
+    assert torch_npu.get_npu_format(packed) == FRACTAL_NZ
+    assert torch.equal((packed + 0).cpu(), values.view(torch.int32))
+    assert torch.equal((packed[2].t() + 0).cpu(), values.view(torch.int32)[2].t())
+
+
+def test_padding_takes_memory() -> None:
+    torch.npu.synchronize()
+    before = torch.npu.memory_allocated()
+    fractal = torch_npu.npu_format_cast(torch.zeros(3, 1025, 4097, dtype=torch.int8).npu(), FRACTAL_NZ)
+    padded = 3 * 1040 * 4128
+    assert fractal.untyped_storage().nbytes() == padded
+    assert fractal.nbytes == 3 * 1025 * 4097
+    assert padded <= torch.npu.memory_allocated() - before < padded + 4096
+
+
+def test_operators_that_torch_npu_does_not_let_read_it_refuse_it() -> None:
+    fractal = torch_npu.npu_format_cast(matrix(32, 32).npu(), FRACTAL_NZ)
+    for refused in (
+        lambda: torch_npu.npu_rms_norm(fractal, matrix(32).npu()),
+        lambda: torch_npu.npu_rms_norm(matrix(2, 32).npu(), fractal),
+        lambda: torch._foreach_add([fractal], 1),
+        fractal.sort,
+    ):
+        with pytest.raises(RuntimeError, match=r"format of \w+ is FRACTAL_NZ, but must be ND"):
+            refused()
+
+
 def test_without_internal_formats_a_cast_changes_nothing() -> None:
     torch.npu.config.allow_internal_format = False
     cast = torch_npu.npu_format_cast(matrix(20, 40).npu(), FRACTAL_NZ)
