@@ -1,6 +1,6 @@
 """The product of int8 matrices, with scales.
 
-Products are exact: they are computed in float64, which holds every sum that fits into int32. What follows is float32.
+Products are exact. What follows is float32.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from cann_sim_operators.registry import (
 
 OPERATOR = "npu_quant_matmul"
 INNER_LIMIT = 65535
+EXACT_DEPTH = 1024
+"""So many products of int8 add up to at most 2**24."""
 OUTPUTS = (torch.int8, torch.float16, torch.bfloat16, torch.int32)
 
 
@@ -64,8 +66,13 @@ def quant_matmul(
 
 
 def exact_product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Returns the product of integer matrices as integers in float64."""
-    return x.double() @ matrix.double()
+    """Returns the product of int8 matrices as integers in float64.
+
+    A part of EXACT_DEPTH is exact in float32, and even where that is multiplied as bfloat16.
+    """
+    parts = zip(x.float().split(EXACT_DEPTH, -1), matrix.float().split(EXACT_DEPTH, -2), strict=True)
+    products = [(part @ rows).double() for part, rows in parts]
+    return torch.stack(products).sum(0)
 
 
 def _requantised(

@@ -99,7 +99,8 @@ at::Tensor copy_from_and_resize(const at::Tensor &source, const at::Tensor &targ
     return target;
 }
 
-// torch-npu keeps the format of a whole tensor. Its own kernel knows more cases, but needs operators of its own for them.
+// torch-npu keeps the format of a whole tensor. Its own kernel knows more cases, but needs operators of its own for
+// them.
 void clone(const c10::OperatorHandle &op, torch::jit::Stack *stack)
 {
     const auto source = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();

@@ -90,17 +90,18 @@ PlainCopy::PlainCopy(const at::Tensor &device)
     : sizes_(description(device.storage()).base_sizes_.begin(), description(device.storage()).base_sizes_.end())
 {
     const auto &noted = description(device.storage());
-    const auto options = at::TensorOptions().device(c10::kCPU).dtype(noted.data_type_); // of which `device` may be a view
+    const auto options = at::TensorOptions().device(c10::kCPU).dtype(noted.data_type_); // a view may have another
 
-    blocks_ = at::from_blob(const_cast<void *>(device.storage().data()), c10::IntArrayRef(noted.storage_sizes_), options);
+    blocks_ =
+        at::from_blob(const_cast<void *>(device.storage().data()), c10::IntArrayRef(noted.storage_sizes_), options);
     values_ = c10::Storage(c10::Storage::use_byte_size_t(), c10::multiply_integers(sizes_) * blocks_.itemsize(),
                            c10::DataPtr(nullptr, c10::kCPU), c10::GetCPUAllocator(), true);
 }
 
 at::Tensor PlainCopy::seen_as(const at::Tensor &device) const
 {
-    auto host = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(values_), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                         device.dtype());
+    auto host = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(values_), c10::DispatchKeySet(c10::DispatchKey::CPU), device.dtype());
     auto *target = host.unsafeGetTensorImpl();
 
     target->set_storage_offset(device.storage_offset());
