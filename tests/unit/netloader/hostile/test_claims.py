@@ -20,7 +20,7 @@ from support.sources import IDENTITY, PATIENT, SMALL, assert_serves, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server import peer_log
-from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
+from vllm_ascend.model_loader.netloader.server.admission import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES

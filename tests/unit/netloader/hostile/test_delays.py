@@ -21,7 +21,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server import listener
-from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
+from vllm_ascend.model_loader.netloader.server.admission import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports

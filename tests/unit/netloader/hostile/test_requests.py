@@ -27,7 +27,7 @@ from support.sources import PATIENT, SMALL, assert_serves, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.server import session as server_session
-from vllm_ascend.model_loader.netloader.server import waiting as waiting_room
+from vllm_ascend.model_loader.netloader.server.admission import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.server.requests import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts

@@ -20,7 +20,7 @@ from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.server import admission, waiting
+from vllm_ascend.model_loader.netloader.server.admission import turns, waiting
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport import rate
@@ -58,8 +58,8 @@ def test_hundreds_that_wait_have_one_thread_and_the_order_is_made_once_for_a_cha
         wait_until(lambda: server.state().waiting == 200)
         wait_until(lambda: len(netloader_threads()) == 4)  # one accepts, two serve
         server.turns.in_order()  # is made now, if it was not
-        made, arrange = list[int](), admission.arrange
-        monkeypatch.setattr(admission, "arrange", lambda *turns: (made.append(1), arrange(*turns))[1])
+        made, arrange = list[int](), turns.arrange
+        monkeypatch.setattr(turns, "arrange", lambda *turns: (made.append(1), arrange(*turns))[1])
         for _ in range(3):
             places = sorted(line.hear_kind(Wait)["ahead"] for line in lines)
         assert places == list(range(200))

@@ -16,7 +16,7 @@ from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourceUnreachable
 from vllm_ascend.model_loader.netloader.server import peer_log
-from vllm_ascend.model_loader.netloader.server.admission import Guard
+from vllm_ascend.model_loader.netloader.server.admission.hosts import Guard
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.wire.access import Access
 

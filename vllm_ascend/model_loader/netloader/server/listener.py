@@ -21,7 +21,7 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint, unmapped
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, Unauthorized
 from vllm_ascend.model_loader.netloader.server import descriptors
-from vllm_ascend.model_loader.netloader.server.admission import Guard, network_of
+from vllm_ascend.model_loader.netloader.server.admission.hosts import Guard, network_of
 from vllm_ascend.model_loader.netloader.server.listening import ListeningSocket
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.wire.channel import Channel

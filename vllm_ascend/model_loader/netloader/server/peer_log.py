@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from vllm_ascend.model_loader.netloader.errors import one_line
-from vllm_ascend.model_loader.netloader.server.admission import network_of
+from vllm_ascend.model_loader.netloader.server.admission.hosts import network_of
 
 INTERVAL: Final = 60.0
 """Seconds in which the lines below are counted."""

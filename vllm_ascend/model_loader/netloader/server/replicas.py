@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.server.admission import network_of
+from vllm_ascend.model_loader.netloader.server.admission.hosts import network_of
 
 _Key = TypeVar("_Key")
 

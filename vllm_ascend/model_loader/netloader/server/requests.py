@@ -20,14 +20,14 @@ from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.server import answers, descriptors
-from vllm_ascend.model_loader.netloader.server.admission import Turn, Turns
+from vllm_ascend.model_loader.netloader.server.admission.turns import Turn, Turns
+from vllm_ascend.model_loader.netloader.server.admission.waiting import Guest, WaitingRoom
 from vllm_ascend.model_loader.netloader.server.answers import Acceptance, Peer
 from vllm_ascend.model_loader.netloader.server.listener import Connection, Listener
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publications
 from vllm_ascend.model_loader.netloader.server.replicas import Replicas
 from vllm_ascend.model_loader.netloader.server.sessions import Sessions
-from vllm_ascend.model_loader.netloader.server.waiting import Guest, WaitingRoom
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

@@ -6,8 +6,8 @@ The parts, each in a module of its own:
   peer ends or delays nobody but itself. Threads that serve give way to inference.
 - `publications` is what is held in each role, and whether it is served; `answers` decides what a client gets of it.
 - `requests` does what clients ask for, `sessions` are the clients that take weights now.
-- `admission` lets about MAX_CLIENTS of them move bytes at a time. The others are in the `waiting` room until their turn
-  comes, and hear which earlier clients have the same weights now (`replicas`).
+- `admission` lets about MAX_CLIENTS of them move bytes at a time. The others wait until their turn comes, and hear
+  which earlier clients have the same weights now (`replicas`).
 
 What is served does not change (an arena is sealed), so serving needs no lock against inference, and copying releases
 the GIL. Weights that are about to move or change are suspended first: their sessions are ended, and told why.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.errors import ConfigError
-from vllm_ascend.model_loader.netloader.server.admission import Turns
+from vllm_ascend.model_loader.netloader.server.admission.turns import Turns
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.listener import Listener
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.server.admission import Turn
+from vllm_ascend.model_loader.netloader.server.admission.turns import Turn
 from vllm_ascend.model_loader.netloader.server.answers import Acceptance
 from vllm_ascend.model_loader.netloader.server.listener import Connection
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog

@@ -1,6 +1,4 @@
-"""Who is let in, and when: `Turns` for clients that take weights, `Guard` for those that fail to authenticate.
-
-Both count by host. What counts as one host is `network_of` an address, because whoever has an IPv6 address has 2^64.
+"""Who moves bytes, and who waits for that.
 
 A server sends to a few clients at a time, so that the first ones finish, and become sources, sooner. That must not
 allow those few to keep all others out. So the turns that a host has beyond its share do not count while others wait,
@@ -10,15 +8,15 @@ there are so many slow clients that nobody else could be let in, the slowest one
 
 from __future__ import annotations
 
-import functools
-import ipaddress
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
+
+from vllm_ascend.model_loader.netloader.server.admission.hosts import network_of
 
 SLOW_SHARE: Final = 4
 """A client is slow if it takes less than this fraction (one in so many) of its share of what the server can send."""
@@ -29,30 +27,6 @@ OVERCOMMITMENT: Final = 4
 the slowest one makes room for a host that has none."""
 _CAPACITY_HALVES: Final = 20.0
 """Seconds after which only half of the rate that the server has been seen to send is still taken for granted."""
-_FREE_FAILURES: Final = 3
-"""Failures of a host before it has to wait: whoever corrects a wrong file tries again."""
-_LONGEST_BLOCK: Final = 60.0
-"""Seconds for which a host is not listened to, at most."""
-_MOST_DOUBLINGS: Final = 6
-"""Of one second: enough for the longest block, and no overflow however often a host fails."""
-_REMEMBERED: Final = 1024
-"""Hosts; the one that failed least recently is forgotten first."""
-_IPV6_NETWORK_BITS: Final = 64
-
-
-@functools.lru_cache(maxsize=4096)
-def network_of(address: str) -> str:
-    """What counts as one host: an IPv4 address, even if it is written as IPv6, or the /64 of an IPv6 address."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return str(parsed)
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    host_bits = 128 - _IPV6_NETWORK_BITS
-    return str(ipaddress.IPv6Network((int(parsed) >> host_bits << host_bits, _IPV6_NETWORK_BITS)))
 
 
 class Meter(Protocol):
@@ -280,46 +254,3 @@ def arrange(waiting: Iterable[Turn], taken: Iterable[Turn]) -> list[Turn]:
         places.append((before[turn.host], arrival, turn))
         before[turn.host] += 1
     return [turn for _, _, turn in sorted(places, key=lambda place: place[:2])]
-
-
-@dataclass
-class _Record:
-    failures: int = 0
-    blocked_until: float = 0.0
-
-
-class Guard:
-    """Slows down hosts that fail to authenticate: each failure doubles the time for which they are not listened to.
-
-    Hosts are given by an address. Thread-safe.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._records: OrderedDict[str, _Record] = OrderedDict()
-
-    def admits(self, address: str) -> bool:
-        """Whether the host is listened to now."""
-        with self._lock:
-            record = self._records.get(network_of(address))
-            return record is None or self._clock() >= record.blocked_until
-
-    def failed(self, address: str) -> None:
-        """Notes that the host failed to authenticate."""
-        host = network_of(address)
-        with self._lock:
-            record = self._records.pop(host, None) or _Record()
-            self._records[host] = record
-            if len(self._records) > _REMEMBERED:
-                self._records.popitem(last=False)
-
-            record.failures += 1
-            if record.failures > _FREE_FAILURES:
-                doublings = min(record.failures - _FREE_FAILURES - 1, _MOST_DOUBLINGS)
-                record.blocked_until = self._clock() + min(2.0**doublings, _LONGEST_BLOCK)
-
-    def succeeded(self, address: str) -> None:
-        """Forgives the host all earlier failures."""
-        with self._lock:
-            self._records.pop(network_of(address), None)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import PeerError, Stalled
-from vllm_ascend.model_loader.netloader.server.admission import Turn, Turns
+from vllm_ascend.model_loader.netloader.server.admission.turns import Turn, Turns
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import Wait
 from vllm_ascend.model_loader.netloader.wire.pacing import give_way
