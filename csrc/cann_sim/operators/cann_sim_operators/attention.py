@@ -7,7 +7,7 @@ another. The latter is followed, as inference engines do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cann_sim_operators.registry import (
     require_defaults,
     require_dtype,
 )
+from cann_sim_operators.requests import check_totals, parts
 
 OPERATOR = "npu_fused_infer_attention_score"
 MASK_SIZE = 2048
@@ -72,7 +73,7 @@ def fused_infer_attention_score(
     _check_kernel(query, num_heads > key_heads, inner_precise, alone=alone, rows=key.dim() == 3)
 
     query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)  # running totals
-    _check_ends("actual_seq_lengths", query_ends, query.shape[0])
+    check_totals(OPERATOR, "actual_seq_lengths", query_ends, query.shape[0])
     key_lengths = _lengths("actual_seq_lengths_kv", actual_seq_lengths_kv)
     expected = f"of {len(query_ends)} requests, as actual_seq_lengths"
     require(len(key_lengths) == len(query_ends), OPERATOR, "actual_seq_lengths_kv", key_lengths, expected)
@@ -81,7 +82,7 @@ def fused_infer_attention_score(
 
     row = (key_heads, query.shape[2])
     if block_table is None:
-        _check_ends("actual_seq_lengths_kv", key_lengths, key.shape[0])
+        check_totals(OPERATOR, "actual_seq_lengths_kv", key_lengths, key.shape[0])
         read = _dense(key, value, key_lengths, row)
     else:
         _check_paging(key, block_table, key_lengths, block_size)
@@ -117,18 +118,18 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output = torch.empty_like(query)
     sums = torch.empty(*query.shape[:2], 1, dtype=torch.float32) if with_sums else torch.empty(0)
-    for request, (start, length) in enumerate(_parts(ends)):
-        if not length:
+    for request, own in enumerate(parts(ends)):
+        if own.start == own.stop:
             continue
         keys, values = read(request)
-        visible = _visible(mask, length, keys.shape[1])
-        queries = query[start : start + length].transpose(0, 1)
+        visible = _visible(mask, own.stop - own.start, keys.shape[1])
+        queries = query[own].transpose(0, 1)
         attended = scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=visible, scale=scale, enable_gqa=True
         )
-        output[start : start + length] = attended[0].transpose(0, 1)
+        output[own] = attended[0].transpose(0, 1)
         if with_sums:
-            sums[start : start + length] = _log_sum_exp(queries, keys, visible, scale)
+            sums[own] = _log_sum_exp(queries, keys, visible, scale)
     return output, sums
 
 
@@ -207,11 +208,6 @@ def _lengths(argument: str, lengths: list[int] | None) -> list[int]:
     return lengths
 
 
-def _check_ends(argument: str, ends: list[int], tokens: int) -> None:
-    fits = ends == sorted(ends) and (ends[-1] if ends else 0) == tokens
-    require(fits, OPERATOR, argument, ends, f"the running totals of lengths, up to {tokens}")
-
-
 def _check_paging(
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -234,11 +230,10 @@ def _dense(key: torch.Tensor, value: torch.Tensor, ends: list[int], row: tuple[i
     require(
         tuple(key.shape[1:]) == row, OPERATOR, "the shape of key", tuple(key.shape), f"[tokens, {row[0]}, {row[1]}]"
     )
-    parts = list(_parts(ends))
+    rows = parts(ends)
 
     def read(request: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start, length = parts[request]
-        return tuple(each[start : start + length].transpose(0, 1) for each in (key, value))
+        return tuple(each[rows[request]].transpose(0, 1) for each in (key, value))
 
     return read
 
@@ -285,11 +280,3 @@ def _log_sum_exp(queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tenso
     if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return scores.logsumexp(dim=-1).transpose(0, 1).unsqueeze(-1)
-
-
-def _parts(ends: list[int]) -> Iterator[tuple[int, int]]:
-    """Yields the start and the length of each request."""
-    start = 0
-    for end in ends:
-        yield start, end - start
-        start = end

@@ -5,12 +5,11 @@ The operator is that of training. Only its forward pass is simulated, without ma
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cann_sim_operators.registry import implements, require, require_defaults, require_dtype
+from cann_sim_operators.requests import check_totals, parts
 
 OPERATOR = "npu_fusion_attention"
 MAX_TOKENS, MAX_REQUESTS, MAX_HEADS, MAX_HEAD_SIZE = 1 << 20, 2048, 256, 768
@@ -62,7 +61,7 @@ def fusion_attention(  # noqa: PLR0917
 
     output = torch.empty_like(query)
     maxima, sums = (torch.empty(*query.shape[:2], dtype=torch.float32) for _ in range(2))
-    for own, others_own in zip(_parts(query_ends), _parts(key_ends), strict=True):
+    for own, others_own in zip(parts(query_ends), parts(key_ends), strict=True):
         if own.start == own.stop:
             continue
         require(others_own.start < others_own.stop, OPERATOR, "actual_seq_kvlen", key_ends, "of keys for all queries")
@@ -96,13 +95,8 @@ def _ends(argument: str, ends: list[int] | None, tokens: int) -> list[int]:
         bool(ends) and len(ends or ()) <= MAX_REQUESTS, OPERATOR, argument, ends, f"of 1 to {MAX_REQUESTS} requests"
     )
     assert ends is not None
-    fits = ends == sorted(ends) and ends[0] >= 0 and ends[-1] == tokens
-    require(fits, OPERATOR, argument, ends, f"the running totals of lengths, up to {tokens}")
+    check_totals(OPERATOR, argument, ends, tokens)
     return ends
-
-
-def _parts(ends: list[int]) -> list[slice]:
-    return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 def _statistics(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
