@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 
@@ -17,6 +18,8 @@ SAMPLES = 3
 """How many samples of each operator and dtype are tried; the first ones are the ordinary ones."""
 DTYPES = (torch.float32, torch.int64)
 
+STRIDES_BY_SHAPE_KERNEL = {"fft_rfftn", "nonzero_static"}
+"""torch's kernel for shapes, which is asked with torch-npu's queue, gives these other strides than its CPU kernel."""
 UNDEFINED_CONTENT = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 EXCEPTIONS = {
     "as_strided_partial_views": "the samples look beyond what a copy to a device copies",
@@ -45,7 +48,8 @@ def test_results_equal_the_cpus(op: OpInfo, dtype: torch.dtype) -> None:
         assert all(each.device.type == "npu" for each in tree_leaves(found) if isinstance(each, torch.Tensor))
         if op.name in UNDEFINED_CONTENT:
             expected, found = tree_map(shape_of, expected), tree_map(shape_of, found)
-        check_equal(found, expected)
+        made_by_shape = op.name in STRIDES_BY_SHAPE_KERNEL and os.environ.get("TASK_QUEUE_ENABLE") != "0"
+        check_equal(found, expected, with_strides=not made_by_shape)
 
 
 def run(op: OpInfo, sample: SampleInput) -> object:
@@ -65,12 +69,12 @@ def shape_of(value: object) -> object:
     return torch.tensor((*value.shape, *value.stride())) if isinstance(value, torch.Tensor) else value
 
 
-def check_equal(found: object, expected: object) -> None:
+def check_equal(found: object, expected: object, *, with_strides: bool = True) -> None:
     found_leaves, expected_leaves = tree_leaves(found), tree_leaves(expected)
     assert len(found_leaves) == len(expected_leaves)
     for one, other in zip(found_leaves, expected_leaves, strict=True):
         if isinstance(other, torch.Tensor):
-            assert one.stride() == other.stride()
+            assert not with_strides or one.stride() == other.stride()
             torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
         else:
             assert one == other
