@@ -43,7 +43,7 @@ $(INSTALLED): requirements.txt requirements-cpu.txt requirements-dev.txt pyproje
 
 npu-sim: $(NPU_INSTALLED)
 
-$(NPU_VENV)/.packages: $(INSTALLED) requirements-npu-sim.txt tools/setup_npu_sim.sh
+$(NPU_VENV)/.packages: $(INSTALLED) requirements-npu-sim.txt tools/setup_npu_sim.sh tools/layer_environment.sh
 	tools/setup_npu_sim.sh $(VENV) $(NPU_VENV)
 	touch $@
 

@@ -7,6 +7,7 @@
 # leaves out just these libraries.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tools/layer_environment.sh
 base=$(cd "$1" && pwd)
 venv=$2
 
@@ -16,11 +17,7 @@ if ! command -v cc >/dev/null || ! command -v c++ >/dev/null || ! command -v mak
     say "the simulated NPU needs C and C++ compilers: installing Debian's package for that"
     "$([ "$(id -u)" = 0 ] && echo env || echo sudo)" apt-get install --yes --no-install-recommends build-essential
 fi
-"$base/bin/python" -m venv --clear "$venv"
-packages=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-own_packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-# As a site directory, because the editable install of this package is a .pth file there.
-echo "import site; site.addsitedir('$packages')" > "$own_packages/cpu_environment.pth"
+layer "$base" "$venv"
 
 say "torch-npu"
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
