@@ -48,7 +48,7 @@ def test_results_equal_the_cpus(op: OpInfo, dtype: torch.dtype) -> None:
         assert all(each.device.type == "npu" for each in tree_leaves(found) if isinstance(each, torch.Tensor))
         if op.name in UNDEFINED_CONTENT:
             expected, found = tree_map(shape_of, expected), tree_map(shape_of, found)
-        made_by_shape = op.name in STRIDES_BY_SHAPE_KERNEL and os.environ.get("TASK_QUEUE_ENABLE") != "0"
+        made_by_shape = op.formatted_name in STRIDES_BY_SHAPE_KERNEL and os.environ.get("TASK_QUEUE_ENABLE") != "0"
         check_equal(found, expected, with_strides=not made_by_shape)
 
 
