@@ -7,7 +7,10 @@ __version__ = "0.1.0"
 
 def register() -> str | None:
     """`vllm.platform_plugins` entry point: the NPU platform where there is an NPU, or None to let vLLM choose."""
-    return "vllm_ascend.platform.NPUPlatform" if _has_npu() else None
+    if _has_npu():
+        return "vllm_ascend.platform.NPUPlatform"
+    _tell_if_nothing_is_chosen()
+    return None
 
 
 def register_netloader() -> None:
@@ -23,6 +26,19 @@ def register_netloader() -> None:
         import logging
 
         logging.getLogger(__name__).warning("there is no load format netloader: %s: %s", type(error).__name__, error)
+
+
+def _tell_if_nothing_is_chosen() -> None:
+    """Without an NPU there is Netloader only. vLLM would not say why it knows no such load format."""
+    import os
+
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "ascend_model_loader" not in plugins.split(","):
+        import logging
+
+        logging.getLogger(__name__).warning(
+            "VLLM_PLUGINS=%r leaves out 'ascend_model_loader', so there is no load format netloader", plugins
+        )
 
 
 def _has_npu() -> bool:

@@ -66,7 +66,10 @@ print("others load by", type(get_model_loader(LoadConfig(load_format="auto")))._
 print("imported:", *(name for name in sys.modules if name.startswith("vllm_ascend.model_loader.netloader.")))
 get_model_loader(LoadConfig(load_format="netloader"))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    chosen = {**os.environ, "VLLM_PLUGINS": "ascend,ascend_model_loader"}  # as upstream's documentation has it
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False, env=chosen
+    )
     assert "others load by DefaultModelLoader" in done.stdout, done.stderr
     assert "imported: vllm_ascend.model_loader.netloader.registration\n" in done.stdout
     assert done.returncode == 1

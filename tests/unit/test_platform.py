@@ -12,11 +12,14 @@ import pytest
 MISSING_LIBRARY = "raise ImportError('libhccl.so: cannot open shared object file')"
 
 
-def registering(directory: Path, torch_npu: str) -> subprocess.CompletedProcess[str]:
+TWO_DEVICES, NO_DEVICE = (f"class npu:\n    device_count = lambda: {count}" for count in (2, 0))
+
+
+def registering(directory: Path, torch_npu: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`register` in a fresh interpreter, where torch_npu has this text."""
     (directory / "torch_npu.py").write_text(torch_npu)
     script = "import sys, vllm_ascend\nprint(vllm_ascend.register())\nassert 'torch' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": str(directory), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(directory), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", **variables}
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100, env=environment
     )
@@ -25,8 +28,8 @@ def registering(directory: Path, torch_npu: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("torch_npu", "platform"),
     [
-        ("class npu:\n    device_count = lambda: 2", "vllm_ascend.platform.NPUPlatform"),
-        ("class npu:\n    device_count = lambda: 0", "None"),
+        (TWO_DEVICES, "vllm_ascend.platform.NPUPlatform"),
+        (NO_DEVICE, "None"),
         (MISSING_LIBRARY, "None"),
     ],
     ids=["two devices", "no device", "without CANN"],
@@ -39,6 +42,24 @@ def test_a_torch_npu_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
     told = registering(tmp_path, MISSING_LIBRARY).stderr
     assert "torch_npu is installed but cannot be imported (libhccl.so: cannot open shared object file)" in told
     assert "set_env.sh" in told
+
+
+@pytest.mark.parametrize(
+    ("torch_npu", "plugins", "is_told"),
+    [
+        (NO_DEVICE, "ascend", True),
+        (NO_DEVICE, "ascend,ascend_model_loader", False),
+        (TWO_DEVICES, "ascend", False),
+    ],
+    ids=["the platform alone", "the platform and the loader", "the platform alone where it is used"],
+)
+def test_a_choice_of_plugins_that_chooses_nothing_is_told(
+    torch_npu: str, plugins: str, is_told: bool, tmp_path: Path
+) -> None:
+    """On NPUs, the configuration refuses a load format that is not there, and says this too."""
+    told = registering(tmp_path, torch_npu, VLLM_PLUGINS=plugins).stderr
+    expected = f"VLLM_PLUGINS={plugins!r} leaves out 'ascend_model_loader', so there is no load format netloader\n"
+    assert told == (expected if is_told else "")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
