@@ -117,6 +117,8 @@ def _parallelism(config: Any) -> Iterator[str]:
         yield "experts that move (enable_eplb, enable_elastic_ep)"
     if parallel.all2all_backend != "allgather_reducescatter":
         yield f"all2all_backend={parallel.all2all_backend!r} (there is 'allgather_reducescatter')"
+    if parallel.numa_bind and parallel.numa_bind_nodes is None:
+        yield "numa_bind without numa_bind_nodes (vLLM finds out the nodes of GPUs only)"
 
 
 def _model(config: Any) -> Iterator[str]:
@@ -137,6 +139,8 @@ def _model(config: Any) -> Iterator[str]:
         yield "soft-capped attention (attn_logit_softcapping)"
     if cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         yield f"kv_cache_dtype={cache.cache_dtype!r} (it is that of the model, {model.dtype})"
+    if cache.mamba_cache_mode != "none":
+        yield f"mamba_cache_mode={cache.mamba_cache_mode!r} (there are no models with Mamba layers)"
     most = MAX_ENCODER_REQUESTS if model.attn_type == "encoder_only" else MAX_REQUESTS
     if (requests := config.scheduler_config.max_num_seqs) > most:
         yield f"max_num_seqs={requests} (at most {most})"

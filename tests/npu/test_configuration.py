@@ -114,6 +114,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "prefill_context_parallel_size=2": {"prefill_context_parallel_size": 2},
     "decode_context_parallel_size=2": {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
     "microbatches (enable_dbo": {"enable_dbo": True},
+    "numa_bind without numa_bind_nodes": {"numa_bind": True},
+    "mamba_cache_mode='align' (there are no": {"mamba_cache_mode": "align"},
     "all2all_backend='deepep_low_latency'": {"all2all_backend": "deepep_low_latency"},
     "load_format='rfork' (there are auto, ": {"load_format": "rfork"},
     "load_format='fastsafetensors', which reads into": {"load_format": "fastsafetensors"},
