@@ -65,6 +65,10 @@ def failed(text: str, test: str = "tests/e2e/test_a.py::test_b") -> Judgement:
             "a multimodal model, Qwen3_5ForConditionalGeneration, whose code in vLLM needs the Python package "
             "torchvision",
         ),
+        (
+            "E   NameResolutionError: HTTPSConnectionPool(host='assets.example.com', port=443): Failed",
+            "loads a file from assets.example.com while it runs, and the tests run without the internet",
+        ),
     ],
 )
 def test_why_a_test_is_not_runnable_is_what_the_process_said(text: str, reason: str) -> None:

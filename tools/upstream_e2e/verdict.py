@@ -55,6 +55,10 @@ MISSING = [
         re.compile(r"Model architectures \['(\w+ForConditionalGeneration)'\] failed to be inspected"),
         "a multimodal model, {}, whose code in vLLM needs the Python package torchvision",
     ),
+    (
+        re.compile(r"HTTPSConnectionPool\(host='([\w.-]+)'"),
+        "loads a file from {} while it runs, and the tests run without the internet",
+    ),
 ]
 
 
