@@ -18,6 +18,7 @@ from vllm_ascend.attention.rules import BLOCK_SIZE
 logger = init_logger(__name__)
 
 _PREFIX: Final = "VLLM_ASCEND_"
+_READ: Final = ("VLLM_ASCEND_ENABLE_NZ",)
 _VARIABLES: Final = ("DYNAMIC_EPLB", "EXPERT_MAP_RECORD", "MSMONITOR_USE_DAEMON")
 """Those of upstream's vllm-ascend. What CANN and torch-npu read means the same here and is not among them."""
 
@@ -37,5 +38,6 @@ def name_what_is_not_read(vllm_config: Any) -> None:
     if additional := vllm_config.additional_config:
         keys = ", ".join(sorted(additional)) if isinstance(additional, dict) else type(additional).__name__
         logger.warning_once("additional_config changes nothing on this platform, which reads none of it: %s", keys)
-    if variables := sorted(name for name in os.environ if name.startswith(_PREFIX) or name in _VARIABLES):
+    others = {name for name in os.environ if name.startswith(_PREFIX) or name in _VARIABLES}
+    if variables := sorted(others - set(_READ)):
         logger.warning_once("set and not read by this platform, so they change nothing: %s", ", ".join(variables))

@@ -14,6 +14,7 @@ from typing import Any
 from vllm import envs
 
 from vllm_ascend.attention.rules import MAX_ENCODER_REQUESTS, MAX_REQUESTS, Heads, encoder_refusals, refusals
+from vllm_ascend.quantization import COMPRESSED_TENSORS, SUPPORTED
 
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
@@ -123,8 +124,7 @@ def _parallelism(config: Any) -> Iterator[str]:
 
 def _model(config: Any) -> Iterator[str]:
     model, cache = config.model_config, config.cache_config
-    if model.quantization is not None:
-        yield f"quantization {model.quantization!r}"
+    yield from _quantisation(model.quantization, config.quant_config)
     if model.use_mla:
         yield "multi-head latent attention (MLA)"
     if model.multimodal_config is not None:
@@ -144,6 +144,17 @@ def _model(config: Any) -> Iterator[str]:
     most = MAX_ENCODER_REQUESTS if model.attn_type == "encoder_only" else MAX_REQUESTS
     if (requests := config.scheduler_config.max_num_seqs) > most:
         yield f"max_num_seqs={requests} (at most {most})"
+
+
+def _quantisation(name: str | None, config: Any) -> Iterator[str]:
+    if name is None:
+        return
+    if name not in SUPPORTED:
+        yield f"quantization {name!r}"
+    if name == COMPRESSED_TENSORS:
+        from vllm_ascend.quantization.compressed_tensors import refusals as compressed_tensors_refusals
+
+        yield from compressed_tensors_refusals(config)
 
 
 def _experts(config: Any) -> Iterator[str]:

@@ -24,6 +24,7 @@ from vllm_ascend.compatibility import choose_block_size, name_what_is_not_read
 from vllm_ascend.graphs import choose_graphs
 from vllm_ascend.hardware import refuse_other_npus, warn_of_old_cann
 from vllm_ascend.limits import refuse_unsupported
+from vllm_ascend.quantization import COMPRESSED_TENSORS, SUPPORTED
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import PrefixStore
@@ -60,7 +61,14 @@ class NPUPlatform(Platform):
 
     @classmethod
     def verify_quantization(cls, quant: str) -> None:
-        raise ValueError(f"quantization {quant!r} is not supported on NPUs: use a checkpoint in bfloat16 or float16")
+        """Raises ValueError for other kinds than those of `vllm_ascend.quantization`. vLLM asks before it uses one."""
+        if quant not in SUPPORTED:
+            raise ValueError(
+                f"quantization {quant!r} is not supported on NPUs: use a checkpoint of {' or '.join(SUPPORTED)}, or "
+                f"one in bfloat16 or float16"
+            )
+        if quant == COMPRESSED_TENSORS:
+            import vllm_ascend.quantization.compressed_tensors  # noqa: F401  registers itself
 
     # The device
 
@@ -127,6 +135,7 @@ class NPUPlatform(Platform):
     def check_and_update_config(cls, vllm_config: Any) -> None:
         refuse_other_npus()
         refuse_unsupported(vllm_config)
+        envs.enable_nz()
         warn_of_old_cann()
         model = vllm_config.model_config
         if model is not None:

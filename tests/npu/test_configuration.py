@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,66 @@ def with_257_experts(root: Path) -> str:
     return str(make_random_model(root / "experts", configuration, architecture="qwen3_moe"))
 
 
+def compressed_tensors(
+    weights: dict[str, Any] | None = None, activations: dict[str, Any] | None = None, **others: Any
+) -> Callable[[Path], str]:
+    """The configuration of a model in W8A8, with these changes. It has no weights."""
+    per_channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    per_token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {**per_channel, **(weights or {})}}
+    if activations is not NOT_QUANTISED:
+        group["input_activations"] = {**per_token, **(activations or {})}
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": group},
+        **others,
+    }
+
+    def make(root: Path) -> str:
+        directory = root / f"compressed-{uuid.uuid4()}"
+        directory.mkdir()
+        config = json.loads((Path(checkpoints.dense(root)) / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+        return str(directory)
+
+    return make
+
+
+NOT_QUANTISED: dict[str, Any] = {}
+PER_GROUP = {"strategy": "group", "group_size": 64}
+STATIC = {"strategy": "tensor", "dynamic": False}
+FLOAT = {"type": "float"}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 ONE_OF_TWO_REPLICAS = {"data_parallel_size": 2, "data_parallel_rank": 0}
 REFUSED: dict[str, dict[str, Any]] = {
-    "quantization 'compressed-tensors'": {"model": checkpoints.w8a8},
+    "compressed-tensors W4A16 (int) of Linear (there is W8A8 in int8)": {
+        "model": compressed_tensors({"num_bits": 4, **PER_GROUP}, NOT_QUANTISED, format="pack-quantized")
+    },
+    "compressed-tensors W4A8 (int) of Linear": {"model": compressed_tensors({"num_bits": 4})},
+    "compressed-tensors W8A8 (float) of Linear": {"model": compressed_tensors(FLOAT, FLOAT, format="float-quantized")},
+    "(weights have a scale for each group)": {"model": compressed_tensors(PER_GROUP)},
+    "(weights have zero points)": {"model": compressed_tensors({"symmetric": False})},
+    "(activations have a zero point for each token)": {"model": compressed_tensors({}, {"symmetric": False})},
+    "(activations have a scale for each tensor)": {"model": compressed_tensors({}, {"strategy": "tensor"})},
+    "quantised outputs of Linear": {
+        "model": compressed_tensors(
+            config_groups={
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+                    "input_activations": {"num_bits": 8, "type": "int", **STATIC},
+                    "output_activations": {"num_bits": 8, "type": "int", **STATIC},
+                }
+            }
+        )
+    },
+    "a quantised KV cache (kv_cache_scheme)": {
+        "model": compressed_tensors(
+            kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+        )
+    },
     "the routes of 257 experts": {"model": with_257_experts, "enable_return_routed_experts": True},
     "quantization 'auto_gptq'": {"model": checkpoints.gptq},
     "quantization 'fp8'": {"quantization": "fp8"},
@@ -208,6 +265,27 @@ def test_what_is_not_chosen_suits_an_npu(
     assert configured(model=with_heads_of_80(models), block_size=128).cache_config.block_size == 128
 
 
+@pytest.mark.parametrize(
+    "make",
+    [checkpoints.w8a8, compressed_tensors({}, STATIC), compressed_tensors({"strategy": "tensor"})],
+    ids=["dynamic", "static", "a scale for each matrix"],
+)
+def test_w8a8_of_compressed_tensors_is_taken(
+    make: Callable[[Path], str], configured: Callable[..., Any], models: Path
+) -> None:
+    config = configured(model=make(models))
+    assert config.model_config.quantization == "compressed-tensors"
+    assert type(config.quant_config).__name__ == "NPUCompressedTensorsConfig"
+
+
+def test_a_choice_of_formats_that_does_not_exist_is_refused(
+    configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "true")
+    with pytest.raises(ValueError, match=r"VLLM_ASCEND_ENABLE_NZ='true': it is 0, 1 or 2"):
+        configured()
+
+
 def test_the_second_model_runner_is_refused(configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER: .* on NPUs set it to 0"):
@@ -248,7 +326,8 @@ def test_a_block_size_that_attention_takes_is_used_without_a_word(configured: Ca
 def test_settings_that_change_nothing_are_named_once(
     configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "2")
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "2")  # this one is read
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_MLAPO", "1")
     monkeypatch.setenv("DYNAMIC_EPLB", "true")
     with notices() as heard:
         for _ in range(2):
@@ -256,7 +335,7 @@ def test_settings_that_change_nothing_are_named_once(
     about = "additional_config changes nothing on this platform, which reads none of it: "
     assert [line for line in heard if "changes nothing" in line] == [about + "scheduler_config, weight_nz_mode"]
     about = "set and not read by this platform, so they change nothing: "
-    assert [line for line in heard if "not read" in line] == [about + "DYNAMIC_EPLB, VLLM_ASCEND_ENABLE_NZ"]
+    assert [line for line in heard if "not read" in line] == [about + "DYNAMIC_EPLB, VLLM_ASCEND_ENABLE_MLAPO"]
 
 
 def test_the_process_of_the_engine_names_them_no_second_time(configured: Callable[..., Any]) -> None:

@@ -189,6 +189,7 @@ PLATFORM = (
     "vllm_ascend.worker",
     "vllm_ascend.attention",
     "vllm_ascend.ops",
+    "vllm_ascend.quantization",
     "vllm_ascend.distributed.communicator",
     "vllm_ascend.distributed.stateless_group",
 )

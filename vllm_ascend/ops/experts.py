@@ -1,4 +1,4 @@
-"""The layers of experts without quantisation, as grouped matrix products.
+"""The layers of experts, as grouped matrix products; here those without quantisation, and what all of them share.
 
 A token's row is copied once for each of its experts, the copies lie sorted by expert, and one operator multiplies every
 group by its expert's matrix. How long the groups are, only the device knows, so that the host does not wait and the
@@ -43,15 +43,7 @@ class NPUUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError for a layer that computes in a way not written for NPUs."""
-        unsupported = {
-            "router weights on the input": layer.apply_router_weight_on_input,
-            f"the activation {layer.activation.value}": layer.activation != MoEActivation.SILU,
-            "a limit of the activation": layer.swiglu_limit is not None,
-            "biases": self.moe.has_bias,
-            f"placement {layer.expert_placement_strategy}": layer.expert_placement_strategy != "linear",
-        }
-        if reasons := [name for name, wanted in unsupported.items() if wanted]:
-            raise ValueError(f"{layer.layer_name}: experts with {', '.join(reasons)} are not supported on NPUs")
+        refuse_unsupported_experts(layer, self.moe)
         super().create_weights(layer, *args, **kwargs)
 
     def apply(  # noqa: PLR0917
@@ -64,6 +56,19 @@ class NPUUnquantizedFusedMoEMethod(UnquantizedFusedMoEMethod):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return run_experts(x, topk_weights, topk_ids, layer.w13_weight, layer.w2_weight, own_experts(self.moe))
+
+
+def refuse_unsupported_experts(layer: Any, moe: Any) -> None:
+    """Raises ValueError for a layer that computes in a way not written for NPUs, with quantised weights or others."""
+    unsupported = {
+        "router weights on the input": layer.apply_router_weight_on_input,
+        f"the activation {layer.activation.value}": layer.activation != MoEActivation.SILU,
+        "a limit of the activation": layer.swiglu_limit is not None,
+        "biases": moe.has_bias,
+        f"placement {layer.expert_placement_strategy}": layer.expert_placement_strategy != "linear",
+    }
+    if reasons := [name for name, wanted in unsupported.items() if wanted]:
+        raise ValueError(f"{layer.layer_name}: experts with {', '.join(reasons)} are not supported on NPUs")
 
 
 def own_experts(moe: Any) -> Range | None:
