@@ -1,6 +1,6 @@
 """How long so many instances that start together take to load from one, by a model of the links between them.
 
-    python -m benchmarks.swarm_model                       # up to 1,000 instances: some minutes
+    python -m benchmarks.swarm_model                       # up to 1,000 instances: many minutes
     python -m benchmarks.swarm_model --nodes 1 4 16 --megabytes 512
 
 Nothing is measured: transfers are numbers (`harness/simulated_swarm.py` says what is taken for granted), but who is
@@ -180,7 +180,7 @@ def panels(figures: Figures) -> list[Panel]:
 
 def bar_of(runs: list[Outcome], series: str = "") -> Bar:
     longest, copies = median(runs, lambda each: each.longest), median(runs, lambda each: each.copies)
-    return Bar([each.longest for each in runs], f"{longest:.2f}x, {copies:.2f} copies sent", series)
+    return Bar([each.longest for each in runs], f"{longest:.2f}x, {copies:.2f} copies", series)
 
 
 if __name__ == "__main__":
