@@ -1,4 +1,4 @@
-"""How many operators a decoder layer of a small Llama and of a small Qwen3-MoE runs on an NPU, in bfloat16.
+"""How many operators a decoder layer of a small Llama and of a small Qwen3-MoE runs on an NPU, in bfloat16 and in W8A8.
 
     source tools/npu_sim.sh
     python -m benchmarks.operators
@@ -20,7 +20,12 @@ import torch
 from support.operators import operators_of
 from support.vllm import checkpoints
 
-MODELS: dict[str, Callable[[Path], str]] = {"Llama": checkpoints.dense, "Qwen3-MoE": checkpoints.mixture_of_experts}
+MODELS: dict[str, Callable[[Path], str]] = {
+    "Llama": checkpoints.dense,
+    "Qwen3-MoE": checkpoints.mixture_of_experts,
+    "Llama in W8A8": checkpoints.w8a8,
+    "Qwen3-MoE in W8A8": checkpoints.w8a8_experts,
+}
 TOKENS = 8
 
 
@@ -58,20 +63,24 @@ def _layer(config: Any) -> torch.nn.Module:
     import torch_npu
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.layers.fused_moe.runner import moe_runner
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.network_utils import get_open_port
 
     import vllm_ascend.ops.experts
     import vllm_ascend.ops.layers  # noqa: F401
+    from vllm_ascend.ops.layout import choose_formats
 
     torch_npu.npu.set_device(0)
+    choose_formats(config.model_config)
     init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "hccl")
     initialize_model_parallel(1)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("npu"):
         model = initialize_model(vllm_config=config)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
+        if parameter.is_floating_point():
+            parameter.data.normal_(0, 0.02)
+    process_weights_after_loading(model, config.model_config, torch.device("npu"))
     for module in model.modules():
         if isinstance(module, moe_runner.MoERunner):
             module._forward_entry = moe_runner._moe_forward

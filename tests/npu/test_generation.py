@@ -82,11 +82,11 @@ def engine(pools: dict[str, Pool]) -> Iterator[Load]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], list[list[int]]]:
-    """The tokens that vLLM's CPU platform gives; each model answers once."""
-    known: dict[Make, list[list[int]]] = {}
+def answers_on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], list[Any]]:
+    """What vLLM's CPU platform answers: tokens and their log probabilities; each model answers once."""
+    known: dict[Make, list[Any]] = {}
 
-    def answer(make: Make) -> list[list[int]]:
+    def answer(make: Make) -> list[Any]:
         if make not in known:
             request: dict[str, Any] = {
                 "load_format": "auto",
@@ -95,11 +95,17 @@ def on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], list[list[i
                 "engine": {"dtype": "float32"},
             }
             loader = pools["cpu"].load(make(models), **request).finish_loading()
-            known[make] = tokens(loader.answers)
+            known[make] = loader.answers
             loader.end()
         return known[make]
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def on_cpu(answers_on_cpu: Callable[[Make], list[Any]]) -> Callable[[Make], list[list[int]]]:
+    """The tokens alone."""
+    return lambda make: tokens(answers_on_cpu(make))
 
 
 def tokens(answers: list[Any]) -> list[list[int]]:
@@ -196,6 +202,42 @@ def experts_of(model: str, read: list[int]) -> list[list[list[int]]]:
     return chosen
 
 
+W8A8: dict[str, tuple[Make, Make, dict[str, Any]]] = {
+    "Llama": (checkpoints.w8a8, checkpoints.w8a8, {}),
+    "Qwen3-MoE, expert parallel": (
+        checkpoints.w8a8_experts,
+        checkpoints.mixture_of_experts,  # vLLM computes quantised experts on processors with AMX only
+        {"tensor_parallel_size": 2, **EXPERTS},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", W8A8.values(), ids=W8A8.keys())
+def test_w8a8_answers_about_as_the_cpu(
+    case: tuple[Make, Make, dict[str, Any]], engine: Load, answers_on_cpu: Callable[[Make], list[Any]], models: Path
+) -> None:
+    """In graphs, which find the weights again after a reload; then answers are the same to the last bit.
+
+    A quantised activation is another integer where what it is rounded from differs in the last bit. So answers of other
+    kernels are not the same, but about as likely.
+    """
+    make, reference, arguments = case
+    answering = engine("npu", make(models), {**arguments, **GRAPHS}).finish_loading()
+    answers = answering.answers
+    for ours, theirs in zip(answers, answers_on_cpu(reference), strict=True):
+        assert_about_as_likely(ours, theirs)
+    answering.reload(PROMPTS, weights_path=make(models))
+    assert answering.finish_loading().answers == answers
+
+
+def assert_about_as_likely(ours: list[Any], theirs: list[Any]) -> None:
+    """Up to where they go on with different tokens, which must be about as likely, too."""
+    for (token, likelihood), (other_token, other_likelihood) in zip(ours, theirs, strict=True):
+        assert likelihood == pytest.approx(other_likelihood, abs=0.05)
+        if token != other_token:
+            return
+
+
 def test_graphs_are_of_as_many_sizes_as_the_devices_have_streams_for(
     engine: Load, on_cpu: Callable[[Make], list[list[int]]], models: Path
 ) -> None:
@@ -230,7 +272,14 @@ def test_data_parallel_replicas_share_experts(
     assert tokens(replicas[1].finish_loading().answers) == expected[:1]
 
 
-@pytest.mark.parametrize("make", [checkpoints.dense, checkpoints.mixture_of_experts], ids=["Llama", "Qwen3-MoE"])
+SLEEPERS = {
+    "Llama": checkpoints.dense,
+    "Qwen3-MoE": checkpoints.mixture_of_experts,
+    "Qwen3-MoE in W8A8": checkpoints.w8a8_experts,
+}
+
+
+@pytest.mark.parametrize("make", SLEEPERS.values(), ids=SLEEPERS.keys())
 def test_an_engine_sleeps_and_wakes(make: Make, engine: Load, models: Path) -> None:
     """What wakes is as it went to sleep, experts too, which others process a second time (vllm-ascend #12226)."""
     model = make(models)

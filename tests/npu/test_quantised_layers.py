@@ -7,6 +7,7 @@ in 16 bits, results are rounded once, and the scales of experts before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def _vllm_is_configured() -> Iterator[None]:
     import vllm_ascend.quantization.compressed_tensors  # noqa: F401
     from vllm_ascend.ops.layout import allow_fractal_nz
 
-    allow_fractal_nz()
+    allow_fractal_nz(True)
     with set_current_vllm_config(VllmConfig()):
         yield
 
@@ -158,18 +159,39 @@ def test_a_weight_of_broken_blocks_stays_plain(monkeypatch: pytest.MonkeyPatch) 
     assert not is_fractal_nz(layer.weight)
 
 
-def test_formats_must_be_allowed_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch_npu
+@pytest.mark.parametrize("choice", ["0", "1", "2"])
+def test_other_linear_layers_are_in_the_format_if_it_is_chosen_for_all(
+    choice: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from vllm_ascend.ops.layout import in_chosen_format
+    import vllm_ascend.ops.layers  # noqa: F401
+    from vllm_ascend.ops.layout import is_fractal_nz
 
-    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "1")
-    torch_npu.npu.config.allow_internal_format = False
-    try:
-        with pytest.raises(RuntimeError, match="allow_fractal_nz must be called first"):
-            in_chosen_format(integers(64, 64).to(NPU))
-    finally:
-        torch_npu.npu.config.allow_internal_format = True
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", choice)
+    layer: Any = nn.Linear(INPUTS, OUTPUTS, device=NPU).requires_grad_(False)
+    x = random(5, INPUTS, dtype=dtype).to(NPU)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    method = UnquantizedLinearMethod()
+    method.process_weights_after_loading(layer)
+    assert is_fractal_nz(layer.weight) == (choice == "2" and dtype != torch.float32)
+    assert torch.equal(method.apply(layer, x, layer.bias), expected)
+
+
+@pytest.mark.parametrize(("choice", "quantization"), [("1", "compressed-tensors"), ("2", None)])
+def test_with_sleep_mode_weights_stay_plain(
+    choice: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch-npu resizes no storage in another format."""
+    from vllm_ascend.ops.layout import choose_formats, in_chosen_format, is_fractal_nz
+
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", choice)
+    weight = integers(64, 64).to(torch.int8 if quantization else torch.bfloat16).to(NPU)
+    for sleeps in (True, False):
+        choose_formats(SimpleNamespace(quantization=quantization, enable_sleep_mode=sleeps))
+        assert is_fractal_nz(in_chosen_format(weight)) == (not sleeps)
+    with pytest.raises(RuntimeError, match="without base format"):
+        in_chosen_format(weight).untyped_storage().resize_(0)
 
 
 def test_a_zero_point_for_each_token_has_no_kernel() -> None:
@@ -246,8 +268,6 @@ def experts_method(moe: Any) -> Any:
 
 
 def moe_config(dtype: torch.dtype, own: tuple[int, int] | None, count: int) -> Any:
-    from types import SimpleNamespace
-
     first, end = own or (0, count)
     rank = {"ep_size": count // (end - first), "ep_rank": first // (end - first)}
     return SimpleNamespace(

@@ -1,4 +1,7 @@
-"""Layers that stand in for vLLM's own of the same purpose, once this module is imported."""
+"""Layers that stand in for vLLM's own of the same purpose, once this module is imported.
+
+Linear layers without quantisation are vLLM's, and torch's product. Only how their weights lie is chosen here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
@@ -15,6 +19,8 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+
+from vllm_ascend.ops.layout import in_chosen_format
 
 ROTARY_STEP, ROTARY_STEP_FP32 = 32, 16
 """Documented for npu_mrope: the size of a head, and of what is turned of it, are multiples of this."""
@@ -63,6 +69,10 @@ class _Rotary:
         return self.head_size % step == 0 and self.rotary_dim % step == 0 and needed <= VECTOR_BUFFER
 
 
+def _lay_weights_out(method: UnquantizedLinearMethod, layer: Any) -> None:
+    layer.weight.data = in_chosen_format(layer.weight.data)
+
+
 def _replace(layer: type, replacement: type) -> None:
     """Under the name by which users turn `layer` on and off, too."""
     CustomOp.register_oot(replacement, name=layer.__name__)
@@ -78,3 +88,4 @@ for _layer in (
     YaRNScalingRotaryEmbedding,
 ):
     _replace(_layer, type(f"NPU{_layer.__name__}", (_Rotary, _layer), {}))
+UnquantizedLinearMethod.process_weights_after_loading = _lay_weights_out

@@ -6,16 +6,22 @@ platform documents it: 0 for no weights, 1 for quantised weights, 2 for the othe
 
 Only matrices that consist of whole blocks get this format. The grouped product demands that, and a matrix with a
 dimension of 1 may not have it anyway. So it changes the order of the bytes, and never their number.
+
+Sleep mode empties and fills storages where they are, which torch-npu does in plain formats only. With it, all weights
+stay plain.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch_npu
+from vllm.logger import init_logger
 
 from vllm_ascend import envs
+
+logger = init_logger(__name__)
 
 FRACTAL_NZ: Final = 29
 ND: Final = 2
@@ -25,9 +31,24 @@ QUANTISED = {torch.int8, torch.int32}
 """int32 stands for eight values of 4 bits."""
 
 
-def allow_fractal_nz() -> None:
-    """To be called once in a process that computes: torch-npu ignores casts to internal formats without it."""
-    torch_npu.npu.config.allow_internal_format = True
+_allowed: set[int] = {ND}
+"""The formats that weights may get in this process."""
+
+
+def choose_formats(model_config: Any) -> None:
+    """Allows this process what VLLM_ASCEND_ENABLE_NZ chooses, unless the model can sleep. Before a model is made.
+
+    torch-npu makes no internal formats otherwise.
+    """
+    wanted = envs.enable_nz() >= (1 if model_config.quantization else 2)
+    if wanted and model_config.enable_sleep_mode:
+        logger.warning_once("sleep mode empties weights where they are, in plain formats: using no FRACTAL_NZ")
+    allow_fractal_nz(wanted and not model_config.enable_sleep_mode)
+
+
+def allow_fractal_nz(allowed: bool) -> None:
+    (_allowed.add if allowed else _allowed.discard)(FRACTAL_NZ)
+    torch_npu.npu.config.allow_internal_format = allowed
 
 
 def for_quantised_product(weight: torch.Tensor) -> torch.Tensor:
@@ -38,11 +59,9 @@ def for_quantised_product(weight: torch.Tensor) -> torch.Tensor:
 def in_chosen_format(weight: torch.Tensor) -> torch.Tensor:
     """`weight` in FRACTAL_NZ if that is chosen for its type and it consists of whole blocks, else as it is."""
     least = 1 if weight.dtype in QUANTISED else 2
-    if envs.enable_nz() < least or not _has_whole_blocks(weight):
+    if FRACTAL_NZ not in _allowed or envs.enable_nz() < least or not _has_whole_blocks(weight):
         return weight
     cast: torch.Tensor = torch_npu.npu_format_cast(weight, FRACTAL_NZ)
-    if not is_fractal_nz(cast):
-        raise RuntimeError("torch-npu made no FRACTAL_NZ: allow_fractal_nz must be called first in this process")
     return cast
 
 

@@ -2,6 +2,7 @@
 
 vLLM's own mechanism is an allocator for CUDA. Here the storages behind the tensors are emptied and filled; the tensors
 stay, and so does all that refers to them. Their addresses change, which is why there are no graphs with sleep mode.
+torch-npu resizes storages in plain formats only, so there is no FRACTAL_NZ either (`ops.layout`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from vllm.v1.worker.utils import request_memory
 import vllm_ascend.ops.experts
 import vllm_ascend.ops.layers  # noqa: F401
 from vllm_ascend.hardware import refuse_other_npus
-from vllm_ascend.ops.layout import allow_fractal_nz
+from vllm_ascend.ops.layout import choose_formats
 from vllm_ascend.worker.runner import NPUModelRunner
 from vllm_ascend.worker.sleep import KV_CACHE, WEIGHTS, NPUSleepMode, device_tensors
 
@@ -42,7 +42,7 @@ class NPUWorker(gpu_worker.Worker):
         self.device = torch.device("npu", self.local_rank)
         torch.accelerator.set_device_index(self.device)
         refuse_other_npus()
-        allow_fractal_nz()
+        choose_formats(self.model_config)
         current_platform.check_if_supports_dtype(self.model_config.dtype)
         gpu_worker.init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, current_platform.dist_backend
