@@ -14,7 +14,7 @@ from typing import Any
 from vllm import envs
 
 from vllm_ascend.attention.rules import MAX_ENCODER_REQUESTS, MAX_REQUESTS, Heads, encoder_refusals, refusals
-from vllm_ascend.quantization import COMPRESSED_TENSORS, SUPPORTED
+from vllm_ascend.quantization import COMPRESSED_TENSORS, MODELSLIM, SUPPORTED
 
 ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
@@ -155,6 +155,10 @@ def _quantisation(name: str | None, config: Any) -> Iterator[str]:
         from vllm_ascend.quantization.compressed_tensors import refusals as compressed_tensors_refusals
 
         yield from compressed_tensors_refusals(config)
+    if name == MODELSLIM:
+        from vllm_ascend.quantization.modelslim import refusals as modelslim_refusals
+
+        yield from modelslim_refusals(config)
 
 
 def _experts(config: Any) -> Iterator[str]:

@@ -108,9 +108,10 @@ class NPUPlatform(Platform):
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
-        """vLLM's second model runner needs Triton; that choice must be known before a configuration is made."""
+        """What must be known before a configuration is made: a model runner without Triton, and ModelSlim's format."""
         if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
             raise ValueError("VLLM_USE_V2_MODEL_RUNNER: vLLM's model runner V2 needs Triton; on NPUs set it to 0")
+        import vllm_ascend.quantization.modelslim  # noqa: F401  makes `--quantization ascend` known
 
     @classmethod
     def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
@@ -133,7 +134,10 @@ class NPUPlatform(Platform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
+        from vllm_ascend.quantization.modelslim import choose_by_file
+
         refuse_other_npus()
+        choose_by_file(vllm_config)
         refuse_unsupported(vllm_config)
         envs.enable_nz()
         warn_of_old_cann()

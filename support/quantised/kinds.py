@@ -15,6 +15,7 @@ PLANS = {
     "modelslim-w4a8": Plan(dense=DYNAMIC, experts=FOUR_BITS),
     "compressed-tensors-w8a8": Plan(),
     "compressed-tensors-w8a8-static": Plan(dense=STATIC, experts=STATIC),
+    "compressed-tensors-w8a8-coarse": Plan(dense=DYNAMIC, experts=FOUR_BITS),  # the numbers of w4a8, as int8
 }
 
 

@@ -85,7 +85,7 @@ def _shifts(source: Path, plan: Plan) -> dict[str, torch.Tensor]:
         name.removesuffix(".weight"): tensor for name, tensor in tensors_of(source) if name.endswith("norm.weight")
     }
     return {
-        norm: torch.randn(weight.shape, generator=generator) * 0.1
+        norm: torch.randn(weight.shape, generator=generator) * 0.5
         for norm, weight in norms.items()
         if {plan.kind(layer) for layer in _layers_after(norm)} == {STATIC}
     }

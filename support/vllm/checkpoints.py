@@ -266,6 +266,12 @@ def modelslim_four_bits(root: Path) -> str:
     return make_quantised("modelslim-w4a8", Path(mixture_of_experts(root)), root / "modelslim_four_bits")
 
 
+def w8a8_experts_of_four_bits(root: Path) -> str:
+    """The numbers of `modelslim_four_bits`, one in each byte, as compressed-tensors writes them."""
+    source = Path(mixture_of_experts(root))
+    return make_quantised("compressed-tensors-w8a8-coarse", source, root / "w8a8_experts_of_four_bits")
+
+
 def gptq(root: Path) -> str:
     """A checkpoint with the layout of GPTQ's 4-bit checkpoints and random values."""
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}

@@ -100,6 +100,21 @@ def compressed_tensors(
     return make
 
 
+def modelslim(changes: dict[str, Any] | None = None) -> Callable[[Path], str]:
+    """A model of ModelSlim whose description has these changes. It has no weights."""
+
+    def make(root: Path) -> str:
+        source, directory = Path(checkpoints.modelslim(root)), root / f"modelslim-{uuid.uuid4()}"
+        directory.mkdir()
+        description = json.loads((source / "quant_model_description.json").read_text())
+        (directory / "config.json").write_bytes((source / "config.json").read_bytes())
+        (directory / "quant_model_description.json").write_text(json.dumps({**description, **(changes or {})}))
+        return str(directory)
+
+    return make
+
+
+DOWN = "model.layers.0.mlp.down_proj"
 NOT_QUANTISED: dict[str, Any] = {}
 PER_GROUP = {"strategy": "group", "group_size": 64}
 STATIC = {"strategy": "tensor", "dynamic": False}
@@ -133,6 +148,14 @@ REFUSED: dict[str, dict[str, Any]] = {
         "model": compressed_tensors(
             kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
         )
+    },
+    f"ModelSlim's kind W4A16 for layers ({DOWN}; there are": {"model": modelslim({f"{DOWN}.weight": "W4A16"})},
+    f"ModelSlim's kind W4A8_DYNAMIC for layers ({DOWN};": {"model": modelslim({f"{DOWN}.weight": "W4A8_DYNAMIC"})},
+    f"{DOWN} in W8A8 without input_scale, input_offset, quant_bias, deq_scale": {
+        "model": modelslim({f"{DOWN}.weight": "W8A8"})
+    },
+    "a quantised KV cache (quant_model_description.json has kv_cache_type='C8')": {
+        "model": modelslim({"kv_cache_type": "C8"})
     },
     "the routes of 257 experts": {"model": with_257_experts, "enable_return_routed_experts": True},
     "quantization 'auto_gptq'": {"model": checkpoints.gptq},
@@ -276,6 +299,39 @@ def test_w8a8_of_compressed_tensors_is_taken(
     config = configured(model=make(models))
     assert config.model_config.quantization == "compressed-tensors"
     assert type(config.quant_config).__name__ == "NPUCompressedTensorsConfig"
+
+
+@pytest.mark.parametrize("asked", [{}, {"quantization": "ascend"}], ids=["by itself", "asked for"])
+def test_modelslims_checkpoints_are_known_by_their_description(
+    asked: dict[str, str], configured: Callable[..., Any], models: Path
+) -> None:
+    config = configured(model=checkpoints.modelslim(models), **asked)
+    assert config.model_config.quantization == "ascend"
+    assert config.quant_config.description.kind(DOWN) == "W8A8_DYNAMIC"
+    assert config.quant_config.description.kind("lm_head") == "FLOAT"
+
+
+def test_a_configuration_of_the_model_counts_more_than_a_description(
+    configured: Callable[..., Any], models: Path
+) -> None:
+    model = compressed_tensors()(models)
+    description = Path(checkpoints.modelslim(models)) / "quant_model_description.json"
+    (Path(model) / description.name).write_bytes(description.read_bytes())
+    assert configured(model=model).model_config.quantization == "compressed-tensors"
+
+
+def test_a_model_without_a_description_is_none_of_modelslim(configured: Callable[..., Any]) -> None:
+    with pytest.raises(
+        ValueError, match="--quantization ascend is for checkpoints of ModelSlim, which have a quant_model"
+    ):
+        configured(quantization="ascend")
+
+
+def test_what_is_no_description_is_refused_with_its_model(configured: Callable[..., Any], models: Path) -> None:
+    model = modelslim()(models)
+    (Path(model) / "quant_model_description.json").write_text("[]")
+    with pytest.raises(ValueError, match=rf"{model}: quant_model_description.json holds a list"):
+        configured(model=model)
 
 
 def test_a_choice_of_formats_that_does_not_exist_is_refused(

@@ -9,8 +9,10 @@ import math
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKScalingRotaryEmbedding,
@@ -33,6 +35,29 @@ class NPUSiluAndMul(SiluAndMul):
     def forward_oot(self, x: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = torch.ops.npu.npu_swiglu(x)
         return product
+
+
+class NPURMSNorm(RMSNorm):
+    """With a bias, if quantisation moved values by one: which norms have it, only the checkpoint knows.
+
+    vLLM's loaders leave a bias out that a model does not have, and say nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = get_current_vllm_config_or_none()
+        bias = None
+        if config is not None and getattr(config.quant_config, "norms_add_bias", False):
+            bias = torch.nn.Parameter(torch.zeros_like(self.weight), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward_native(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        normalised = super().forward_native(x, residual)
+        if self.bias is None:
+            return normalised
+        if residual is None:
+            return normalised + self.bias
+        return normalised[0] + self.bias, normalised[1]
 
 
 class _Rotary:
@@ -80,6 +105,7 @@ def _replace(layer: type, replacement: type) -> None:
 
 
 _replace(SiluAndMul, NPUSiluAndMul)
+_replace(RMSNorm, NPURMSNorm)
 for _layer in (
     RotaryEmbedding,
     LinearScalingRotaryEmbedding,

@@ -9,5 +9,6 @@ from __future__ import annotations
 from typing import Final
 
 COMPRESSED_TENSORS: Final = "compressed-tensors"
-SUPPORTED: Final = (COMPRESSED_TENSORS,)
+MODELSLIM: Final = "ascend"
+SUPPORTED: Final = (COMPRESSED_TENSORS, MODELSLIM)
 """Values of vLLM's `--quantization`."""

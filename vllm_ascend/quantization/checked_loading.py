@@ -1,0 +1,58 @@
+"""Loading that checks what it loads: torch would turn the integers of a quantised weight into floats, or the reverse.
+
+A description that does not fit its checkpoint would give such weights, and answers without sense. The arguments of a
+loader have vLLM's names, as it passes some of them by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Loader = Callable[..., Any]
+
+
+def checked(load: Loader, layer: str, *, integers: bool) -> Loader:
+    """vLLM's weight loader of a parameter of `layer`, for tensors that must hold integers, or must not.
+
+    It raises ValueError for another tensor.
+    """
+
+    @functools.wraps(load)
+    def loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if loaded_weight.is_floating_point() == integers:
+            expected = "integers" if integers else "floats"
+            found = f"{loaded_weight.dtype} {tuple(loaded_weight.shape)}"
+            raise ValueError(f"{layer}: the checkpoint has {found} where {expected} are described")
+        return load(param, loaded_weight, *args, **kwargs)
+
+    return loader
+
+
+def symmetric(load: Loader, layer: str) -> Loader:
+    """For the offsets of weights, which must be 0. It raises ValueError for others."""
+
+    @functools.wraps(load)
+    def loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if bool(loaded_weight.any()):
+            raise ValueError(
+                f"{layer} has weights with offsets, which are not supported on NPUs: quantise symmetrically"
+            )
+        return load(param, loaded_weight, *args, **kwargs)
+
+    return loader
+
+
+def scales_in_bits(load: Loader) -> Loader:
+    """For scales in float32, which ModelSlim writes as int64 that holds their bits if the model is in float16."""
+
+    @functools.wraps(load)
+    def loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        in_bits = loaded_weight.dtype == torch.int64
+        scales = loaded_weight.to(torch.int32).view(torch.float32) if in_bits else loaded_weight
+        return load(param, scales, *args, **kwargs)
+
+    return loader
