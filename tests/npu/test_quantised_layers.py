@@ -29,7 +29,7 @@ def _vllm_is_configured() -> Iterator[None]:
     import vllm_ascend.quantization.compressed_tensors  # noqa: F401
     from vllm_ascend.ops.layout import allow_fractal_nz
 
-    allow_fractal_nz(True)
+    allow_fractal_nz()
     with set_current_vllm_config(VllmConfig()):
         yield
 

@@ -46,7 +46,7 @@ def choose_formats(model_config: Any) -> None:
     allow_fractal_nz(wanted and not model_config.enable_sleep_mode)
 
 
-def allow_fractal_nz(allowed: bool) -> None:
+def allow_fractal_nz(allowed: bool = True) -> None:
     (_allowed.add if allowed else _allowed.discard)(FRACTAL_NZ)
     torch_npu.npu.config.allow_internal_format = allowed
 
