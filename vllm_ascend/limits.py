@@ -20,7 +20,7 @@ ATTENTION_BACKEND = "CUSTOM"
 """The name that vLLM keeps for backends from elsewhere."""
 MOST_RETURNED_EXPERTS = 256
 """vLLM returns the routes among more as uint16, in which NPUs do not compute."""
-FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache", "modelexpress"}
+FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache", "modelexpress", "tensorizer"}
 PROVIDERS = {"native", "torch_npu"}
 """Of vLLM's IR operators: others are compiled for CPUs and GPUs."""
 

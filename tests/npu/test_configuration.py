@@ -199,6 +199,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "all2all_backend='deepep_low_latency'": {"all2all_backend": "deepep_low_latency"},
     "load_format='rfork' (there are auto, ": {"load_format": "rfork"},
     "load_format='fastsafetensors', which reads into": {"load_format": "fastsafetensors"},
+    "load_format='tensorizer', which reads into": {"load_format": "tensorizer"},
     "weights that a trainer sends by 'nccl'": {"weight_transfer_config": {}},
     "weights that a trainer sends by 'ipc'": {"weight_transfer_config": {"backend": "ipc"}},
     "watermarks (watermark_config)": {"watermark_config": {"algorithm": "gumbel", "key": 7}},
