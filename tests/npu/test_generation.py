@@ -24,8 +24,16 @@ PROMPTS = [[1, 5, 9, 13, 17], [2, 4, 8, 16, 32, 64, 128], list(range(3, 200))]
 """The last has more tokens than a batch may have, so it is taken in chunks, with the others' decoding between."""
 BATCH = {"max_num_batched_tokens": 64, "max_num_seqs": 4}
 ENGINE = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 25, **BATCH}
-GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4]}}
+SIZES = {"cudagraph_capture_sizes": [1, 2, 4]}
+GRAPHS = {"enforce_eager": False, "compilation_config": SIZES}
 EAGER = {"enforce_eager": True}
+COPYING = {**GRAPHS, "compilation_config": {**SIZES, "cudagraph_copy_inputs": True}}
+OTHER_CODE = {
+    **GRAPHS,
+    "model_impl": "transformers",
+    "compilation_config": {**SIZES, "compile_sizes": [4], "custom_ops": ["none"]},
+}
+"""That of transformers, without custom operators."""
 Make = Callable[[Path], str]
 
 
@@ -115,8 +123,9 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
     "Llama, asked for blocks of 16 tokens": (checkpoints.dense, {**EAGER, "block_size": 16}),
     "Llama in graphs": (checkpoints.dense, GRAPHS),
-    "Qwen2 in graphs": (qwen2, GRAPHS),
+    "Qwen2 in graphs that copy their inputs": (qwen2, COPYING),
     "Qwen3 in graphs": (qwen3, GRAPHS),
+    "Llama by other code in graphs": (checkpoints.dense, OTHER_CODE),
     "MiniCPM": (checkpoints.minicpm, EAGER),
 }
 
