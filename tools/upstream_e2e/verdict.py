@@ -33,7 +33,13 @@ class Expected:
     reason: str
 
 
-EXPECTED: list[Expected] = []
+EXPECTED: list[Expected] = [
+    Expected(
+        "*/test_spec_decode.py::test_hang",
+        r"update the filler if the tokenizer changed",
+        "wants prompts of an exact number of tokens, which only the named model's tokenizer makes of their text",
+    ),
+]
 
 REFUSALS = [
     re.compile(pattern)
