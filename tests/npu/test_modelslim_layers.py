@@ -188,55 +188,52 @@ def test_one_of_two_devices_adds_the_bias_of_a_divided_layer(root: Path, ranks: 
     assert tensors(checkpoint, f"{MLP}.down_proj")["quant_bias"].any()
 
 
-class ExpertsLayer(nn.Module):
-    """What a method of experts knows of its layer."""
+def experts_layer(devices: int = 1, rank: int = 0) -> Any:
+    """As much of vLLM's layer as loads weights: of 8 experts, from 256 inputs over 128 values, which devices divide."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    layer_name = f"{MLP}.experts"
-    apply_router_weight_on_input = False
-    swiglu_limit = None
-    expert_placement_strategy = "linear"
-
-    def __init__(self) -> None:
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-
-        super().__init__()
-        self.activation = MoEActivation.SILU
-
-
-def expert_loader(half: int | None) -> Any:
-    """Loads as vLLM does; `half` is of two devices that divide each expert."""
-
-    def load(param: nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int) -> None:
-        assert "bias" not in weight_name, "vLLM would take it for a bias of the layer"
-        where, loaded = param.data[expert_id], loaded_weight
-        if shard_id != "w2":
-            where = where.chunk(2)[0 if shard_id == "w1" else 1]
-        if half is not None and where.shape != loaded.shape:
-            loaded = loaded.chunk(2, dim=1 if shard_id == "w2" else 0)[half]
-        where.copy_(loaded)
-
-    return load
+    layer: Any = RoutedExperts.__new__(RoutedExperts)
+    nn.Module.__init__(layer)
+    layer.layer_name, layer.activation, layer.quant_config = f"{MLP}.experts", MoEActivation.SILU, None
+    layer.apply_router_weight_on_input = False
+    layer.swiglu_limit = layer._fused_shared_expert_quantizer = None
+    layer.expert_placement_strategy = "linear"
+    layer.expert_map_manager = SimpleNamespace(map_global_to_local=lambda expert: expert)
+    layer._loaded_expert_biases = set()
+    divided = {"tp_size": devices, "tp_rank": rank}
+    layer.moe_config = SimpleNamespace(
+        use_ep=False,
+        has_bias=False,
+        tp_shard_with_padding=False,
+        is_act_and_mul=True,
+        moe_parallel_config=SimpleNamespace(**divided),
+        **divided,
+    )
+    return layer
 
 
-def experts(checkpoint: str, dtype: torch.dtype, half: int | None = None) -> tuple[Any, Any]:
-    """The layer and its method, of 8 experts, from 256 inputs over 128 values."""
+def experts(checkpoint: str, dtype: torch.dtype, devices: int = 1, rank: int = 0) -> tuple[Any, Any]:
+    """The layer and its method, loaded and processed."""
     from vllm_ascend.quantization import modelslim_experts
 
-    layer = ExpertsLayer()
-    devices = 1 if half is None else 2
-    layer.moe_config = SimpleNamespace(in_dtype=dtype, use_ep=False, has_bias=False, tp_size=devices)  # type: ignore[assignment]
-    kind = config(checkpoint).description.kind(f"{MLP}.experts.0.up_proj")
-    method = modelslim_experts.method(layer, kind)
+    layer = experts_layer(devices, rank)
+    layer.moe_config.in_dtype = dtype
+    layer.quant_method = modelslim_experts.method(
+        layer, config(checkpoint).description.kind(f"{MLP}.experts.0.up_proj")
+    )
     with torch.device(NPU):
-        method.create_weights(layer, 8, 256, 128 // devices, dtype, weight_loader=expert_loader(half))
+        layer.quant_method.create_weights(layer, 8, 256, 128 // devices, dtype, weight_loader=layer.weight_loader)
     for expert in range(8):
         for name, shard in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
             for part, tensor in tensors(checkpoint, f"{MLP}.experts.{expert}.{name}").items():
-                parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{part}")
-                names = {"weight_name": f"experts.{shard}_{part}", "shard_id": shard, "expert_id": expert}
+                full = f"{'w2' if shard == 'w2' else 'w13'}_{part}"
+                parameter = getattr(layer, full)
+                names = {"weight_name": f"{MLP}.experts.{full}", "shard_id": shard, "expert_id": expert}
                 parameter.weight_loader(param=parameter, loaded_weight=tensor, **names)
-    method.process_weights_after_loading(layer)
-    return layer, method
+    assert not layer._loaded_expert_biases
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer, layer.quant_method
 
 
 @pytest.mark.parametrize("nz", ["0", "1"], ids=["ND", "NZ"])
@@ -258,13 +255,13 @@ def test_experts(make: Any, nz: str, root: Path, dtype: torch.dtype, monkeypatch
 def test_experts_in_four_bits_have_sizes_that_devices_take() -> None:
     from vllm_ascend.quantization.modelslim_experts import FourBitExpertsMethod
 
-    layer = ExpertsLayer()
+    layer = experts_layer()
     method = FourBitExpertsMethod(SimpleNamespace(has_bias=False, tp_size=1))
     with pytest.raises(ValueError, match=r"from 256 values over 96 to 256, is not supported .* multiples of 64"):
-        method.create_weights(layer, 8, 256, 96, torch.bfloat16, weight_loader=expert_loader(None))
+        method.create_weights(layer, 8, 256, 96, torch.bfloat16, weight_loader=layer.weight_loader)
     method = FourBitExpertsMethod(SimpleNamespace(has_bias=False, tp_size=3))
     with pytest.raises(ValueError, match="is made for 1, 2, 4, 8 or 16 devices that divide each expert, not 3"):
-        method.create_weights(layer, 8, 256, 128, torch.bfloat16, weight_loader=expert_loader(None))
+        method.create_weights(layer, 8, 256, 128, torch.bfloat16, weight_loader=layer.weight_loader)
 
 
 def test_two_devices_divide_experts_in_four_bits(root: Path) -> None:
@@ -272,8 +269,8 @@ def test_two_devices_divide_experts_in_four_bits(root: Path) -> None:
     checkpoint, x = checkpoints.modelslim_four_bits(root), random(9, 256)
     weights, chosen = random(9, 8).softmax(-1).topk(2)
     halves = []
-    for half in range(2):
-        layer, method = experts(checkpoint, torch.float32, half)
+    for rank in range(2):
+        layer, method = experts(checkpoint, torch.float32, devices=2, rank=rank)
         assert layer.w2_scale_bias.shape == (8, 256)
         halves.append(method.apply(layer, x.to(NPU), weights.to(NPU), chosen.int().to(NPU)).cpu())
     expected = sum_of_experts(checkpoint, x, weights, chosen)
