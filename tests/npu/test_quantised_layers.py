@@ -261,6 +261,46 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_weight_scale", nn.Parameter(scale, requires_grad=False))
 
 
+CHANNELS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+STATIC = {"strategy": "tensor", "dynamic": False}
+EXPERTS: dict[str, tuple[dict[str, Any], str]] = {
+    "static activations": ({"input_activations": {**TOKENS, **STATIC}}, "experts in W8A8 \\(int\\) are not supported"),
+    "one scale for each matrix": ({"weights": {**CHANNELS, "strategy": "tensor"}}, "take int8 weights with a scale"),
+    "4 bits": ({"weights": {**CHANNELS, "num_bits": 4}}, "experts in W4A8 \\(int\\) are not supported"),
+}
+
+
+def method_of_experts(group: dict[str, Any], **others: Any) -> Any:
+    """What the configuration of such a checkpoint makes for a layer of experts."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from vllm_ascend.quantization.compressed_tensors import NPUCompressedTensorsConfig
+
+    layer: Any = RoutedExperts.__new__(RoutedExperts)
+    nn.Module.__init__(layer)
+    names = {f"ckpt_{name}_proj_name": f"{name}_proj" for name in ("gate", "up", "down")}
+    vars(layer).update(names, moe_config=moe_config(torch.bfloat16, None, 4))
+    group = {"targets": ["Linear"], "weights": CHANNELS, "input_activations": TOKENS, **group}
+    config = {"format": "int-quantized", "config_groups": {"group_0": group}, **others}
+    return NPUCompressedTensorsConfig.from_config(config).get_quant_method(layer, "model.layers.0.mlp.experts")
+
+
+def test_experts_get_the_method_for_npus() -> None:
+    assert type(method_of_experts({})).__name__ == "NPUW8A8Int8MoEMethod"
+
+
+@pytest.mark.parametrize(("group", "reason"), EXPERTS.values(), ids=EXPERTS.keys())
+def test_experts_in_other_schemes_are_refused(group: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"model.layers.0.mlp.experts: .*{reason}"):
+        method_of_experts(group)
+
+
+def test_an_expert_in_two_schemes_is_refused() -> None:
+    with pytest.raises(ValueError, match="the projections of an expert have different schemes"):
+        method_of_experts({}, ignore=["re:.*down_proj$"])
+
+
 def experts_method(moe: Any) -> Any:
     from vllm_ascend.quantization.compressed_tensors import NPUW8A8Int8MoEMethod
 
