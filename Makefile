@@ -3,7 +3,7 @@
 # make test-all  the same, with the slow tests
 # make bench   the weight phase by every way, as ratios
 # make npu-sim a simulated NPU under the genuine torch-npu; source tools/npu_sim.sh then
-# make demo-npu  the demo on two simulated NPUs, over HCCL
+# make demo-npu  the demo on two simulated NPUs, over HCCL                         MODEL=directory, quantised too
 # make soak    server and client under random faults, every byte compared          SOAK_SECONDS=600
 # make clean   removes everything that was built or installed, both environments and the downloaded models included
 #
