@@ -240,6 +240,11 @@ def w8a8(root: Path) -> str:
     return make_quantised("compressed-tensors-w8a8", Path(dense(root)), root / "w8a8")
 
 
+def w8a8_static(root: Path) -> str:
+    """`dense` in compressed-tensors' int8, with a static scale and a zero point for the activations of each layer."""
+    return make_quantised("compressed-tensors-w8a8-static", Path(dense(root)), root / "w8a8_static")
+
+
 def w8a8_experts(root: Path) -> str:
     return make_quantised("compressed-tensors-w8a8", Path(mixture_of_experts(root)), root / "w8a8_experts")
 
