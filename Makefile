@@ -11,6 +11,7 @@
 #   many_clients   eight clients at once, against raw sockets
 #   verification   what the digests, a token and TLS cost
 #   neighbours     what requests feel of clients that fetch from the same instance
+#   inverses       serving what post-processing has rearranged
 #   fingerprint    recognising a checkpoint of 100 GB
 # All of them write their figures with --json FILE, draw them with --plot FILE.svg, and draw them again with --from FILE.
 
