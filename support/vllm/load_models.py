@@ -55,7 +55,8 @@ class Loads:
         A prompt is a list of token ids, {"embedded": token ids} to pass their embeddings, {"choices": texts, "tokens":
         token ids} to have one of these texts as the answer, or, for a speech model, {"tone": ..., "decoder": ...}.
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
-        digests, modules, flags (attributes that loading may set), draft (the same of a draft model), and answers.
+        digests, modules, flags (attributes that loading may set), draft (the same of a draft model), answers, and
+        without an engine device_bytes and device_peak, of an accelerator after loading the model and meanwhile.
 
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
@@ -132,6 +133,7 @@ class Loads:
                 for name, value in request.get("parallel", {}).items():
                     setattr(vllm_config.parallel_config, name, value)
                 self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
+                observer.result |= _device_memory()
         return observer.result
 
 
@@ -178,6 +180,7 @@ def _register_kernels_once() -> None:
 
 
 def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
+    import torch
     from vllm.config import set_current_vllm_config
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.utils.network_utils import get_open_port
@@ -187,8 +190,20 @@ def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
         init_method = init_method or f"tcp://127.0.0.1:{get_open_port()}"
         worker = worker_class(vllm_config, rank, rank, init_method, is_driver_worker=rank == 0)
         worker.init_device()
+        if torch.accelerator.is_available():
+            torch.accelerator.reset_peak_memory_stats()
         worker.load_model()
     return worker
+
+
+def _device_memory() -> dict[str, int]:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return {}
+    gc.collect()
+    taken, most = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
+    return {"device_bytes": taken, "device_peak": most}
 
 
 def answers(engine: Any, prompts: list[Any]) -> list[Any]:

@@ -241,6 +241,45 @@ def wait_for_session(server: Loader) -> None:
     wait_until(lambda: inquire(Endpoint.parse(server.address), 10).sessions > 0, 300, interval=0.02)
 
 
+INT8 = {
+    "dense, through the CPU platform": (checkpoints.w8a8, True),
+    "experts, which that platform does not compute in int8": (checkpoints.w8a8_experts, False),
+}
+
+
+@pytest.mark.parametrize(("make", "through_cpu"), INT8.values(), ids=INT8.keys())
+def test_int8_weights_travel_as_they_were_loaded_whatever_becomes_of_them_and_are_held_once(
+    make: Callable[[Path], str], through_cpu: bool, start: Load, models: Path
+) -> None:
+    model, engine = make(models), {"dtype": "bfloat16"}
+    plain = start("0", model, engine=engine, load_format="auto").finish_loading()
+    plain.end()
+    server = start("0", model, engine=engine).finish_loading()
+    assert any(name.endswith("weight") for name in server.report["changed"])
+    assert server.result["device_peak"] <= 1.02 * plain.result["device_peak"]
+    assert server.result["device_bytes"] <= 1.01 * plain.result["device_bytes"]
+
+    def take(where: str, source: Loader, cache: str, transport: str, **request: Any) -> Loader:
+        only = {"TRANSPORT": ["tcp"]} if transport == "tcp" else {}
+        extra = {"SOURCE": [source.address], "INT8_CACHE": cache, **FROM_PEERS, **only}
+        taken = start(where, model, extra, engine=engine, **request).finish_loading()
+        assert taken.report["transport"] == transport
+        assert taken.digests == plain.digests
+        return taken
+
+    client = take("1", server, "hbm", "process_group", prompts=PROMPTS)
+    server.end()
+    in_turn = take("cpu", client, "no", "tcp") if through_cpu else client
+    back = take("0", in_turn, "dram", "tcp", prompts=PROMPTS)
+    answers = client.answers
+    assert back.answers == answers
+
+    back.reload(PROMPTS, weights_path=model)
+    assert back.finish_loading().answers == answers
+    for loader in (client, in_turn, back):
+        loader.end()
+
+
 @pytest.fixture
 def private_formats() -> Iterator[None]:
     config: Any = torch.get_device_module("npu").config
