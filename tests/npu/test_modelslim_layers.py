@@ -84,12 +84,14 @@ def tensors(checkpoint: str, layer: str) -> Tensors:
     return {name.removeprefix(f"{layer}."): each for name, each in found.items() if name.startswith(f"{layer}.")}
 
 
-def gate_up(checkpoint: str) -> Any:
+def gate_up(checkpoint: str, missing: str | None = None) -> Any:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     layer = made(MergedColumnParallelLinear, checkpoint, 256, [512, 512], bias=False, prefix=f"{MLP}.gate_up_proj")
     for shard, name in enumerate(("gate_proj", "up_proj")):
         for part, tensor in tensors(checkpoint, f"{MLP}.{name}").items():
+            if f"{name}.{part}" == missing:
+                continue
             parameter = getattr(layer, part)
             parameter.weight_loader(parameter, tensor, shard)
     layer.quant_method.process_weights_after_loading(layer)
@@ -164,6 +166,19 @@ def test_static_layers(make: Any, root: Path, dtype: torch.dtype) -> None:
     assert_same(gate_up(checkpoint)(x.to(NPU)), torch.cat(parts, -1))
 
 
+@pytest.mark.parametrize(
+    ("make", "missing"),
+    [
+        (checkpoints.modelslim, "up_proj.weight_scale"),
+        (checkpoints.modelslim_static, "gate_proj.input_scale"),
+        (checkpoints.modelslim_static, "up_proj.deq_scale"),
+    ],
+)
+def test_scales_that_the_checkpoint_does_not_have_are_named(make: Any, missing: str, root: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{MLP}.gate_up_proj: the checkpoint has no {missing.split('.')[1]}, or"):
+        gate_up(make(root), missing)
+
+
 def test_static_layers_made_for_float16(root: Path) -> None:
     """Their scales are in the bits of int64, in whatever type the model is."""
     halves = root / "float16"
@@ -213,7 +228,9 @@ def experts_layer(devices: int = 1, rank: int = 0) -> Any:
     return layer
 
 
-def experts(checkpoint: str, dtype: torch.dtype, devices: int = 1, rank: int = 0) -> tuple[Any, Any]:
+def experts(
+    checkpoint: str, dtype: torch.dtype, devices: int = 1, rank: int = 0, missing: str | None = None
+) -> tuple[Any, Any]:
     """The layer and its method, loaded and processed."""
     from vllm_ascend.quantization import modelslim_experts
 
@@ -227,6 +244,8 @@ def experts(checkpoint: str, dtype: torch.dtype, devices: int = 1, rank: int = 0
     for expert in range(8):
         for name, shard in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
             for part, tensor in tensors(checkpoint, f"{MLP}.experts.{expert}.{name}").items():
+                if f"{expert}.{name}.{part}" == missing:
+                    continue
                 full = f"{'w2' if shard == 'w2' else 'w13'}_{part}"
                 parameter = getattr(layer, full)
                 names = {"weight_name": f"{MLP}.experts.{full}", "shard_id": shard, "expert_id": expert}
@@ -250,6 +269,19 @@ def test_experts(make: Any, nz: str, root: Path, dtype: torch.dtype, monkeypatch
     tolerance = 2e-4 if dtype == torch.float32 else 4e-2  # a value between the products may be rounded to its neighbour
     expected = sum_of_experts(checkpoint, x, weights, chosen)
     torch.testing.assert_close(found.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (checkpoints.modelslim_experts, "weight_scale"),
+        (checkpoints.modelslim_four_bits, "weight_scale"),
+        (checkpoints.modelslim_four_bits, "scale_bias"),
+    ],
+)
+def test_scales_that_the_checkpoint_does_not_have_for_an_expert_are_named(make: Any, part: str, root: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{MLP}.experts: the checkpoint has no w2_{part}, or"):
+        experts(make(root), torch.float32, missing=f"5.down_proj.{part}")
 
 
 def test_experts_in_four_bits_have_sizes_that_devices_take() -> None:
@@ -377,6 +409,7 @@ def test_parts_must_quantise_their_input_in_one_way(root: Path) -> None:
     layer = made(MergedColumnParallelLinear, checkpoint, 256, [512, 512], bias=False, prefix=f"{MLP}.gate_up_proj")
     for name in ("weight_offset", "input_offset"):
         getattr(layer, name).data.zero_()
+    layer.deq_scale.data.fill_(1)
     layer.input_scale.data.copy_(torch.tensor([0.5, 0.25]))
     with pytest.raises(ValueError, match=r"gate_up_proj .* different input_scale, \[0\.5, 0\.25\]"):
         layer.quant_method.process_weights_after_loading(layer)

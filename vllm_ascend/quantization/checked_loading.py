@@ -2,6 +2,10 @@
 
 A description that does not fit its checkpoint would give such weights, and answers without sense. The arguments of a
 loader have vLLM's names, as it passes some of them by name.
+
+A checkpoint that lacks a tensor is another matter. vLLM says nothing about that if a model is quantised, and computes
+with what happens to be in the memory. So scales are not a number until they are loaded. Integers have no such value; a
+checkpoint that lacks a layer or a file lacks scales, too.
 """
 
 from __future__ import annotations
@@ -13,6 +17,20 @@ from typing import Any
 import torch
 
 Loader = Callable[..., Any]
+
+
+def not_loaded(*shape: int) -> torch.Tensor:
+    """Memory for scales in float32, by which `require_loaded` sees what no loader has filled."""
+    return torch.full(shape, torch.nan, dtype=torch.float32)
+
+
+def require_loaded(layer: Any, layer_name: str, *names: str) -> None:
+    """Raises ValueError if scales of `layer` were not loaded, or not all of them. `names` are their parameters."""
+    if missing := [name for name in names if bool(getattr(layer, name).data.isnan().any())]:
+        raise ValueError(
+            f"{layer_name}: the checkpoint has no {', '.join(missing)}, or not for all parts of this layer, though its "
+            f"description names them: is a file of the checkpoint missing?"
+        )
 
 
 def checked(load: Loader, layer: str, *, integers: bool) -> Loader:

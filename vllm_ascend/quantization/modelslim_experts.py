@@ -20,7 +20,7 @@ from vllm_ascend.ops import quantized
 from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
 from vllm_ascend.ops.four_bits import DEPTH_STEP, FourBits, pack_for_product, run_w4a8_experts, scale_in_bits
 from vllm_ascend.ops.layout import for_quantised_product
-from vllm_ascend.quantization.checked_loading import Loader, checked, symmetric
+from vllm_ascend.quantization.checked_loading import Loader, checked, not_loaded, require_loaded, symmetric
 from vllm_ascend.quantization.description import DYNAMIC, FLOAT, FOUR_BITS
 from vllm_ascend.quantization.modelslim_linear import replace
 
@@ -43,7 +43,8 @@ class _QuantisedExpertsMethod(FusedMoEMethodBase):
     def _register(  # noqa: PLR0917
         self, layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Loader, divided: str = CHANNEL
     ) -> None:
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        values = not_loaded(*shape) if dtype == torch.float32 else torch.empty(shape, dtype=dtype)
+        parameter = torch.nn.Parameter(values, requires_grad=False)
         loader = checked(load, layer.layer_name, integers=dtype == torch.int8)
         layer.register_parameter(name, parameter)
         set_weight_attrs(parameter, {"weight_loader": loader, "quant_method": divided})
@@ -77,7 +78,9 @@ class DynamicExpertsMethod(_QuantisedExpertsMethod):
         self._register_scales(layer, experts, inner, hidden, weight_loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if scales were not in the checkpoint."""
         for name in WEIGHTS:
+            require_loaded(layer, layer.layer_name, f"{name}_weight_scale")
             replace(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
             scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
             replace(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
@@ -132,7 +135,9 @@ class FourBitExpertsMethod(_QuantisedExpertsMethod):
         self._register(layer, "w2_scale_bias", (experts, hidden, PARTS // devices), torch.float32, sums, GROUP)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if scales or sums were not in the checkpoint."""
         for name in WEIGHTS:
+            require_loaded(layer, layer.layer_name, f"{name}_weight_scale", f"{name}_scale_bias")
             replace(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
             scale = getattr(layer, f"{name}_weight_scale").data
             replace(layer, f"{name}_weight_scale", scale_in_bits(scale.transpose(1, 2)))
