@@ -24,12 +24,20 @@ def not_loaded(*shape: int) -> torch.Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float32)
 
 
+def mark_not_loaded(layer: Any) -> tuple[str, ...]:
+    """Prepares the scales of `layer`, which others have made, for `require_loaded`. Returns their names."""
+    scales = {name: each for name, each in layer.named_parameters(recurse=False) if name.endswith("_scale")}
+    for scale in scales.values():
+        scale.data.fill_(torch.nan)
+    return tuple(scales)
+
+
 def require_loaded(layer: Any, layer_name: str, *names: str) -> None:
     """Raises ValueError if scales of `layer` were not loaded, or not all of them. `names` are their parameters."""
     if missing := [name for name in names if bool(getattr(layer, name).data.isnan().any())]:
         raise ValueError(
-            f"{layer_name}: the checkpoint has no {', '.join(missing)}, or not for all parts of this layer, though its "
-            f"description names them: is a file of the checkpoint missing?"
+            f"{layer_name}: the checkpoint has no {', '.join(missing)}, or not for all parts of this layer, which is "
+            f"quantised: is a file of the checkpoint missing?"
         )
 
 

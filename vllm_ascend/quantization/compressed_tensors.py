@@ -22,7 +22,10 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, int
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8,
 )
@@ -34,6 +37,7 @@ from vllm_ascend.ops import quantized
 from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
 from vllm_ascend.ops.layout import for_quantised_product
 from vllm_ascend.quantization import COMPRESSED_TENSORS
+from vllm_ascend.quantization.checked_loading import mark_not_loaded, require_loaded
 
 INT8 = (8, QuantizationType.INT)
 UNQUANTISED_BITS = 16
@@ -85,6 +89,19 @@ class NPUInt8LinearKernel(Int8ScaledMMLinearKernel):
         return quantized.scale_of_static_product(scale * given.scale, self._dtype)
 
 
+class NPUInt8LinearMethod(CompressedTensorsLinearMethod):
+    """Creates and loads parameters as vLLM's method does, and knows which scales nothing was loaded into."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        self._scales = mark_not_loaded(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if scales were not in the checkpoint."""
+        require_loaded(layer, layer.prefix, *self._scales)
+        super().process_weights_after_loading(layer)
+
+
 class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A8Int8MoEMethod):
     """Creates and loads parameters as vLLM's method does, which knows no kernels for NPUs."""
 
@@ -98,6 +115,7 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
         """Raises ValueError for a layer that computes in a way not written for NPUs."""
         refuse_unsupported_experts(layer, self.moe)
         super().create_weights(layer, *args, **kwargs)
+        mark_not_loaded(layer)
 
     @property
     def is_monolithic(self) -> bool:
@@ -105,6 +123,8 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
         return False
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises ValueError if scales were not in the checkpoint."""
+        require_loaded(layer, layer.layer_name, "w13_weight_scale", "w2_weight_scale")
         for name in ("w13", "w2"):
             scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
             _replace(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
@@ -138,9 +158,10 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
 @register_quantization_config(COMPRESSED_TENSORS)
 class NPUCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """As vLLM's, with experts by the method above. Raises ValueError for experts in another scheme."""
+        """As vLLM's, with the methods above. Raises ValueError for experts in another scheme."""
         if not isinstance(layer, RoutedExperts):
-            return super().get_quant_method(layer, prefix)
+            method = super().get_quant_method(layer, prefix)
+            return NPUInt8LinearMethod(self) if type(method) is CompressedTensorsLinearMethod else method
         self._add_fused_moe_to_target_scheme_map()
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         first, *others = (self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in projections)
