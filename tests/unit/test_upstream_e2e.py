@@ -66,6 +66,10 @@ def failed(text: str, test: str = "tests/e2e/test_a.py::test_b") -> Judgement:
             "torchvision",
         ),
         (
+            "E     Value error, --quantization ascend is for checkpoints of ModelSlim, which have a file",
+            "needs a quantised model (--quantization ascend), and the tool makes none",
+        ),
+        (
             "E   NameResolutionError: HTTPSConnectionPool(host='assets.example.com', port=443): Failed",
             "loads a file from assets.example.com while it runs, and the tests run without the internet",
         ),

@@ -62,6 +62,10 @@ MISSING = [
         "a multimodal model, {}, whose code in vLLM needs the Python package torchvision",
     ),
     (
+        re.compile(r"(--quantization ascend) is for checkpoints of ModelSlim"),
+        "needs a quantised model ({}), and the tool makes none",
+    ),
+    (
         re.compile(r"HTTPSConnectionPool\(host='([\w.-]+)'"),
         "loads a file from {} while it runs, and the tests run without the internet",
     ),
