@@ -20,7 +20,14 @@ from vllm_ascend.ops import quantized
 from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
 from vllm_ascend.ops.four_bits import DEPTH_STEP, FourBits, pack_for_product, run_w4a8_experts, scale_in_bits
 from vllm_ascend.ops.layout import for_quantised_product
-from vllm_ascend.quantization.checked_loading import Loader, checked, not_loaded, require_loaded, symmetric
+from vllm_ascend.quantization.checked_loading import (
+    Loader,
+    checked,
+    not_loaded,
+    require_loaded,
+    symmetric,
+    wrapped,
+)
 from vllm_ascend.quantization.description import DYNAMIC, FLOAT, FOUR_BITS
 from vllm_ascend.quantization.modelslim_linear import replace
 
@@ -171,9 +178,14 @@ def method(layer: Any, kind: str) -> FusedMoEMethodBase:
 def _as_scale(load: Loader) -> Loader:
     """For sums: vLLM takes what is called a bias for one of the layer, and loads it in another way."""
 
-    def loader(
-        param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, *args: Any, **kwargs: Any
+    def body(
+        load: Loader,
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         return load(param, loaded_weight, weight_name.replace("scale_bias", "scale"), *args, **kwargs)
 
-    return loader
+    return wrapped(load, body)
