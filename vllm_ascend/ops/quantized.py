@@ -1,4 +1,4 @@
-"""Products of int8 matrices: linear layers and experts whose weights and activations are quantised (W8A8).
+"""Products of quantised matrices: linear layers (W8A8) and experts (W8A8 and W4A8), with activations in int8.
 
 These functions know tensors and nothing of a format of checkpoints; `vllm_ascend.quantization` makes the tensors. They
 take weights as `layout.for_quantised_product` returns them, and scales as these operators do:
@@ -83,40 +83,45 @@ def static_linear(  # noqa: PLR0917
     return product.view(*x.shape[:-1], product.shape[-1])
 
 
-def run_w8a8_experts(  # noqa: PLR0917
+class ExpertWeights(NamedTuple):
+    """The matrices of some experts, [experts, inputs, outputs], and their scales, as grouped products take both.
+
+    `sums`, [experts, outputs] in float32, are added before the scales of rows; `four_bits` says what for.
+    """
+
+    matrices: torch.Tensor
+    scales: torch.Tensor
+    sums: torch.Tensor | None = None
+
+
+def run_quantised_experts(  # noqa: PLR0917
     x: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
+    w13: ExpertWeights,
+    w2: ExpertWeights,
     own: Range | None = None,
 ) -> torch.Tensor:
     """The weighted sum over those of each token's experts that are here; all are, if `own` is not given.
 
-    `weights` and `experts`, in int32, are [tokens, experts of a token]. `w13` and `w2` are [experts, inputs, outputs],
-    their scales [experts, outputs], from `scale_of_experts`.
+    `weights` and `experts`, in int32, are [tokens, experts of a token].
     """
-    routed = route(x, experts, own or Range(0, len(w13), len(w13)), quantise=True)
-    hidden = _grouped_product(routed.rows, routed.scales, w13, w13_scale, routed.lengths, x.dtype)
+    total = len(w13.matrices)
+    routed = route(x, experts, own or Range(0, total, total), quantise=True)
+    hidden = _grouped_product(routed.rows, routed.scales, w13, routed.lengths, x.dtype)
     quantised, of_row = torch.ops.npu.npu_dynamic_quant(torch.ops.npu.npu_swiglu(hidden))
-    results = _grouped_product(quantised, of_row, w2, w2_scale, routed.lengths, x.dtype)
+    results = _grouped_product(quantised, of_row, w2, routed.lengths, x.dtype)
     return combine(results, routed.positions, weights, own)
 
 
-def _grouped_product(  # noqa: PLR0917
-    rows: torch.Tensor,
-    of_row: torch.Tensor,
-    matrices: torch.Tensor,
-    scale: torch.Tensor,
-    lengths: torch.Tensor,
-    dtype: torch.dtype,
+def _grouped_product(
+    rows: torch.Tensor, of_row: torch.Tensor, weights: ExpertWeights, lengths: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     product: torch.Tensor = torch.ops.npu.npu_grouped_matmul(
         [rows],
-        [matrices],
-        scale=[scale],
+        [weights.matrices],
+        bias=None if weights.sums is None else [weights.sums],
+        scale=[weights.scales],
         per_token_scale=[of_row],
         group_list=lengths,
         split_item=2,

@@ -68,8 +68,8 @@ class NPUInt8LinearKernel(Int8ScaledMMLinearKernel):
         scale = scale.flatten().float()
         if self.config.is_static_input_scheme:
             scale = self._prepare_static_input(layer, scale)
-        _replace(layer, "weight_scale", scale)
-        _replace(layer, "weight", for_quantised_product(layer.weight.data))
+        replace_parameter(layer, "weight_scale", scale)
+        replace_parameter(layer, "weight", for_quantised_product(layer.weight.data))
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not self.config.is_static_input_scheme:
@@ -84,8 +84,8 @@ class NPUInt8LinearKernel(Int8ScaledMMLinearKernel):
         if zero_point is not None:
             sums = layer.weight.data.sum(dim=1, dtype=torch.int32)
             layer.azp_adj = nn.Parameter(sums * -zero_point.data.int(), requires_grad=False)
-            _replace(layer, "input_zero_point", given.offset)
-        _replace(layer, "input_scale", given.reciprocal)
+            replace_parameter(layer, "input_zero_point", given.offset)
+        replace_parameter(layer, "input_scale", given.reciprocal)
         return quantized.scale_of_static_product(scale * given.scale, self._dtype)
 
 
@@ -127,8 +127,8 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
         require_loaded(layer, layer.layer_name, "w13_weight_scale", "w2_weight_scale")
         for name in ("w13", "w2"):
             scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
-            _replace(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
-            _replace(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
+            replace_parameter(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
+            replace_parameter(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         scales = {"w1_scale": layer.w13_weight_scale, "w2_scale": layer.w2_weight_scale}
@@ -143,16 +143,9 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return quantized.run_w8a8_experts(
-            x,
-            topk_weights,
-            topk_ids,
-            layer.w13_weight,
-            layer.w13_weight_scale,
-            layer.w2_weight,
-            layer.w2_weight_scale,
-            own_experts(self.moe),
-        )
+        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale)
+        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale)
+        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
 
 
 @register_quantization_config(COMPRESSED_TENSORS)
@@ -215,7 +208,3 @@ def _scheme_name(weights: Any, inputs: Any) -> str:
     bits = UNQUANTISED_BITS if inputs is None else inputs.num_bits
     kinds = {QuantizationType(args.type).value for args in (weights, inputs) if args is not None}
     return f"W{weights.num_bits}A{bits} ({', '.join(sorted(kinds))})"
-
-
-def _replace(layer: Any, name: str, tensor: torch.Tensor | None) -> None:
-    replace_parameter(layer, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))

@@ -14,11 +14,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from vllm_ascend.ops import quantized
 from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
-from vllm_ascend.ops.four_bits import DEPTH_STEP, FourBits, pack_for_product, run_w4a8_experts, scale_in_bits
+from vllm_ascend.ops.four_bits import DEPTH_STEP, pack_for_product, scale_in_bits
 from vllm_ascend.ops.layout import for_quantised_product
 from vllm_ascend.quantization.checked_loading import (
     Loader,
@@ -29,7 +29,6 @@ from vllm_ascend.quantization.checked_loading import (
     wrapped,
 )
 from vllm_ascend.quantization.description import DYNAMIC, FLOAT, FOUR_BITS
-from vllm_ascend.quantization.modelslim_linear import replace
 
 CHANNEL, GROUP = FusedMoeWeightScaleSupported.CHANNEL.value, FusedMoeWeightScaleSupported.GROUP.value
 """How vLLM divides a tensor of w2 among devices: not at all, or as the inputs."""
@@ -88,10 +87,10 @@ class DynamicExpertsMethod(_QuantisedExpertsMethod):
         """Raises ValueError if scales were not in the checkpoint."""
         for name in WEIGHTS:
             require_loaded(layer, layer.layer_name, f"{name}_weight_scale")
-            replace(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
+            replace_parameter(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
             scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
-            replace(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
-            replace(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
+            replace_parameter(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
+            replace_parameter(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
 
     def apply(  # noqa: PLR0917
         self,
@@ -102,8 +101,9 @@ class DynamicExpertsMethod(_QuantisedExpertsMethod):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weights = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
-        return quantized.run_w8a8_experts(x, topk_weights, topk_ids, *weights, own_experts(self.moe))
+        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale)
+        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale)
+        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
 
 
 class FourBitExpertsMethod(_QuantisedExpertsMethod):
@@ -145,11 +145,11 @@ class FourBitExpertsMethod(_QuantisedExpertsMethod):
         """Raises ValueError if scales or sums were not in the checkpoint."""
         for name in WEIGHTS:
             require_loaded(layer, layer.layer_name, f"{name}_weight_scale", f"{name}_scale_bias")
-            replace(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
+            replace_parameter(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
             scale = getattr(layer, f"{name}_weight_scale").data
-            replace(layer, f"{name}_weight_scale", scale_in_bits(scale.transpose(1, 2)))
-            replace(layer, f"{name}_scale_bias", getattr(layer, f"{name}_scale_bias").data.sum(2))
-            replace(layer, f"{name}_weight", pack_for_product(getattr(layer, f"{name}_weight").data))
+            replace_parameter(layer, f"{name}_weight_scale", scale_in_bits(scale.transpose(1, 2)))
+            replace_parameter(layer, f"{name}_scale_bias", getattr(layer, f"{name}_scale_bias").data.sum(2))
+            replace_parameter(layer, f"{name}_weight", pack_for_product(getattr(layer, f"{name}_weight").data))
 
     def apply(  # noqa: PLR0917
         self,
@@ -160,9 +160,9 @@ class FourBitExpertsMethod(_QuantisedExpertsMethod):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        w13 = FourBits(layer.w13_weight, layer.w13_weight_scale, layer.w13_scale_bias)
-        w2 = FourBits(layer.w2_weight, layer.w2_weight_scale, layer.w2_scale_bias)
-        return run_w4a8_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
+        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale, layer.w13_scale_bias)
+        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale, layer.w2_scale_bias)
+        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
 
 
 def method(layer: Any, kind: str) -> FusedMoEMethodBase:

@@ -71,8 +71,8 @@ class DynamicLinearMethod(LinearMethodBase):
         """Raises ValueError if scales were not in the checkpoint."""
         require_loaded(layer, layer.prefix, "weight_scale")
         for name in ("weight_scale", "weight_offset"):
-            replace(layer, name, getattr(layer, name).data.flatten())
-        replace(layer, "weight", for_quantised_product(layer.weight.data))
+            replace_parameter(layer, name, getattr(layer, name).data.flatten())
+        replace_parameter(layer, "weight", for_quantised_product(layer.weight.data))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return quantized.dynamic_linear(x, layer.weight, layer.weight_scale, bias)
@@ -124,11 +124,11 @@ class StaticLinearMethod(LinearMethodBase):
         scale, offset = (self._common(layer, name) for name in ("input_scale", "input_offset"))
         given = quantized.static_input(scale, offset, self._dtype)
         of_product = layer.deq_scale.data / scale * given.scale
-        replace(layer, "input_scale", given.reciprocal)
-        replace(layer, "input_offset", given.offset)
-        replace(layer, "deq_scale", quantized.scale_of_static_product(of_product, self._dtype))
-        replace(layer, "quant_bias", layer.quant_bias.data)
-        replace(layer, "weight", for_quantised_product(layer.weight.data))
+        replace_parameter(layer, "input_scale", given.reciprocal)
+        replace_parameter(layer, "input_offset", given.offset)
+        replace_parameter(layer, "deq_scale", quantized.scale_of_static_product(of_product, self._dtype))
+        replace_parameter(layer, "quant_bias", layer.quant_bias.data)
+        replace_parameter(layer, "weight", for_quantised_product(layer.weight.data))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         others_add_it = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
@@ -145,10 +145,6 @@ class StaticLinearMethod(LinearMethodBase):
             )
         first: torch.Tensor = values[:1]
         return first
-
-
-def replace(layer: Any, name: str, tensor: torch.Tensor | None) -> None:
-    replace_parameter(layer, name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def _register_weight(layer: Any, outputs: int, inputs: int, load: Loader) -> None:
