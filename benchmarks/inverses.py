@@ -42,7 +42,7 @@ from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, StoreDigests, altered, digests_of
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
 from vllm_ascend.model_loader.netloader.transport.tcp import TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
@@ -104,12 +104,11 @@ def served(nbytes: int, device: torch.device, arrange: Callable[[torch.Tensor], 
     weights = LiveWeights(model, device)
     memory = weights.allocate()
     memory.seal()
-    digests = digests_of(memory.reader())
     weights.note_originals(memory)
     for name in [name for name, _ in model.named_parameters()]:
         setattr(model, name, nn.Parameter(arrange(getattr(model, name).data), requires_grad=False))
-    weights.find_changes(model, memory, lambda: altered(memory.reader(), digests))
-    return WeightStore(weights.manifest, memory, 1, digests=StoreDigests(memory.reader(), digests))
+    weights.find_changes(model, memory)
+    return WeightStore(weights.manifest, memory, 1, digests=StoreDigests(memory.reader()))
 
 
 def to_buckets(store: WeightStore) -> None:

@@ -15,7 +15,6 @@ from vllm_ascend.model_loader.netloader.model import inverses, originals
 from vllm_ascend.model_loader.netloader.model.inverses import TransposedFractal
 from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, flat
 from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
-from vllm_ascend.model_loader.netloader.transport.digests import altered, digests_of
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
 FRACTAL_NZ = 29
@@ -66,11 +65,10 @@ class Served:
         if contents is not None:
             self._fill(contents)
         self.memory.seal()
-        self._digests = digests_of(self.memory.reader())
         self.weights.note_originals(self.memory)
 
     def changes(self) -> list[str]:
-        return self.weights.find_changes(self.model, self.memory, lambda: altered(self.memory.reader(), self._digests))
+        return self.weights.find_changes(self.model, self.memory)
 
     @property
     def contents(self) -> bytes:

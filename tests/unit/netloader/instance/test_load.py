@@ -37,7 +37,6 @@ from vllm_ascend.model_loader.netloader.instance.ranks import _Card
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
 from vllm_ascend.model_loader.netloader.model import originals
 from vllm_ascend.model_loader.netloader.model.weights import ArenaWeights, LiveWeights
-from vllm_ascend.model_loader.netloader.transport.digests import digests_of
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights import arena
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -420,10 +419,9 @@ def loaded_in_place(model: Model) -> Loaded:
     weights = LiveWeights(model, CPU)
     memory = weights.allocate()
     memory.seal()
-    digests = digests_of(memory.reader())
     weights.note_originals(memory)
     request = Request(IDENTITY, RankCoordinates(), weights.manifest)
-    return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {}, digests)))
+    return Loaded(kept=Kept(weights, LoadedWeights(request, memory, {})))
 
 
 def test_what_post_processing_leaves_alone_is_served_from_where_it_is(checkpoint: Checkpoint) -> None:

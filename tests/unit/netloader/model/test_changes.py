@@ -33,7 +33,7 @@ def changed_by(
     store = loaded_from_disk(model)
     weights = ArenaWeights(model, Int8Cache("dram", names))
     process(model)
-    changed = weights.find_changes(model, store.memory, list)
+    changed = weights.find_changes(model, store.memory)
     assert changed is not None
     return changed
 
@@ -41,7 +41,7 @@ def changed_by(
 def test_changes_are_looked_for_only_if_originals_are_to_be_kept() -> None:
     model = seeded_layers(1)
     store = loaded_from_disk(model)
-    assert ArenaWeights(model).find_changes(model, store.memory, list) is None
+    assert ArenaWeights(model).find_changes(model, store.memory) is None
 
 
 def test_nothing_is_changed_after_loading() -> None:
@@ -53,10 +53,10 @@ def test_nothing_is_changed_after_fetching() -> None:
     client: Any = seeded_layers(2)
     bound_to(client, store)
     weights = ArenaWeights(client, Int8Cache("dram"))
-    assert weights.find_changes(client, store.memory, list) == []
+    assert weights.find_changes(client, store.memory) == []
     client.layers[0].bias.data[1] += 1
     client.scale[0] = 0
-    assert weights.find_changes(client, store.memory, list) == ["layers.0.bias", "scale"]
+    assert weights.find_changes(client, store.memory) == ["layers.0.bias", "scale"]
 
 
 def test_weights_with_other_contents_are_changed() -> None:

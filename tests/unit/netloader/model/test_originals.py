@@ -5,7 +5,6 @@ The model is on the CPU, where the same code runs as on an accelerator.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,8 @@ from vllm_ascend.model_loader.netloader.model.inverses import Transposed
 from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
-from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 
 CPU = torch.device("cpu")
-CHUNK = 10_000
-"""Bytes of a chunk here, so that matrices and chunks overlap in every way."""
 
 
 class Model(nn.Module):
@@ -61,7 +57,6 @@ class Served:
         self.memory: LiveMemory = self.weights.allocate()
         self.memory.seal()
         self.before = self.contents
-        self._digests = self._made()
         self.weights.note_originals(self.memory)
 
     @property
@@ -69,15 +64,7 @@ class Served:
         return bytes(self.memory.reader()[0 : self.memory.nbytes])
 
     def changes(self) -> list[str]:
-        return self.weights.find_changes(self.model, self.memory, self._altered)
-
-    def _made(self) -> dict[tuple[int, int], bytes]:
-        parts = chunks(self.memory.nbytes, CHUNK)
-        reader = self.memory.reader()
-        return {part: hashlib.sha256(reader[part[0] : sum(part)]).digest() for part in parts}
-
-    def _altered(self) -> list[tuple[int, int]]:
-        return [part for part, digest in self._made().items() if digest != self._digests[part]]
+        return self.weights.find_changes(self.model, self.memory)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether what is served lies in the storage of `tensor`."""
@@ -144,7 +131,7 @@ def add(tensor: torch.Tensor) -> torch.Tensor:
 
 def change_one_byte(tensor: torch.Tensor) -> torch.Tensor:
     changed = tensor.clone()
-    changed.view(-1)[changed.numel() // 4] += 1  # not within a sample
+    changed.view(-1)[changed.numel() // 4] += 1
     return changed
 
 
@@ -200,7 +187,7 @@ def test_no_more_is_kept_than_a_share_of_the_weights(monkeypatch: pytest.MonkeyP
 
 
 class Wrong(Transposed):
-    """An inverse that is wrong except where samples are taken: at both ends and in the middle."""
+    """An inverse that is wrong in a single row."""
 
     def block(self, matrix: int, first: int, last: int) -> torch.Tensor:
         block = super().block(matrix, first, last).clone()
@@ -211,7 +198,6 @@ class Wrong(Transposed):
 
 
 def test_an_inverse_that_is_wrong_is_never_served_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(originals, "_SAMPLE_BYTES", 1 << 10)
     monkeypatch.setattr(inverses, "ARRANGEMENTS", (Wrong,))
     served = Served(Model())
     replace(served.model, "weight", transposed)
@@ -225,7 +211,7 @@ def test_an_inverse_that_is_wrong_is_never_served_from(monkeypatch: pytest.Monke
     assert served.contents == served.before
 
 
-def test_where_samples_tell_nothing_the_digests_decide() -> None:
+def test_a_single_value_decides_how_a_tensor_is_read() -> None:
     model = Model()
     model.square.data.zero_()
     model.square.data[20, 90] = 1
@@ -247,6 +233,17 @@ def test_a_device_that_cannot_read_like_that_leaves_the_model_one_that_is_not_se
     with pytest.raises(UnsupportedModel, match=r"\(weight\)"):
         served.changes()
     assert "weight cannot be read as Transposed on cpu, so it is not served like that: operator not" in caplog.text
+
+
+def test_a_device_that_has_no_memory_for_copies_leaves_the_model_one_that_is_not_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def clone(_: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("NPU out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(UnsupportedModel, match=r"cpu failed .* \(INT8_CACHE is 'hbm'\) .*: NPU out of memory"):
+        Served(Model(), "hbm")
 
 
 def test_a_tensor_that_the_model_has_under_another_name_is_served_from_there() -> None:

@@ -17,9 +17,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import (
     DIGEST_BYTES,
     PIECE_BYTES,
     StoreDigests,
-    altered,
     digest_of,
-    digests_of,
     root_of,
     start,
 )
@@ -254,31 +252,3 @@ def test_an_empty_store_has_no_digests() -> None:
     store.make_ahead()
     assert store.complete
     assert store.part(0, 64) == ()
-
-
-def test_digests_that_are_made_at_once_are_those_that_a_store_makes() -> None:
-    data = memoryview(bytes(range(256)) * 3 + b"and a little more")
-    assert digests_of(data) == StoreDigests(data).all()
-    assert digests_of(memoryview(b"")) == ()
-
-
-def test_they_are_made_without_threads_where_none_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def start(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    data = memoryview(bytes(range(256)))
-    expected = digests_of(data)
-    monkeypatch.setattr(threading.Thread, "start", start)
-    assert digests_of(data) == expected
-    assert "the weights are digested by one thread, since no more can be had" in caplog.text
-
-
-def test_what_is_altered_is_told_by_chunks() -> None:
-    data = bytearray(3 * CHUNK + 10)
-    expected = digests_of(memoryview(data))
-    assert altered(memoryview(data), expected) == []
-    data[CHUNK] ^= 1
-    data[-1] ^= 1
-    assert altered(memoryview(data), expected) == [(CHUNK, CHUNK), (3 * CHUNK, 10)]

@@ -33,7 +33,6 @@ from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import ModelWeights, weights_of
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.digests import digests_of
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
@@ -212,19 +211,22 @@ class Filler:
             if not memory.servable:
                 memory.seal()
         except OSError as error:
-            reason = f"the arena cannot be sealed: {error}"
-            self.rank.log_not_served(reason)
-            release(memory)
-            return None, reason
+            return None, self._not_kept(memory, f"the arena cannot be sealed: {error}")
 
         # Post-processing comes next, and on an accelerator it changes what is to be served.
         if not order.weights.keeps_originals:
-            with self.phases("digest"):
-                digests = contents.digests or digests_of(memory.reader())
-            contents = dataclasses.replace(contents, digests=digests)
             self.rank.watch_changes()
-        order.weights.note_originals(memory)
+        try:
+            order.weights.note_originals(memory)
+        except UnsupportedModel as error:
+            return None, self._not_kept(memory, str(error))
         return Kept(order.weights, contents), ""
+
+    def _not_kept(self, memory: Memory, reason: str) -> str:
+        """Gives up `memory`, which cannot be served for `reason`, and returns that."""
+        self.rank.log_not_served(reason)
+        release(memory)
+        return reason
 
     def _finish(self, record: ReadRecord) -> tuple[str, str]:
         """As `_fingerprint_of`, for weights that are not served: a mixture shows in the log only."""

@@ -21,7 +21,6 @@ from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Transport
-from vllm_ascend.model_loader.netloader.transport.digests import altered
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 logger = logging.getLogger(__name__)
@@ -137,10 +136,7 @@ class Publisher:
 
     def _find_changes(self, model: nn.Module, kept: Kept) -> list[str] | None:
         """Raises UnsupportedModel if an original cannot be had."""
-        contents = kept.contents
-        changed = kept.weights.find_changes(
-            model, contents.memory, lambda: altered(contents.memory.reader(), contents.digests or ())
-        )
+        changed = kept.weights.find_changes(model, kept.contents.memory)
         if changed is not None and kept.weights.keeps_originals:
             logger.info(
                 "post-processing changed %d tensors of the %s weights; in host memory the originals of all are kept, "

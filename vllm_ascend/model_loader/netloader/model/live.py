@@ -6,15 +6,15 @@ copied to its tensors once it has been verified. Buckets have the size of a chun
 under way.
 
 Post-processing may move, rearrange or replace what was loaded. Before it, `remember` notes what is needed to find the
-bytes again, and lets go of the tensors (`originals`). After it, `reconcile` chooses how each tensor is read from now on
-and has the choice proven: as it is, through an inverse, piece by piece (`inverses`), or from a copy.
+bytes again, and lets go of the tensors (`originals`). After it, `reconcile` finds out how each tensor is read from now
+on: as it is, through an inverse, piece by piece (`inverses`), or from a copy.
 """
 
 from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -33,9 +33,6 @@ from vllm_ascend.model_loader.netloader.model.streams import finish_work, own_st
 from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, flat, view_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec
 from vllm_ascend.model_loader.netloader.weights.memory import Readable
-
-Altered = Callable[[], Sequence[tuple[int, int]]]
-"""Reads what is served, and gives the offset and length of each chunk whose digest is not that of what was loaded."""
 
 
 class LiveMemory(DeviceMemory):
@@ -112,36 +109,33 @@ class LiveMemory(DeviceMemory):
     def remember(self, cache: Int8Cache) -> None:
         """Notes what every tensor holds, copies those that `cache` covers, and lets go of them.
 
-        Call it before post-processing. Until `reconcile`, nothing can be read.
+        Call it before post-processing. Until `reconcile`, nothing can be read. Raises UnsupportedModel if the device
+        fails at it, for example because it has no memory left.
         """
         parts = [(spec, self._contents[spec.name].memory) for spec in self._specs]
-        self._originals = remember(parts, cache, kept_bytes_of(self.nbytes))
         self._contents = {}
-        finish_work(self.device)
+        try:
+            self._originals = remember(parts, cache, kept_bytes_of(self.nbytes), self.device)
+            finish_work(self.device)
+        except RuntimeError as error:
+            raise UnsupportedModel(
+                f"{self.device} failed when the weights were noted and copied (INT8_CACHE is {cache.place!r}) before "
+                f"post-processing: {error}"
+            ) from error
 
-    def reconcile(self, model: nn.Module, altered: Altered) -> list[str]:
-        """Finds the originals again in `model`, and has `altered` prove it. Call it after post-processing.
+    def reconcile(self, model: nn.Module) -> list[str]:
+        """Finds the originals again in `model`. Call it after post-processing.
 
         Returns the names of the tensors that were changed. Raises UnsupportedModel, naming the tensors, if one is
         neither to be had by an inverse nor kept.
         """
         finish_work(self.device)
         holdings, originals, self._originals = Holdings(model), self._originals, {}
-        choices = {name: original.choices(holdings) for name, original in originals.items()}
-        if lost := [name for name, possible in choices.items() if not possible]:
+        found = {name: original.find(holdings) for name, original in originals.items()}
+        if lost := [name for name, contents in found.items() if contents is None]:
             raise _not_found(lost)
 
-        self._contents = {name: possible[0] for name, possible in choices.items()}
-        while wrong := altered():
-            doubted = [spec.name for offset, length in wrong for spec in self._within(offset, length)]
-            doubted = [name for name in dict.fromkeys(doubted) if not originals[name].is_copy(self._contents[name])]
-            others = [name for name in doubted if len(choices[name]) > 1]
-            if not others:
-                raise _not_found(doubted)
-            for name in others:
-                choices[name].pop(0)
-                self._contents[name] = choices[name][0]
-
+        self._contents = {name: contents for name, contents in found.items() if contents is not None}
         return [
             name
             for name, contents in self._contents.items()

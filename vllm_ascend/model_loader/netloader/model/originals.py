@@ -1,16 +1,13 @@
 """What was loaded, remembered while post-processing changes it, so that it is found again and nothing is held twice.
 
 Of each tensor three things are remembered. Its address, by which it is found if post-processing leaves it alone; the
-tensor itself is not held, so what post-processing replaces is freed. A few short samples of its bytes, which tell the
-possible readings of the processed memory (`inverses`) apart without reading all of it. And a copy, of tensors that
-INT8_CACHE covers, and of the smallest ones in any case: scales, biases and the like are often combined in a way that
-has no inverse, and all together they are a small part of the weights. Those are copied to host memory, which is
-plentiful, and stays where it is while the model sleeps.
+tensor itself is not held, so what post-processing replaces is freed. A hash of its bytes, which the device makes
+(`universal_hash`). And a copy, of tensors that INT8_CACHE covers, and of the smallest ones in any case: scales, biases
+and the like are often combined in a way that has no inverse, and all together they are a small part of the weights.
+Those are copied to host memory, which is plentiful, and stays where it is while the model sleeps.
 
-A sample proves nothing. The proof is that all weights, read as it was chosen here, have the digests that they had
-before: BLAKE3 over every chunk, by which a client has verified them and which a server needs anyway. Where a chunk has
-another digest, the next choice of its tensors is tried, which is their copy in the end. So nothing is served that was
-only guessed, and what has neither an inverse nor a copy is named.
+Afterwards each possible reading of the processed memory (`inverses`) is tried, until one gives bytes with that hash. So
+nothing is served that was only guessed, and what has neither an inverse nor a copy is named.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.model.inverses import AsLoaded, Contents, has_memory, memory_of, readings
 from vllm_ascend.model_loader.netloader.model.tensors import held_tensors, persistent_buffers
+from vllm_ascend.model_loader.netloader.model.universal_hash import UniversalHash
 from vllm_ascend.model_loader.netloader.model.views import has_plain_format
 from vllm_ascend.model_loader.netloader.weights.manifest import TensorSpec
 
@@ -34,7 +32,6 @@ KEPT_SHARE: Final = 0.01
 """Copies are kept of the smallest tensors up to this share of the weights, whatever INT8_CACHE says."""
 KEPT_BYTES: Final = 1 << 20
 """Of weights so small that their share is less, copies of so many bytes are kept."""
-_SAMPLE_BYTES: Final = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -77,22 +74,23 @@ class Holdings:
 class Original:
     """What is remembered of one tensor."""
 
-    def __init__(self, spec: TensorSpec, memory: torch.Tensor, copy: torch.Tensor | None) -> None:
+    def __init__(
+        self, spec: TensorSpec, memory: torch.Tensor, copy: torch.Tensor | None, universal_hash: UniversalHash
+    ) -> None:
         """`memory` holds the bytes of the tensor, and is not kept; `copy` is a copy of them, if one is to be kept."""
         self._spec = spec
         self._copy = copy
+        self._hash = universal_hash
+        self._hashed = universal_hash.of(AsLoaded(memory), spec.nbytes)
         self._place = memory.untyped_storage().data_ptr(), int(memory.storage_offset()), memory.nbytes
-        length = min(_SAMPLE_BYTES, spec.nbytes)
-        begins = {0, (spec.nbytes - length) // 2, spec.nbytes - length}
-        self._samples = [(begin, bytes(AsLoaded(memory).on_host(begin, begin + length))) for begin in sorted(begins)]
 
-    def choices(self, holdings: Holdings) -> list[Contents]:
-        """Where the bytes may be now, the likeliest first. The last choice is their copy, if there is one."""
-        found = [contents for contents in self._readings(holdings) if self._agrees(contents)]
-        return found if self._copy is None else [*found, AsLoaded(self._copy)]
+    def find(self, holdings: Holdings) -> Contents | None:
+        """Where the bytes are now: the first reading that gives them, else their copy, else None."""
+        found = next((contents for contents in self._readings(holdings) if self._has_bytes(contents)), None)
+        return AsLoaded(self._copy) if found is None and self._copy is not None else found
 
     def is_copy(self, contents: Contents) -> bool:
-        """Whether `contents`, one of the choices, is the copy."""
+        """Whether `contents`, which `find` has returned, is the copy."""
         return self._copy is not None and contents.memory is self._copy
 
     def _readings(self, holdings: Holdings) -> Iterator[Contents]:
@@ -104,9 +102,9 @@ class Original:
                 seen.add(memory.data_ptr())
                 yield from readings(self._spec, memory)
 
-    def _agrees(self, contents: Contents) -> bool:
+    def _has_bytes(self, contents: Contents) -> bool:
         try:
-            return all(contents.on_host(begin, begin + len(sample)) == sample for begin, sample in self._samples)
+            return self._hash.of(contents, self._spec.nbytes) == self._hashed
         except RuntimeError as error:  # from the device; serving may fail, the load may not
             logger.warning(
                 "%s cannot be read as %s on %s, so it is not served like that: %s",
@@ -119,13 +117,14 @@ class Original:
 
 
 def remember(
-    parts: Sequence[tuple[TensorSpec, torch.Tensor]], cache: Int8Cache, kept_bytes: int
+    parts: Sequence[tuple[TensorSpec, torch.Tensor]], cache: Int8Cache, kept_bytes: int, device: torch.device
 ) -> dict[str, Original]:
-    """Remembers tensors, each given with the uint8 tensor of its bytes, by name.
+    """Remembers tensors on `device`, each given with the uint8 tensor of its bytes, by name.
 
     Copied are those that `cache` covers, and besides them the smallest of up to `kept_bytes` bytes together.
     """
     small = set(_smallest(parts, kept_bytes))
+    universal_hash = UniversalHash(device)
     originals: dict[str, Original] = {}
     for spec, memory in parts:
         copy: torch.Tensor | None = None
@@ -133,7 +132,7 @@ def remember(
             copy = memory.clone()
         elif spec.name in small or (cache.place == "dram" and cache.may_cover(spec.name)):
             copy = memory.to("cpu", copy=True)
-        originals[spec.name] = Original(spec, memory, copy)
+        originals[spec.name] = Original(spec, memory, copy, universal_hash)
     return originals
 
 

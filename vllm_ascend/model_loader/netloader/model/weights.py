@@ -23,7 +23,7 @@ from torch import nn
 
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
-from vllm_ascend.model_loader.netloader.model.live import Altered, LiveMemory
+from vllm_ascend.model_loader.netloader.model.live import LiveMemory
 from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.pages import copy_touched, mapped_files
 from vllm_ascend.model_loader.netloader.model.tensors import (
@@ -100,14 +100,17 @@ class ModelWeights(ABC):
 
     @abstractmethod
     def note_originals(self, memory: Memory) -> None:
-        """Prepares `memory` for post-processing, which may change what it serves."""
+        """Prepares `memory` for post-processing, which may change what it serves.
+
+        Raises UnsupportedModel if it cannot be served afterwards.
+        """
 
     @abstractmethod
-    def find_changes(self, model: nn.Module, memory: Memory, altered: Altered) -> list[str] | None:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str] | None:
         """The names of the weights that post-processing has changed in `model`, None if nobody wants to know.
 
-        `model` need not be the one that was filled. `altered` compares what `memory` serves with what was loaded.
-        Raises UnsupportedModel, naming the tensors, if an original that is to be served cannot be had.
+        `model` need not be the one that was filled. Raises UnsupportedModel, naming the tensors, if an original that is
+        to be served cannot be had.
         """
 
     def _loaded(self, model: nn.Module) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
@@ -184,7 +187,7 @@ class ArenaWeights(ModelWeights):
     def note_originals(self, memory: Memory) -> None:
         """Does nothing: a sealed arena keeps the originals of all weights."""
 
-    def find_changes(self, model: nn.Module, memory: Memory, altered: Altered) -> list[str] | None:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str] | None:
         """The names of the weights that differ in `model` from the sealed arena in contents, type, shape or strides.
 
         INT8_CACHE_NAME restricts it to some names. None if INT8_CACHE is off, and for a model on an accelerator, whose
@@ -243,18 +246,19 @@ class LiveWeights(ModelWeights):
     def note_originals(self, memory: Memory) -> None:
         """Notes what every tensor holds, and copies the smallest and those that INT8_CACHE covers.
 
-        Nothing holds the tensors themselves from then on, so that post-processing frees what it replaces.
+        Nothing holds the tensors themselves from then on, so that post-processing frees what it replaces. Raises
+        UnsupportedModel if the device fails at it.
         """
-        _live(memory).remember(self.cache)
         self._parameters, self._buffers, self._followers = {}, {}, []
+        _live(memory).remember(self.cache)
 
-    def find_changes(self, model: nn.Module, memory: Memory, altered: Altered) -> list[str]:
+    def find_changes(self, model: nn.Module, memory: Memory) -> list[str]:
         """The names of the weights that post-processing has changed in `model`.
 
-        They are served through inverses or from their copies, which `altered` has proven. Raises UnsupportedModel,
-        naming the tensors, if one is neither to be had by an inverse nor kept.
+        They are served through proven inverses or from their copies. Raises UnsupportedModel, naming the tensors, if
+        one is neither to be had by an inverse nor kept.
         """
-        return _live(memory).reconcile(model, altered)
+        return _live(memory).reconcile(model)
 
 
 def weights_of(model: nn.Module, device: torch.device, cache: Int8Cache) -> ModelWeights:

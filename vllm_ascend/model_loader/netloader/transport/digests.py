@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -37,8 +36,6 @@ CHUNK_BYTES: Final = 16 << 20
 """Bytes that are asked for, moved, verified and, if they are damaged, fetched again together."""
 PIECE_BYTES: Final = 1 << 20
 """Bytes that are digested at a time: so few that they are still in the processor's cache when they have arrived."""
-_THREADS: Final = 4
-"""Threads that digest together. They copy from a device at the same time, so its link is busy while one computes."""
 _ROOT_CONTEXT: Final = "vllm-ascend netloader 2026-11 root digest of contents"
 """Keeps roots apart from every other BLAKE3 digest of the same bytes."""
 
@@ -64,28 +61,6 @@ def digest_of(data: memoryview) -> bytes:
     for offset, length in chunks(data.nbytes, PIECE_BYTES):
         running.update(data[offset : offset + length])
     return running.digest()
-
-
-def digests_of(data: Readable) -> tuple[bytes, ...]:
-    """The digests of all chunks of `data`, made at once by several threads: for when nothing else can go on."""
-
-    def digest(part: tuple[int, int]) -> bytes:
-        offset, length = part
-        return digest_of(data[offset : offset + length])
-
-    parts = tuple(chunks(data.nbytes, CHUNK_BYTES))
-    try:
-        with ThreadPoolExecutor(_THREADS, "netloader-digests") as threads:
-            return tuple(threads.map(digest, parts))
-    except RuntimeError as error:
-        logger.warning("the weights are digested by one thread, since no more can be had: %s", error)
-        return tuple(map(digest, parts))
-
-
-def altered(data: Readable, expected: Sequence[bytes]) -> list[tuple[int, int]]:
-    """The offset and length of each chunk of `data` whose digest is not the `expected` one."""
-    parts = chunks(data.nbytes, CHUNK_BYTES)
-    return [part for part, *both in zip(parts, digests_of(data), expected, strict=True) if both[0] != both[1]]
 
 
 def root_of(manifest_digest: str, attributes: Mapping[str, Any], chunk_digests: Sequence[bytes]) -> str:
