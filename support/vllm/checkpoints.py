@@ -40,6 +40,8 @@ MLA = {
     "first_k_dense_replace": 1,
     "max_position_embeddings": 512,
 }
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "moe_intermediate_size": 256}
+"""Makes matrices too large for Netloader to keep copies of most of them, as it does of small ones."""
 GROUP = 64
 """How many weights share a scale in the 4-bit formats."""
 
@@ -240,6 +242,13 @@ def w8a8(root: Path) -> str:
     return make_quantised("compressed-tensors-w8a8", Path(dense(root)), root / "w8a8")
 
 
+def w8a8_wide(root: Path) -> str:
+    """As `w8a8`, with larger matrices."""
+    sizes = {key: size for key, size in WIDE.items() if key in DENSE}
+    source = make_random_model(root / "dense_wide", {**DENSE, **sizes})
+    return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_wide")
+
+
 def w8a8_static(root: Path) -> str:
     """`dense` in compressed-tensors' int8, with a static scale and a zero point for the activations of each layer."""
     return make_quantised("compressed-tensors-w8a8-static", Path(dense(root)), root / "w8a8_static")
@@ -247,6 +256,12 @@ def w8a8_static(root: Path) -> str:
 
 def w8a8_experts(root: Path) -> str:
     return make_quantised("compressed-tensors-w8a8", Path(mixture_of_experts(root)), root / "w8a8_experts")
+
+
+def w8a8_experts_wide(root: Path) -> str:
+    """As `w8a8_experts`, with larger matrices."""
+    source = make_random_model(root / "experts_wide", {**MOE, **WIDE}, architecture="qwen3_moe")
+    return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_experts_wide")
 
 
 def modelslim(root: Path) -> str:

@@ -42,19 +42,21 @@ SLOW = 4 << 20
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Loader]]:
-    """start("0", model, extra, ...) loads on the NPUs of that number, start("cpu", ...) on vLLM's CPU platform."""
-    pools: dict[str, Pool] = {}
+    """start("0", model, extra, ...) loads on the NPUs of that number, start("cpu", ...) on vLLM's CPU platform.
 
-    def begin(where: str, model: str, extra: dict[str, Any] | None = None, **request: Any) -> Loader:
-        if where not in pools:
+    `nz` is VLLM_ASCEND_ENABLE_NZ.
+    """
+    pools: dict[tuple[str, str], Pool] = {}
+
+    def begin(where: str, model: str, extra: dict[str, Any] | None = None, nz: str = "1", **request: Any) -> Loader:
+        if (where, nz) not in pools:
             directory = tmp_path_factory.mktemp(f"npu-{where.replace(',', '-')}")
-            pools[where] = (
-                Pool(directory, CPU_PYTHON)
-                if where == "cpu"
-                else Pool(directory, environment={"ASCEND_RT_VISIBLE_DEVICES": where, **SIMULATOR})
+            on_npus = {"ASCEND_RT_VISIBLE_DEVICES": where, "VLLM_ASCEND_ENABLE_NZ": nz, **SIMULATOR}
+            pools[where, nz] = (
+                Pool(directory, CPU_PYTHON) if where == "cpu" else Pool(directory, environment=on_npus)
             )
         engine = ({} if where == "cpu" else ENGINE) | {"dtype": "float32"} | request.pop("engine", {})
-        return pools[where].load(model, extra, engine=engine, **request)
+        return pools[where, nz].load(model, extra, engine=engine, **request)
 
     yield begin
     for pool in pools.values():
@@ -290,6 +292,50 @@ def test_quantised_weights_travel_as_they_were_loaded_whatever_becomes_of_them_a
         assert back.finish_loading().answers == answers
     for loader in (client, in_turn, back):
         loader.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["no", "hbm", "dram"])
+@pytest.mark.parametrize("make", [checkpoints.w8a8_wide, checkpoints.w8a8_experts_wide], ids=["dense", "experts"])
+def test_quantised_weights_are_those_of_a_load_from_disk_with_every_cache_and_by_every_transport(
+    make: Callable[[Path], str], cache: str, start: Load, models: Path
+) -> None:
+    model, request = make(models), {"engine": {"dtype": "bfloat16"}, "prompts": PROMPTS}
+    server = start("0", model, {"INT8_CACHE": cache}, **request)
+    plain = start("1", model, load_format="auto", **request).finish_loading()
+    plain.end()
+    server.finish_loading()
+    assert any(name.endswith("weight") for name in server.report["changed"])
+    assert (server.digests, server.answers) == (plain.digests, plain.answers)
+
+    for transport in ("process_group", "tcp"):
+        extra = {"SOURCE": [server.address], "TRANSPORT": [transport], "INT8_CACHE": cache, **FROM_PEERS}
+        client = start("1", model, extra, **request).finish_loading()
+        assert client.report["transport"] == transport
+        assert (client.digests, client.answers) == (plain.digests, plain.answers)
+        assert client.report["changed"] == server.report["changed"]
+        client.end()
+    server.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["process_group", "tcp"])
+def test_weights_travel_between_instances_that_arrange_them_differently(
+    transport: str, start: Load, models: Path
+) -> None:
+    model, request = checkpoints.modelslim_static(models), {"engine": {"dtype": "bfloat16"}, "prompts": PROMPTS}
+    here, changed, source = "0", {}, {}
+    loaded: list[Loader] = []
+    for nz in ("2", "0", "1", "2"):
+        loaded.append(start(here, model, source, nz=nz, **request).finish_loading())
+        changed[nz] = set(loaded[-1].report["changed"])
+        source = {"SOURCE": [loaded[-1].address], "TRANSPORT": [transport], **FROM_PEERS}
+        here = "1" if here == "0" else "0"
+    assert "model.layers.1.mlp.down_proj.weight" in changed["2"] - changed["1"]  # it is not quantised
+    assert [each.report["transport"] for each in loaded[1:]] == [transport] * 3
+    assert all((each.digests, each.answers) == (loaded[0].digests, loaded[0].answers) for each in loaded)
+    for each in loaded:
+        each.end()
 
 
 @pytest.fixture
