@@ -52,9 +52,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lo
         if (where, nz) not in pools:
             directory = tmp_path_factory.mktemp(f"npu-{where.replace(',', '-')}")
             on_npus = {"ASCEND_RT_VISIBLE_DEVICES": where, "VLLM_ASCEND_ENABLE_NZ": nz, **SIMULATOR}
-            pools[where, nz] = (
-                Pool(directory, CPU_PYTHON) if where == "cpu" else Pool(directory, environment=on_npus)
-            )
+            pools[where, nz] = Pool(directory, CPU_PYTHON) if where == "cpu" else Pool(directory, environment=on_npus)
         engine = ({} if where == "cpu" else ENGINE) | {"dtype": "float32"} | request.pop("engine", {})
         return pools[where, nz].load(model, extra, engine=engine, **request)
 
@@ -324,8 +322,8 @@ def test_weights_travel_between_instances_that_arrange_them_differently(
     transport: str, start: Load, models: Path
 ) -> None:
     model, request = checkpoints.modelslim_static(models), {"engine": {"dtype": "bfloat16"}, "prompts": PROMPTS}
-    here, changed, source = "0", {}, {}
-    loaded: list[Loader] = []
+    here, source, loaded = "0", dict[str, Any](), list[Loader]()
+    changed: dict[str, set[str]] = {}
     for nz in ("2", "0", "1", "2"):
         loaded.append(start(here, model, source, nz=nz, **request).finish_loading())
         changed[nz] = set(loaded[-1].report["changed"])
