@@ -10,6 +10,7 @@ serves the weights. A model that is in use takes new weights by the same two ste
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator
 from typing import Any, Final
@@ -112,12 +113,15 @@ class NetLoader(BaseModelLoader):
                 load.suspend()  # the last step that may fail, and the first that clients notice
             require_ranks_alike(loaded.fingerprint)
 
-        def finish() -> None:
-            attributes.apply(model, told)
-            load.publish(model, loaded)
+        @contextlib.contextmanager
+        def replacing() -> Iterator[None]:
+            with load.failure_reported(), load.replacing():
+                yield
+                attributes.apply(model, told)
+                load.publish(model, loaded)
             load.report()
 
-        return hand_over(weights, model, model_config.dtype, finish, load.abandon)
+        return hand_over(weights, model, model_config.dtype, replacing, load.abandon)
 
     def _begin(self, vllm_config: VllmConfig, model_config: ModelConfig, *, on_host: bool = False) -> ModelLoad:
         """Raises ConfigError."""

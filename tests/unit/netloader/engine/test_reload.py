@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,11 @@ class Called:
     def __call__(self) -> None:
         self.times += 1
 
+    @contextlib.contextmanager
+    def within(self) -> Iterator[None]:
+        yield
+        self()
+
 
 class OwnLoader(nn.Module):
     """A model that loads checkpoints by itself."""
@@ -33,7 +39,7 @@ class OwnLoader(nn.Module):
 
 def test_new_weights_are_given_up_where_the_model_loads_something_else() -> None:
     model, then, otherwise = OwnLoader(), Called(), Called()
-    hand_over(NewWeights({}), model, torch.float32, then, otherwise)
+    hand_over(NewWeights({}), model, torch.float32, then.within, otherwise)
     assert model.load_weights(iter([("w", None)])) == {"w"}
     assert (then.times, otherwise.times) == (0, 0)
     assert "load_weights" not in vars(model)
@@ -41,7 +47,7 @@ def test_new_weights_are_given_up_where_the_model_loads_something_else() -> None
 
 def test_whoever_reads_new_weights_as_tensors_is_refused_and_the_model_stays() -> None:
     model, then, otherwise = OwnLoader(), Called(), Called()
-    weights = hand_over(NewWeights({}), model, torch.float32, then, otherwise)
+    weights = hand_over(NewWeights({}), model, torch.float32, then.within, otherwise)
     with pytest.raises(ReloadRefused, match="set is_checkpoint_format to true"):
         next(weights)
     assert (then.times, otherwise.times) == (0, 1)
@@ -50,7 +56,7 @@ def test_whoever_reads_new_weights_as_tensors_is_refused_and_the_model_stays() -
 
 def test_new_weights_are_taken_over_once() -> None:
     model, then, otherwise = OwnLoader(), Called(), Called()
-    weights = hand_over(NewWeights({}), model, torch.float32, then, otherwise)
+    weights = hand_over(NewWeights({}), model, torch.float32, then.within, otherwise)
     assert model.load_weights(weights) == set()
     assert (then.times, otherwise.times) == (1, 0)
     assert "load_weights" not in vars(model)

@@ -31,6 +31,7 @@ from vllm_ascend.model_loader.netloader.errors import (
     SourcesExhausted,
     UnsupportedModel,
 )
+from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.load import require_one_checkpoint
 from vllm_ascend.model_loader.netloader.instance.ranks import _Card
@@ -537,4 +538,18 @@ def test_what_was_served_does_not_come_back_when_new_weights_cannot_be_published
     load.suspend()
     load.publish(instance.model, loaded)
     load.abandon()
-    assert "its weights are being replaced" in heard(address)
+    serving.resume(instance.engine)  # as a worker does when it wakes up
+    assert "this host has no network" in heard(address)
+
+
+def test_what_was_served_does_not_come_back_when_a_reload_fails_halfway(checkpoint: Checkpoint) -> None:
+    instance = Instance(checkpoint, rank_values=dict(ACCELERATOR)).start()
+    address, load = instance.address, instance.begin()
+    loaded = load.fill(Model())
+    load.suspend()
+    with pytest.raises(RuntimeError, match="no kernel"), load.failure_reported(), load.replacing():
+        raise RuntimeError("no kernel for the second layer")
+    serving.resume(instance.engine)  # as a worker does when it wakes up
+    assert "a reload failed halfway" in heard(address)
+    assert load.summary.outcome == "failed"
+    assert is_given_up(loaded)

@@ -71,13 +71,17 @@ def scratch_model(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Modu
 
 
 def hand_over(
-    weights: NewWeights, model: nn.Module, dtype: torch.dtype, then: Callable[[], None], otherwise: Callable[[], None]
+    weights: NewWeights,
+    model: nn.Module,
+    dtype: torch.dtype,
+    within: Callable[[], contextlib.AbstractContextManager[None]],
+    otherwise: Callable[[], None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Makes the iterator by which `model`, whose type is `dtype`, takes over `weights`: pass it to its `load_weights`.
 
-    Afterwards `then` is called. If `load_weights` is called with any other iterator, it does what it does without us,
-    and the new weights are dropped. If the iterator is read instead, the model stays as it is, `otherwise` is called,
-    and ReloadRefused is raised.
+    The model changes within `within`. If `load_weights` is called with any other iterator, it does what it does without
+    us, and the new weights are dropped. If the iterator is read instead, the model stays as it is, `otherwise` is
+    called, and ReloadRefused is raised.
     """
 
     def read_elsewhere() -> Iterator[tuple[str, torch.Tensor]]:
@@ -93,10 +97,8 @@ def hand_over(
         if iterator is not nothing_to_read:
             load_checkpoint: Any = model.load_weights  # the class's own
             return load_checkpoint(iterator)
-        with set_default_torch_dtype(dtype):  # as in a first load: CPU kernels for int8 give results of that type
-            loaded = take_over(weights, model)
-        then()
-        return loaded
+        with within(), set_default_torch_dtype(dtype):  # as in a first load: CPU kernels for int8 give results of it
+            return take_over(weights, model)
 
     vars(model)["load_weights"] = load_weights
     return nothing_to_read

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Final
 
 from torch import nn
 
@@ -27,6 +28,8 @@ from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 logger = logging.getLogger(__name__)
+
+_MIXTURE: Final = "a reload failed halfway, so this instance may have old weights and new ones: start it anew"
 
 
 class ModelLoad:
@@ -104,6 +107,18 @@ class ModelLoad:
         """
         if self._rank.computes_on.type != "cpu":
             self._undo.callback(serving.suspend(self._rank.engine, "its weights are being replaced"))
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Within, a model in use gets its new weights, and they are published.
+
+        If that ends by an exception, the model may have some of both, and what was served before is not served again.
+        """
+        try:
+            yield
+        except BaseException:
+            self._publisher.give_up(_MIXTURE)
+            raise
 
     def abandon(self) -> None:
         """Takes back what the load has begun, if its weights are not published. A model in use is served as before."""

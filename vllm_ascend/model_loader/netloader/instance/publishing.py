@@ -81,9 +81,16 @@ class Publisher:
         try:
             published = self._publish(model, loaded)
         except OSError as error:
-            return Published(not_served=self._drop(loaded, str(error)))
+            reason = self._drop(loaded, str(error))
+            serving.decline_all(self._rank.role, self._rank.engine, reason)  # the engine has other weights by now
+            return Published(not_served=reason)
         serving.resume(self._rank.engine)  # what this load has not replaced, such as the weights of another role
         return published
+
+    def give_up(self, reason: str) -> None:
+        """Serves nothing in this role any more, whatever is served or suspended."""
+        self._rank.log_not_served(reason)
+        serving.decline_all(self._rank.role, self._rank.engine, reason)
 
     def abandon(self) -> None:
         """Closes the listener after a load that failed, unless something else still uses it. Idempotent."""

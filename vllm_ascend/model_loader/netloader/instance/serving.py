@@ -179,6 +179,12 @@ def give_up(engine: object, reason: str) -> None:
         server.give_up(reason)
 
 
+def decline_all(role: str, engine: object, reason: str) -> None:
+    """Serves nothing in `role` any more, whatever is served or suspended, and answers clients with `reason`."""
+    for server in servers_of(engine):
+        server.decline(role, reason)
+
+
 def servers_of(engine: object) -> list[WeightServer]:
     """The servers that were started for `engine`."""
     with _lock:
