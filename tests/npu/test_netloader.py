@@ -167,6 +167,8 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
 
     with clinging_to(server):
         server.reload(PROMPTS, weights_path=model)
+    server.reload(PROMPTS, weights_path=model)
+    assert "while this instance sleeps: wake its weights up first" in server.fails_with()
         assert server.finish_loading().answers == answers
     before = generation(server)
     server.reload(PROMPTS, weights_path=model, is_checkpoint_format=False)

@@ -14,6 +14,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLine
 
 from vllm_ascend.model_loader.netloader.engine.takeover import Tensors
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
+from vllm_ascend.model_loader.netloader.model.inverses import has_memory
 from vllm_ascend.model_loader.netloader.model.tensors import own_tensors, qualified
 
 Layout = tuple[torch.dtype | None, tuple[int, ...]]
@@ -21,7 +22,10 @@ Layout = tuple[torch.dtype | None, tuple[int, ...]]
 
 
 def require_reloadable(model: nn.Module) -> None:
-    """Raises ReloadRefused if a reload of `model` would leave wrong weights that no comparison of tensors shows."""
+    """Raises ReloadRefused if `model` sleeps, or if its reload would leave wrong weights that no comparison shows."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and has_memory(parameter) and not parameter.untyped_storage().nbytes():
+            raise ReloadRefused(f"{name} has no memory while this instance sleeps: wake its weights up first")
     if hasattr(model, "process_weights_after_loading"):
         raise ReloadRefused(
             f"{type(model).__name__} processes its weights as a whole after loading, which vLLM's reload leaves out: "
