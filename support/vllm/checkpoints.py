@@ -42,6 +42,17 @@ MLA = {
 }
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "moe_intermediate_size": 256}
 """Makes matrices too large for Netloader to keep copies of most of them, as it does of small ones."""
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "moe_intermediate_size": 1024,
+    "num_experts": 8,
+}
+"""Makes about 100 MB of quantised matrices, beside which a few megabytes of the device do not show."""
+ODD = {"hidden_size": 272, "intermediate_size": 80, "moe_intermediate_size": 80, "num_experts": 6}
+"""Of matrices with these sizes some, and some halves of them, do not consist of whole blocks of FRACTAL_NZ."""
 GROUP = 64
 """How many weights share a scale in the 4-bit formats."""
 
@@ -244,9 +255,26 @@ def w8a8(root: Path) -> str:
 
 def w8a8_wide(root: Path) -> str:
     """As `w8a8`, with larger matrices."""
-    sizes = {key: size for key, size in WIDE.items() if key in DENSE}
-    source = make_random_model(root / "dense_wide", {**DENSE, **sizes})
+    source = make_random_model(root / "dense_wide", {**DENSE, **{key: WIDE[key] for key in WIDE if key in DENSE}})
     return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_wide")
+
+
+def w8a8_large(root: Path) -> str:
+    """As `w8a8`, with about 100 MB."""
+    source = make_random_model(root / "large", {**DENSE, **{key: LARGE[key] for key in LARGE if key in DENSE}})
+    return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_large")
+
+
+def w8a8_large_experts(root: Path) -> str:
+    """As `w8a8_experts`, with about 150 MB."""
+    source = make_random_model(root / "large_experts", {**MOE, **LARGE}, architecture="qwen3_moe")
+    return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_large_experts")
+
+
+def w8a8_odd_experts(root: Path) -> str:
+    """As `w8a8_experts`, with sizes that FRACTAL_NZ does not fit everywhere."""
+    source = make_random_model(root / "odd_experts", {**MOE, **ODD}, architecture="qwen3_moe")
+    return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_odd_experts")
 
 
 def w8a8_static(root: Path) -> str:
@@ -267,6 +295,12 @@ def w8a8_experts_wide(root: Path) -> str:
 def modelslim(root: Path) -> str:
     """The numbers of `w8a8`, as ModelSlim writes them."""
     return make_quantised("modelslim-w8a8-dynamic", Path(dense(root)), root / "modelslim")
+
+
+def modelslim_odd(root: Path) -> str:
+    """Static, with sizes that FRACTAL_NZ does not fit everywhere."""
+    source = make_random_model(root / "odd", {**DENSE, **{key: ODD[key] for key in ODD if key in DENSE}})
+    return make_quantised("modelslim-w8a8", source, root / "modelslim_odd")
 
 
 def modelslim_experts(root: Path) -> str:

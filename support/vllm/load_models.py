@@ -56,8 +56,9 @@ class Loads:
         A prompt is a list of token ids, {"embedded": token ids} to pass their embeddings, {"choices": texts, "tokens":
         token ids} to have one of these texts as the answer, or, for a speech model, {"tone": ..., "decoder": ...}.
         The result has weight_seconds of `load_weights`, private_bytes that it added to this process, parameter_bytes,
-        digests, modules, flags (attributes that loading may set), draft (the same of a draft model), answers, and
-        without an engine device_bytes and device_peak, of an accelerator after loading the model and meanwhile.
+        digests, modules, flags (attributes that loading may set), draft (the same of a draft model), answers, on an
+        accelerator device_peak, which is taken of it at most until a model is loaded and processed, and without an
+        engine device_bytes, which are taken in the end.
 
         {"reload": {...}, "prompts": [...]} calls vLLM's `reload_weights` with these arguments on the engine that is
         held; the result has the answers after it. Without prompts it is the worker's own `reload_weights`. With
@@ -134,7 +135,7 @@ class Loads:
                 for name, value in request.get("parallel", {}).items():
                     setattr(vllm_config.parallel_config, name, value)
                 self._worker = _worker(vllm_config, request.get("rank", 0), request.get("init_method"))
-                observer.result |= _device_memory()
+                observer.result |= _device_bytes()
         return observer.result
 
 
@@ -181,7 +182,6 @@ def _register_kernels_once() -> None:
 
 
 def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
-    import torch
     from vllm.config import set_current_vllm_config
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.utils.network_utils import get_open_port
@@ -191,13 +191,11 @@ def _worker(vllm_config: Any, rank: int, init_method: str | None) -> Any:
         init_method = init_method or f"tcp://127.0.0.1:{get_open_port()}"
         worker = worker_class(vllm_config, rank, rank, init_method, is_driver_worker=rank == 0)
         worker.init_device()
-        if torch.accelerator.is_available():
-            torch.accelerator.reset_peak_memory_stats()
         worker.load_model()
     return worker
 
 
-def _device_memory() -> dict[str, int]:
+def _device_bytes() -> dict[str, int]:
     import torch
 
     if not torch.accelerator.is_available():
@@ -206,8 +204,7 @@ def _device_memory() -> dict[str, int]:
         if thread.name == "netloader-digests":  # it takes a little memory while it reads
             thread.join()
     gc.collect()
-    taken, most = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
-    return {"device_bytes": taken, "device_peak": most}
+    return {"device_bytes": torch.accelerator.memory_allocated()}
 
 
 def answers(engine: Any, prompts: list[Any]) -> list[Any]:
@@ -267,27 +264,50 @@ def _with_audio(prompt: dict[str, Any]) -> dict[str, Any]:
     return {"encoder_prompt": encoder, "decoder_prompt": {"prompt_token_ids": prompt["decoder"]}}
 
 
+@contextlib.contextmanager
+def _device_peak(result: dict[str, Any]) -> Iterator[None]:
+    """Notes what is taken of an accelerator within at most; vLLM itself starts to count anew after each load."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        yield
+        return
+    torch.accelerator.reset_peak_memory_stats()
+    yield
+    result["device_peak"] = torch.accelerator.max_memory_allocated()
+
+
 class _Observer:
-    """Measures a loader's `load_weights` from outside, for as long as it is entered."""
+    """Measures a loader's `load_weights` and `load_model` from outside, for as long as it is entered."""
 
     def __init__(self, loader_class: Any, *, with_digests: bool) -> None:
         self.result: dict[str, Any] = {}
         self._loader_class = loader_class
-        self._original = loader_class.load_weights
+        self._load_weights, self._load_model = loader_class.load_weights, loader_class.load_model
         self._with_digests = with_digests
 
     def __enter__(self) -> _Observer:
-        original = self._original
+        originals = self._load_weights, self._load_model
 
         def load_weights(loader: Any, model: Any, model_config: Any) -> None:
-            result = self.result.setdefault("draft", {}) if model_config.runner_type == "draft" else self.result
-            self._observe(lambda: original(loader, model, model_config), model, result)
+            load = functools.partial(originals[0], loader, model, model_config)
+            self._observe(load, model, self._result_of(model_config))
 
-        self._loader_class.load_weights = load_weights
+        def load_model(loader: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+            with _device_peak(self._result_of(model_config)):
+                return originals[1](loader, vllm_config, model_config, prefix)
+
+        self._loader_class.load_weights, self._loader_class.load_model = load_weights, load_model
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loader_class.load_weights = self._original
+        self._loader_class.load_weights, self._loader_class.load_model = self._load_weights, self._load_model
+
+    def _result_of(self, model_config: Any) -> dict[str, Any]:
+        if model_config.runner_type != "draft":
+            return self.result
+        draft: dict[str, Any] = self.result.setdefault("draft", {})
+        return draft
 
     def _observe(self, load_weights: Callable[[], None], model: Any, result: dict[str, Any]) -> None:
         private_before, begun = private_bytes(), time.perf_counter()

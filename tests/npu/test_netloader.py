@@ -20,7 +20,6 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
-from vllm_ascend.model_loader.netloader.model.inverses import SCRATCH_BYTES
 from vllm_ascend.model_loader.netloader.model.weights import LiveWeights
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -36,6 +35,8 @@ PROMPTS = [[5, 17, 31, 2], list(range(40, 200)), [7]]
 ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": 512, "max_num_seqs": 4}
 SIMULATOR = {"CANN_SIM_DEVICES": "4", "CANN_SIM_ASYNC": "1"}
 FROM_PEERS = {"FALLBACK": "error"}
+SESSION_BYTES = 4 * CHUNK_BYTES
+"""What a client takes of its device while weights come by HCCL."""
 SLOW = 4 << 20
 """Bytes per second at which a transfer lasts long enough to be disturbed."""
 
@@ -112,9 +113,21 @@ def test_an_encoder_loads_by_hccl_and_answers_as_its_server(start: Load, models:
         loader.end()
 
 
-def test_each_tensor_parallel_rank_takes_its_part_from_its_peer(start: Load, models: Path, tmp_path: Path) -> None:
-    model, port = checkpoints.dense(models), two_free_ports()
-    engine = {"tensor_parallel_size": 2}
+@pytest.mark.parametrize(
+    ("make", "engine"),
+    [
+        pytest.param(checkpoints.dense, {"dtype": "float32"}, id="dense"),
+        pytest.param(checkpoints.modelslim_odd, {}, id="quantised, not in whole blocks", marks=pytest.mark.slow),
+        pytest.param(
+            checkpoints.w8a8_odd_experts, {"enable_expert_parallel": True}, id="experts", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_each_tensor_parallel_rank_takes_its_part_from_its_peer(
+    make: Callable[[Path], str], engine: dict[str, Any], start: Load, models: Path, tmp_path: Path
+) -> None:
+    model, port = make(models), two_free_ports()
+    engine = {"dtype": "bfloat16", "tensor_parallel_size": 2, **engine}
 
     def ranks(devices: str, extra: dict[str, Any]) -> list[Loader]:
         method = f"file://{tmp_path / devices.replace(',', '-')}"
@@ -154,6 +167,8 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
     after.end()
 
     server.call("sleep", level=2)
+    server.reload(PROMPTS, weights_path=model)
+    assert "while this instance sleeps: wake its weights up first" in server.fails_with()
     refused = start("1", model, {"SOURCE": [server.address]}).finish_loading()
     assert "its weights were dropped" in refused.report["attempts"][0]["reason"]
     refused.end()
@@ -167,8 +182,6 @@ def test_a_server_that_goes_to_sleep_ends_its_session_and_serves_again_when_it_i
 
     with clinging_to(server):
         server.reload(PROMPTS, weights_path=model)
-    server.reload(PROMPTS, weights_path=model)
-    assert "while this instance sleeps: wake its weights up first" in server.fails_with()
         assert server.finish_loading().answers == answers
     before = generation(server)
     server.reload(PROMPTS, weights_path=model, is_checkpoint_format=False)
@@ -269,7 +282,6 @@ def test_quantised_weights_travel_as_they_were_loaded_whatever_becomes_of_them_a
     plain.end()
     server = start("0", model, keys, engine=engine).finish_loading()
     assert any(name.endswith("weight") for name in server.report["changed"])
-    assert server.result["device_peak"] <= 1.02 * plain.result["device_peak"] + SCRATCH_BYTES
     assert server.result["device_bytes"] <= 1.01 * plain.result["device_bytes"]
 
     def take(where: str, source: Loader, cache: str, transport: str, **request: Any) -> Loader:
@@ -316,6 +328,27 @@ def test_quantised_weights_are_those_of_a_load_from_disk_with_every_cache_and_by
         assert client.report["changed"] == server.report["changed"]
         client.end()
     server.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [checkpoints.w8a8_large, checkpoints.w8a8_large_experts], ids=["dense", "experts"])
+def test_an_instance_takes_as_much_of_its_device_as_without_netloader_at_most_and_in_the_end(
+    make: Callable[[Path], str], start: Load, models: Path
+) -> None:
+    model, request = make(models), {"engine": {"dtype": "bfloat16"}}
+    plain = start("0", model, load_format="auto", **request).finish_loading()
+    plain.end()
+    originals = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    for cache in ("no", "dram", "hbm"):
+        kept = originals if cache == "hbm" else 0
+        server = start("0", model, {"INT8_CACHE": cache}, **request).finish_loading()
+        extra = {"SOURCE": [server.address], "INT8_CACHE": cache, **FROM_PEERS}
+        client = start("1", model, extra, **request).finish_loading()
+        assert client.report["transport"] == "process_group"
+        for each, buckets in ((server, 0), (client, SESSION_BYTES)):
+            assert each.result["device_peak"] <= 1.02 * plain.result["device_peak"] + kept + buckets
+            assert each.result["device_bytes"] <= 1.01 * plain.result["device_bytes"]
+            each.end()
 
 
 @pytest.mark.slow
