@@ -40,7 +40,7 @@ class LoadReport(msgspec.Struct):
     together they exceed `bytes` by what had to be fetched again. `verified` names the kind of digest by which every
     byte was checked, and `root` is the root digest of the contents in hexadecimal.
 
-    `seconds` maps each phase to its time: connect, join, allocate, transfer, verify, disk, digest, serve. While a phase
+    `seconds` maps each phase to its time: connect, join, allocate, transfer, verify, disk, serve. While a phase
     runs within another one, only the inner one counts. `listening` is where the weights are served now; otherwise
     `not_served` says why they are not. `changed` names the tensors that post-processing has changed, where INT8_CACHE
     asks for it, and always on an accelerator.
