@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from support.ports import two_free_ports
+from support.quantised.files import copy_other_files, tensors_of
 from support.vllm import checkpoints
 from support.vllm.fetch_model import fetch_model
 from support.vllm.loaders import Load, Loader, Pool, generation
@@ -299,9 +301,8 @@ def test_quantised_weights_travel_as_they_were_loaded_whatever_becomes_of_them_a
     answers = client.answers
     assert back.answers == answers
 
-    if make is not checkpoints.modelslim_four_bits:  # a reload of those is refused, and changes nothing
-        back.reload(PROMPTS, weights_path=model)
-        assert back.finish_loading().answers == answers
+    back.reload(PROMPTS, weights_path=model)
+    assert back.finish_loading().answers == answers
     for loader in (client, in_turn, back):
         loader.end()
 
@@ -369,6 +370,31 @@ def test_weights_travel_between_instances_that_arrange_them_differently(
     assert all((each.digests, each.answers) == (loaded[0].digests, loaded[0].answers) for each in loaded)
     for each in loaded:
         each.end()
+
+
+@pytest.mark.parametrize("load_format", ["netloader", pytest.param("auto", marks=pytest.mark.slow)])
+def test_a_checkpoint_that_lacks_integers_is_named_and_changes_no_model_that_netloader_serves(
+    load_format: str, start: Load, models: Path
+) -> None:
+    model, engine, missing = checkpoints.w8a8(models), {"dtype": "bfloat16"}, "model.layers.1.self_attn.k_proj.weight"
+    incomplete = without(missing, Path(model), models / "incomplete")
+    named = f"the checkpoint has no {missing}, or not all of it"
+    assert named in start("0", incomplete, engine=engine, load_format=load_format).fails_with()
+
+    loader = start("0", model, engine=engine, load_format=load_format, prompts=PROMPTS).finish_loading()
+    loader.reload(PROMPTS, weights_path=incomplete)
+    assert named in loader.fails_with()
+    if load_format == "netloader":
+        assert loader.ask(PROMPTS) == loader.answers
+    loader.end()
+
+
+def without(missing: str, checkpoint: Path, target: Path) -> str:
+    target.mkdir(exist_ok=True)
+    copy_other_files(checkpoint, target)
+    tensors = {name: tensor for name, tensor in tensors_of(checkpoint) if name != missing}
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return str(target)
 
 
 @pytest.fixture

@@ -305,43 +305,6 @@ def test_an_expert_in_two_schemes_is_refused() -> None:
         method_of_experts({}, ignore=["re:.*down_proj$"])
 
 
-def config_of(activations: dict[str, Any]) -> Any:
-    from vllm_ascend.quantization.compressed_tensors import NPUCompressedTensorsConfig
-
-    group = {"targets": ["Linear"], "weights": CHANNELS, "input_activations": activations}
-    return NPUCompressedTensorsConfig.from_config({"format": "int-quantized", "config_groups": {"group_0": group}})
-
-
-@pytest.mark.parametrize("missing", ["", "weight_scale", "weight_scale of part 1", "input_scale"])
-def test_scales_that_the_checkpoint_does_not_have_are_named(missing: str) -> None:
-    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
-
-    config = config_of({**TOKENS, **STATIC} if missing == "input_scale" else TOKENS)
-    with torch.device(NPU):
-        sizes = INPUTS, [OUTPUTS, OUTPUTS]
-        layer: Any = MergedColumnParallelLinear(*sizes, bias=False, prefix="gate_up_proj", quant_config=config)
-    parts = {"weight": integers(OUTPUTS, INPUTS), "weight_scale": scales(OUTPUTS, 1), "input_scale": scales(1)}
-    for part in (0, 1):
-        for name, tensor in parts.items():
-            parameter = getattr(layer, name)
-            if parameter is not None and missing not in {name, f"{name} of part {part}"}:
-                parameter.weight_loader(parameter, tensor, part)
-
-    if not missing:
-        layer.quant_method.process_weights_after_loading(layer)
-        return
-    scale, _, _ = missing.partition(" ")
-    with pytest.raises(ValueError, match=f"gate_up_proj: the checkpoint has no {scale}, or not for all parts"):
-        layer.quant_method.process_weights_after_loading(layer)
-
-
-def test_scales_that_the_checkpoint_does_not_have_for_an_expert_are_named() -> None:
-    layer: Any = Experts(4, 64, 48)
-    layer.w2_weight_scale.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"mlp.experts: the checkpoint has no w2_weight_scale, or not for all parts"):
-        experts_method(moe_config(torch.bfloat16, None, 4)).process_weights_after_loading(layer)
-
-
 def experts_method(moe: Any) -> Any:
     from vllm_ascend.quantization.compressed_tensors import NPUW8A8Int8MoEMethod
 

@@ -11,18 +11,18 @@ from typing import Final
 
 import torch
 
-from vllm_ascend.ops.layout import for_quantised_product
-
 DEPTH_STEP: Final = 64
 """What the inputs of a product are a multiple of, by the source of npu_grouped_matmul."""
 
 
-def pack_for_product(weights: torch.Tensor) -> torch.Tensor:
-    """From int8 [experts, outputs / 2, inputs], of which each holds two outputs, int32 [experts, inputs, outputs / 8].
+def packed_for_product(weights: torch.Tensor) -> torch.Tensor:
+    """From int8 [experts, inputs, outputs / 2], of which each holds two outputs, int32 [experts, inputs, outputs / 8].
 
-    The format is chosen for int8, of which the bytes stay together.
+    This is for the product alone, and parameters stay int8. torch-npu counts the elements of a matrix in FRACTAL_NZ as
+    they were when it was cast. In a type four times as wide, it would copy four times as many bytes as there are, and
+    write over what lies behind.
     """
-    return for_quantised_product(weights).view(torch.int32)
+    return weights.view(torch.int32)
 
 
 def scale_in_bits(scale: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,6 @@ FRACTAL_NZ: Final = 29
 ND: Final = 2
 BLOCK_ROWS: Final = 16
 BLOCK_ROW_BYTES: Final = 32
-QUANTISED = {torch.int8, torch.int32}
-"""int32 stands for eight values of 4 bits."""
 
 
 _allowed: set[int] = {ND}
@@ -58,7 +56,7 @@ def for_quantised_product(weight: torch.Tensor) -> torch.Tensor:
 
 def in_chosen_format(weight: torch.Tensor) -> torch.Tensor:
     """`weight` in FRACTAL_NZ if that is chosen for its type and it consists of whole blocks, else as it is."""
-    least = 1 if weight.dtype in QUANTISED else 2
+    least = 1 if weight.dtype == torch.int8 else 2
     if FRACTAL_NZ not in _allowed or envs.enable_nz() < least or not _has_whole_blocks(weight):
         return weight
     cast: torch.Tensor = torch_npu.npu_format_cast(weight, FRACTAL_NZ)

@@ -2,10 +2,6 @@
 
 A description that does not fit its checkpoint would give such weights, and answers without sense. The arguments of a
 loader have vLLM's names, as it passes some of them by name.
-
-A checkpoint that lacks a tensor is another matter. vLLM says nothing about that if a model is quantised, and computes
-with what happens to be in the memory. So scales are not a number until they are loaded. Integers have no such value; a
-checkpoint that lacks a layer or a file lacks scales, too.
 """
 
 from __future__ import annotations
@@ -18,28 +14,6 @@ from typing import Any
 import torch
 
 Loader = Callable[..., Any]
-
-
-def not_loaded(*shape: int) -> torch.Tensor:
-    """Memory for scales in float32, by which `require_loaded` sees what no loader has filled."""
-    return torch.full(shape, torch.nan, dtype=torch.float32)
-
-
-def mark_not_loaded(layer: Any) -> tuple[str, ...]:
-    """Prepares the scales of `layer`, which others have made, for `require_loaded`. Returns their names."""
-    scales = {name: each for name, each in layer.named_parameters(recurse=False) if name.endswith("_scale")}
-    for scale in scales.values():
-        scale.data.fill_(torch.nan)
-    return tuple(scales)
-
-
-def require_loaded(layer: Any, layer_name: str, *names: str) -> None:
-    """Raises ValueError if scales of `layer` were not loaded, or not all of them. `names` are their parameters."""
-    if missing := [name for name in names if bool(getattr(layer, name).data.isnan().any())]:
-        raise ValueError(
-            f"{layer_name}: the checkpoint has no {', '.join(missing)}, or not for all parts of this layer, which is "
-            f"quantised: is a file of the checkpoint missing?"
-        )
 
 
 def wrapped(load: Loader, body: Callable[..., Any]) -> Loader:

@@ -18,14 +18,10 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
     Int8ScaledMMLinearKernel,
     Int8ScaledMMLinearLayerConfig,
 )
-from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, int8_w8a8_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-    CompressedTensorsLinearMethod,
-)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8,
 )
@@ -34,10 +30,11 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum
 
 from vllm_ascend.ops import quantized
-from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
+from vllm_ascend.ops.experts import refuse_unsupported_experts
 from vllm_ascend.ops.layout import for_quantised_product
 from vllm_ascend.quantization import COMPRESSED_TENSORS
-from vllm_ascend.quantization.checked_loading import mark_not_loaded, require_loaded
+from vllm_ascend.quantization.completeness import CompleteCheckpoints
+from vllm_ascend.quantization.experts import Int8ExpertsMethod
 
 INT8 = (8, QuantizationType.INT)
 UNQUANTISED_BITS = 16
@@ -89,20 +86,7 @@ class NPUInt8LinearKernel(Int8ScaledMMLinearKernel):
         return quantized.scale_of_static_product(scale * given.scale, self._dtype)
 
 
-class NPUInt8LinearMethod(CompressedTensorsLinearMethod):
-    """Creates and loads parameters as vLLM's method does, and knows which scales nothing was loaded into."""
-
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
-        self._scales = mark_not_loaded(layer)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales were not in the checkpoint."""
-        require_loaded(layer, layer.prefix, *self._scales)
-        super().process_weights_after_loading(layer)
-
-
-class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A8Int8MoEMethod):
+class NPUW8A8Int8MoEMethod(Int8ExpertsMethod, compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A8Int8MoEMethod):
     """Creates and loads parameters as vLLM's method does, which knows no kernels for NPUs."""
 
     def __init__(self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, moe: Any) -> None:
@@ -115,46 +99,14 @@ class NPUW8A8Int8MoEMethod(compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A
         """Raises ValueError for a layer that computes in a way not written for NPUs."""
         refuse_unsupported_experts(layer, self.moe)
         super().create_weights(layer, *args, **kwargs)
-        mark_not_loaded(layer)
-
-    @property
-    def is_monolithic(self) -> bool:
-        """The layer's router chooses the experts before."""
-        return False
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales were not in the checkpoint."""
-        require_loaded(layer, layer.layer_name, "w13_weight_scale", "w2_weight_scale")
-        for name in ("w13", "w2"):
-            scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
-            replace_parameter(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
-            replace_parameter(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
-
-    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
-        scales = {"w1_scale": layer.w13_weight_scale, "w2_scale": layer.w2_weight_scale}
-        return int8_w8a8_moe_quant_config(**scales, a1_scale=None, a2_scale=None, per_act_token_quant=True)
-
-    def apply(  # noqa: PLR0917
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale)
-        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale)
-        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
 
 
 @register_quantization_config(COMPRESSED_TENSORS)
-class NPUCompressedTensorsConfig(CompressedTensorsConfig):
+class NPUCompressedTensorsConfig(CompleteCheckpoints, CompressedTensorsConfig):
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """As vLLM's, with the methods above. Raises ValueError for experts in another scheme."""
         if not isinstance(layer, RoutedExperts):
-            method = super().get_quant_method(layer, prefix)
-            return NPUInt8LinearMethod(self) if type(method) is CompressedTensorsLinearMethod else method
+            return super().get_quant_method(layer, prefix)
         self._add_fused_moe_to_target_scheme_map()
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         first, *others = (self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in projections)

@@ -94,6 +94,10 @@ class Description:
         """Whether there are norms which add something to what they give, as layers after them expect."""
         return any(_NORM_BIAS.search(name) for name in self.kinds)
 
+    def has_no_bias_of_norm(self, tensor: str) -> bool:
+        """Whether `tensor` is the bias of a norm, and this one has none."""
+        return bool(_NORM_BIAS.search(tensor)) and not self.has(tensor)
+
     def refusals(self) -> Iterator[str]:
         """What this platform does not do of it, by name."""
         yield from self._refused_kinds()

@@ -21,13 +21,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_ascend.quantization import MODELSLIM
+from vllm_ascend.quantization.completeness import CompleteCheckpoints
 from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, STATIC, Description
 
 logger = init_logger(__name__)
 
 
 @register_quantization_config(MODELSLIM)
-class ModelSlimConfig(QuantizationConfig):
+class ModelSlimConfig(CompleteCheckpoints, QuantizationConfig):
     """What the layers of a model ask for their methods. It is complete once `maybe_update_config` has run."""
 
     def __init__(self) -> None:
@@ -74,6 +75,10 @@ class ModelSlimConfig(QuantizationConfig):
     @property
     def norms_add_bias(self) -> bool:
         return self._described().norms_add_bias
+
+    def may_lack(self, parameter: str) -> bool:
+        """Biases of norms, which are 0 where the checkpoint has none."""
+        return self._described().has_no_bias_of_norm(parameter)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Raises ValueError for a layer that cannot be computed as it is described."""

@@ -10,47 +10,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from vllm_ascend.ops import quantized
-from vllm_ascend.ops.experts import own_experts, refuse_unsupported_experts
-from vllm_ascend.ops.four_bits import DEPTH_STEP, pack_for_product, scale_in_bits
+from vllm_ascend.ops.experts import refuse_unsupported_experts
+from vllm_ascend.ops.four_bits import DEPTH_STEP, packed_for_product, scale_in_bits
 from vllm_ascend.ops.layout import for_quantised_product
-from vllm_ascend.quantization.checked_loading import (
-    Loader,
-    checked,
-    not_loaded,
-    require_loaded,
-    symmetric,
-    wrapped,
-)
+from vllm_ascend.quantization.checked_loading import Loader, checked, symmetric, wrapped
 from vllm_ascend.quantization.description import DYNAMIC, FLOAT, FOUR_BITS
+from vllm_ascend.quantization.experts import WEIGHTS, Int8ExpertsMethod, QuantisedExpertsMethod
 
 CHANNEL, GROUP = FusedMoeWeightScaleSupported.CHANNEL.value, FusedMoeWeightScaleSupported.GROUP.value
 """How vLLM divides a tensor of w2 among devices: not at all, or as the inputs."""
 PARTS = 16
-WEIGHTS = ("w13", "w2")
 
 
-class _QuantisedExpertsMethod(FusedMoEMethodBase):
-    @property
-    def is_monolithic(self) -> bool:
-        """The layer's router chooses the experts before."""
-        return False
-
-    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
-        """None: what vLLM's own kernels would ask is asked by nobody here."""
-        return None
+class _Parameters:
+    """Registers those that both kinds have."""
 
     def _register(  # noqa: PLR0917
         self, layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Loader, divided: str = CHANNEL
     ) -> None:
-        values = not_loaded(*shape) if dtype == torch.float32 else torch.empty(shape, dtype=dtype)
-        parameter = torch.nn.Parameter(values, requires_grad=False)
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         loader = checked(load, layer.layer_name, integers=dtype == torch.int8)
         layer.register_parameter(name, parameter)
         set_weight_attrs(parameter, {"weight_loader": loader, "quant_method": divided})
@@ -62,7 +46,7 @@ class _QuantisedExpertsMethod(FusedMoEMethodBase):
                 self._register(layer, f"{name}_{part}", (experts, outputs, 1), torch.float32, loader)
 
 
-class DynamicExpertsMethod(_QuantisedExpertsMethod):
+class DynamicExpertsMethod(_Parameters, Int8ExpertsMethod):
     """W8A8_DYNAMIC."""
 
     def create_weights(
@@ -84,29 +68,11 @@ class DynamicExpertsMethod(_QuantisedExpertsMethod):
         self._register_scales(layer, experts, inner, hidden, weight_loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales were not in the checkpoint."""
-        for name in WEIGHTS:
-            require_loaded(layer, layer.layer_name, f"{name}_weight_scale")
-            replace_parameter(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
-            scale = getattr(layer, f"{name}_weight_scale").data.flatten(1)
-            replace_parameter(layer, f"{name}_weight_scale", quantized.scale_of_experts(scale, self.moe.in_dtype))
-            replace_parameter(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
-
-    def apply(  # noqa: PLR0917
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale)
-        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale)
-        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
+        _flatten_offsets(layer)
+        super().process_weights_after_loading(layer)
 
 
-class FourBitExpertsMethod(_QuantisedExpertsMethod):
+class FourBitExpertsMethod(_Parameters, QuantisedExpertsMethod):
     """W4A8_DYNAMIC."""
 
     def create_weights(
@@ -142,27 +108,16 @@ class FourBitExpertsMethod(_QuantisedExpertsMethod):
         self._register(layer, "w2_scale_bias", (experts, hidden, PARTS // devices), torch.float32, sums, GROUP)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales or sums were not in the checkpoint."""
+        _flatten_offsets(layer)
         for name in WEIGHTS:
-            require_loaded(layer, layer.layer_name, f"{name}_weight_scale", f"{name}_scale_bias")
-            replace_parameter(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
             scale = getattr(layer, f"{name}_weight_scale").data
             replace_parameter(layer, f"{name}_weight_scale", scale_in_bits(scale.transpose(1, 2)))
             replace_parameter(layer, f"{name}_scale_bias", getattr(layer, f"{name}_scale_bias").data.sum(2))
-            replace_parameter(layer, f"{name}_weight", pack_for_product(getattr(layer, f"{name}_weight").data))
+            replace_parameter(layer, f"{name}_weight", for_quantised_product(getattr(layer, f"{name}_weight").data))
 
-    def apply(  # noqa: PLR0917
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any = None,
-        shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        w13 = quantized.ExpertWeights(layer.w13_weight, layer.w13_weight_scale, layer.w13_scale_bias)
-        w2 = quantized.ExpertWeights(layer.w2_weight, layer.w2_weight_scale, layer.w2_scale_bias)
-        return quantized.run_quantised_experts(x, topk_weights, topk_ids, w13, w2, own_experts(self.moe))
+    def weights_for_product(self, layer: Any, name: str) -> quantized.ExpertWeights:
+        weight, scale, sums = (getattr(layer, f"{name}_{part}") for part in ("weight", "weight_scale", "scale_bias"))
+        return quantized.ExpertWeights(packed_for_product(weight), scale, sums)
 
 
 def method(layer: Any, kind: str) -> FusedMoEMethodBase:
@@ -173,6 +128,11 @@ def method(layer: Any, kind: str) -> FusedMoEMethodBase:
         FOUR_BITS: FourBitExpertsMethod,
     }
     return methods[kind](layer.moe_config)
+
+
+def _flatten_offsets(layer: Any) -> None:
+    for name in WEIGHTS:
+        replace_parameter(layer, f"{name}_weight_offset", getattr(layer, f"{name}_weight_offset").data.flatten(1))
 
 
 def _as_scale(load: Loader) -> Loader:

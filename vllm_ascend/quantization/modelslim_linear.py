@@ -26,14 +26,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from vllm_ascend.ops import quantized
 from vllm_ascend.ops.layout import for_quantised_product
-from vllm_ascend.quantization.checked_loading import (
-    Loader,
-    checked,
-    not_loaded,
-    require_loaded,
-    scales_in_bits,
-    symmetric,
-)
+from vllm_ascend.quantization.checked_loading import Loader, checked, scales_in_bits, symmetric
 from vllm_ascend.quantization.description import STATIC
 
 MOST_OUTPUTS: Final = 65535
@@ -68,8 +61,6 @@ class DynamicLinearMethod(LinearMethodBase):
         _register_scales(layer, outputs, weight_loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales were not in the checkpoint."""
-        require_loaded(layer, layer.prefix, "weight_scale")
         for name in ("weight_scale", "weight_offset"):
             replace_parameter(layer, name, getattr(layer, name).data.flatten())
         replace_parameter(layer, "weight", for_quantised_product(layer.weight.data))
@@ -112,15 +103,14 @@ class StaticLinearMethod(LinearMethodBase):
         if self._with_scales:
             _register_scales(layer, outputs, weight_loader)
         for name in ("input_scale", "input_offset"):
-            of_parts = not_loaded(len(output_partition_sizes))
+            of_parts = torch.empty(len(output_partition_sizes), dtype=torch.float32)
             layer.register_parameter(name, PerTensorScaleParameter(data=of_parts, weight_loader=weight_loader))
         integers, floats = (checked(weight_loader, layer.prefix, integers=each) for each in (True, False))
         _register_channels(layer, "quant_bias", torch.empty(outputs, dtype=torch.int32), integers)
-        _register_channels(layer, "deq_scale", not_loaded(outputs), scales_in_bits(floats))
+        _register_channels(layer, "deq_scale", torch.empty(outputs, dtype=torch.float32), scales_in_bits(floats))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError if scales are missing, or the parts of the layer quantise their input in different ways."""
-        require_loaded(layer, layer.prefix, "input_scale", "input_offset", "deq_scale")
+        """Raises ValueError if the parts of the layer quantise their input in different ways."""
         scale, offset = (self._common(layer, name) for name in ("input_scale", "input_offset"))
         given = quantized.static_input(scale, offset, self._dtype)
         of_product = layer.deq_scale.data / scale * given.scale
@@ -162,7 +152,7 @@ def _register_scales(layer: Any, outputs: int, load: Loader) -> None:
     floats = checked(load, layer.prefix, integers=False)
     loaders = {"weight_scale": floats, "weight_offset": symmetric(floats, layer.prefix)}
     for name, loader in loaders.items():
-        _register_channels(layer, name, not_loaded(outputs, 1), loader)
+        _register_channels(layer, name, torch.empty(outputs, 1, dtype=torch.float32), loader)
 
 
 def _register_channels(layer: Any, name: str, values: torch.Tensor, loader: Loader) -> None:
