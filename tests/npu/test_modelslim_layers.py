@@ -84,10 +84,11 @@ def tensors(checkpoint: str, layer: str) -> Tensors:
     return {name.removeprefix(f"{layer}."): each for name, each in found.items() if name.startswith(f"{layer}.")}
 
 
-def gate_up(checkpoint: str) -> Any:
+def gate_up(checkpoint: str, described: Description | None = None) -> Any:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-    layer = made(MergedColumnParallelLinear, checkpoint, 256, [512, 512], bias=False, prefix=f"{MLP}.gate_up_proj")
+    options: dict[str, Any] = {"bias": False, "prefix": f"{MLP}.gate_up_proj", "described": described}
+    layer = made(MergedColumnParallelLinear, checkpoint, 256, [512, 512], **options)
     for shard, name in enumerate(("gate_proj", "up_proj")):
         for part, tensor in tensors(checkpoint, f"{MLP}.{name}").items():
             parameter = getattr(layer, part)
@@ -99,7 +100,7 @@ def gate_up(checkpoint: str) -> Any:
 def down(checkpoint: str) -> Any:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    options = {"bias": False, "reduce_results": False, "prefix": f"{MLP}.down_proj"}
+    options: dict[str, Any] = {"bias": False, "reduce_results": False, "prefix": f"{MLP}.down_proj"}
     layer = made(RowParallelLinear, checkpoint, 512, 256, **options)
     for part, tensor in tensors(checkpoint, f"{MLP}.down_proj").items():
         parameter = getattr(layer, part)
@@ -108,9 +109,11 @@ def down(checkpoint: str) -> Any:
     return layer
 
 
-def made(kind: type, checkpoint: str, *sizes: Any, **options: Any) -> Any:
+def made(kind: type, checkpoint: str, *sizes: Any, described: Description | None = None, **options: Any) -> Any:
+    quant_config = config(checkpoint)
+    quant_config.description = described or quant_config.description
     with torch.device(NPU):
-        return kind(*sizes, quant_config=config(checkpoint), return_bias=False, **options)
+        return kind(*sizes, quant_config=quant_config, return_bias=False, **options)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -162,6 +165,15 @@ def test_static_layers(make: Any, root: Path, dtype: torch.dtype) -> None:
     x = random(7, 256, dtype=dtype)
     parts = [static(x, tensors(checkpoint, f"{MLP}.{name}")) for name in ("gate_proj", "up_proj")]
     assert_same(gate_up(checkpoint)(x.to(NPU)), torch.cat(parts, -1))
+
+
+def test_mixed_layers_compute_as_dynamic_ones(root: Path, dtype: torch.dtype) -> None:
+    """Older static layers have the tensors of both kinds."""
+    checkpoint, x = checkpoints.modelslim_static(root), random(7, 256, dtype=dtype)
+    parts = [dynamic(x, tensors(checkpoint, f"{MLP}.{name}")) for name in ("gate_proj", "up_proj")]
+    described = config(checkpoint).description
+    mixed = Description({name: "W8A8_MIX" if kind == "W8A8" else kind for name, kind in described.kinds.items()})
+    assert_same(gate_up(checkpoint, mixed)(x.to(NPU)), torch.cat(parts, -1))
 
 
 def test_static_layers_made_for_float16(root: Path) -> None:

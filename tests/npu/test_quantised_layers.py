@@ -305,6 +305,36 @@ def test_an_expert_in_two_schemes_is_refused() -> None:
         method_of_experts({}, ignore=["re:.*down_proj$"])
 
 
+def config_of(weights: dict[str, Any]) -> Any:
+    from vllm_ascend.quantization.compressed_tensors import NPUCompressedTensorsConfig
+
+    group = {"targets": ["Linear"], "weights": {**CHANNELS, **weights}, "input_activations": TOKENS}
+    return NPUCompressedTensorsConfig.from_config({"format": "int-quantized", "config_groups": {"group_0": group}})
+
+
+def test_scales_of_whole_matrices_are_loaded_for_each_part_of_a_layer() -> None:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    with torch.device(NPU):
+        sizes, config = (INPUTS, [OUTPUTS, OUTPUTS]), config_of({"strategy": "tensor"})
+        layer: Any = MergedColumnParallelLinear(*sizes, bias=False, prefix="gate_up_proj", quant_config=config)
+    for part, scale in enumerate((0.25, 0.5)):
+        layer.weight_scale.weight_loader(layer.weight_scale, torch.tensor([scale]), part)
+        layer.weight.weight_loader(layer.weight, integers(OUTPUTS, INPUTS), part)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight_scale.tolist() == [0.25] * OUTPUTS + [0.5] * OUTPUTS
+
+
+def test_a_layer_with_longer_rows_than_a_product_takes_is_refused_by_name() -> None:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+    named = {"bias": False, "quant_config": config_of({})}
+    with pytest.raises(ValueError, match=r"gate_up_proj has 80000 outputs on a device, .* at most 65535: divide"):
+        MergedColumnParallelLinear(INPUTS, [40000, 40000], prefix="gate_up_proj", **named)
+    with pytest.raises(ValueError, match=r"down_proj has 70000 inputs on a device, .* at most 65535: divide"):
+        RowParallelLinear(70000, OUTPUTS, prefix="down_proj", **named)
+
+
 def experts_method(moe: Any) -> Any:
     from vllm_ascend.quantization.compressed_tensors import NPUW8A8Int8MoEMethod
 

@@ -13,11 +13,24 @@ take weights as `layout.for_quantised_product` returns them, and scales as these
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
 from vllm_ascend.ops.experts import COUNTS, Range, combine, route
+
+LONGEST_ROW: Final = 65535
+"""Documented for npu_quant_matmul: how many inputs and outputs its matrices may have."""
+
+
+def refuse_long_rows(layer: str, inputs: int, outputs: int) -> None:
+    """Raises ValueError for a linear layer that has more inputs or outputs, on a device, than a product takes."""
+    for what, count in (("inputs", inputs), ("outputs", outputs)):
+        if count > LONGEST_ROW:
+            raise ValueError(
+                f"{layer} has {count} {what} on a device, and a quantised layer on NPUs at most {LONGEST_ROW}: divide "
+                f"it among more devices (--tensor-parallel-size), or quantise the model without it"
+            )
 
 
 class StaticInput(NamedTuple):

@@ -20,8 +20,12 @@ from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import (
 )
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8,
 )
@@ -86,6 +90,18 @@ class NPUInt8LinearKernel(Int8ScaledMMLinearKernel):
         return quantized.scale_of_static_product(scale * given.scale, self._dtype)
 
 
+@register_weight_loader_v2_supported_method
+class NPUInt8LinearMethod(CompressedTensorsLinearMethod):
+    """Creates and loads parameters as vLLM's method does."""
+
+    def create_weights(
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *args: Any, **kwargs: Any
+    ) -> None:
+        """Raises ValueError for a layer with more inputs or outputs than a device takes."""
+        quantized.refuse_long_rows(layer.prefix, input_size_per_partition, sum(output_partition_sizes))
+        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+
+
 class NPUW8A8Int8MoEMethod(Int8ExpertsMethod, compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A8Int8MoEMethod):
     """Creates and loads parameters as vLLM's method does, which knows no kernels for NPUs."""
 
@@ -106,7 +122,8 @@ class NPUCompressedTensorsConfig(CompleteCheckpoints, CompressedTensorsConfig):
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """As vLLM's, with the methods above. Raises ValueError for experts in another scheme."""
         if not isinstance(layer, RoutedExperts):
-            return super().get_quant_method(layer, prefix)
+            method = super().get_quant_method(layer, prefix)
+            return NPUInt8LinearMethod(self) if type(method) is CompressedTensorsLinearMethod else method
         self._add_fused_moe_to_target_scheme_map()
         projections = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         first, *others = (self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in projections)

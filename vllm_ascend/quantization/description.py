@@ -17,15 +17,17 @@ FILE: Final = "quant_model_description.json"
 FLOAT: Final = "FLOAT"
 STATIC: Final = "W8A8"
 DYNAMIC: Final = "W8A8_DYNAMIC"
+MIXED: Final = "W8A8_MIX"
 FOUR_BITS: Final = "W4A8_DYNAMIC"
 
 TENSORS: Final = {
     STATIC: ("input_scale", "input_offset", "quant_bias", "deq_scale"),
     DYNAMIC: ("weight_scale", "weight_offset"),
+    MIXED: ("weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale"),
     FOUR_BITS: ("weight_scale", "weight_offset", "scale_bias"),
 }
 """What a layer has beside its weight."""
-ALLOWED: Final = {False: {FLOAT, STATIC, DYNAMIC}, True: {FLOAT, DYNAMIC, FOUR_BITS}}
+ALLOWED: Final = {False: {FLOAT, STATIC, DYNAMIC, MIXED}, True: {FLOAT, DYNAMIC, FOUR_BITS}}
 """For layers outside of experts, and inside."""
 QUANTISED_ELSEWHERE: Final = {
     "kv_cache_type": "a quantised KV cache",
@@ -102,6 +104,11 @@ class Description:
         """What this platform does not do of it, by name."""
         yield from self._refused_kinds()
         yield from self._incomplete_layers()
+        if self.norms_add_bias and (mixed := [name for name, kind in self.kinds.items() if kind == MIXED]):
+            yield (
+                f"norms with a bias before layers in {MIXED}, whose quant_bias alone takes it off again, which is not "
+                f"added to dynamic products ({_some(mixed)})"
+            )
         for key, what in QUANTISED_ELSEWHERE.items():
             if value := self.whole.get(key):
                 yield f"{what} ({FILE} has {key}={value!r})"

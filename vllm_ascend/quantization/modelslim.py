@@ -22,7 +22,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_ascend.quantization import MODELSLIM
 from vllm_ascend.quantization.completeness import CompleteCheckpoints
-from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, STATIC, Description
+from vllm_ascend.quantization.description import DYNAMIC, FILE, FLOAT, MIXED, STATIC, Description
 
 logger = init_logger(__name__)
 
@@ -110,7 +110,8 @@ class ModelSlimConfig(CompleteCheckpoints, QuantizationConfig):
         if kind == STATIC:
             with_scales = any(self._described().has(f"{part}.weight_scale") for part in parts)
             return modelslim_linear.StaticLinearMethod(with_scales=with_scales)
-        return modelslim_linear.DynamicLinearMethod() if kind == DYNAMIC else modelslim_linear.FloatLinearMethod()
+        methods = {DYNAMIC: modelslim_linear.DynamicLinearMethod, MIXED: modelslim_linear.MixedLinearMethod}
+        return methods.get(kind, modelslim_linear.FloatLinearMethod)()
 
     def _kind_of_experts(self, layer: Any, prefix: str) -> str:
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)

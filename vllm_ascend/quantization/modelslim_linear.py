@@ -7,7 +7,7 @@ layer, so that of several devices which add up their results only the first one 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -28,9 +28,6 @@ from vllm_ascend.ops import quantized
 from vllm_ascend.ops.layout import for_quantised_product
 from vllm_ascend.quantization.checked_loading import Loader, checked, scales_in_bits, symmetric
 from vllm_ascend.quantization.description import STATIC
-
-MOST_OUTPUTS: Final = 65535
-"""Documented for npu_quant_matmul: the length of the rows of its matrices."""
 
 
 @register_weight_loader_v2_supported_method
@@ -55,7 +52,7 @@ class DynamicLinearMethod(LinearMethodBase):
         weight_loader: Loader,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for a layer with more outputs than a device takes."""
+        """Raises ValueError for a layer with more inputs or outputs than a device takes."""
         outputs = sum(output_partition_sizes)
         _register_weight(layer, outputs, input_size_per_partition, weight_loader)
         _register_scales(layer, outputs, weight_loader)
@@ -67,6 +64,29 @@ class DynamicLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return quantized.dynamic_linear(x, layer.weight, layer.weight_scale, bias)
+
+
+@register_weight_loader_v2_supported_method
+class MixedLinearMethod(DynamicLinearMethod):
+    """W8A8_MIX: checkpoints for prefill and decode on different instances have the tensors of both kinds.
+
+    Activations are quantised for each token, but for instances that only decode what others have prefilled. There are
+    none on this platform, and what only they would compute with stays as it was loaded.
+    """
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        weight_loader: Loader,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ValueError as `DynamicLinearMethod` does."""
+        sizes = input_size_per_partition, output_partition_sizes
+        super().create_weights(layer, *sizes, *args, weight_loader=weight_loader, **kwargs)
+        _register_static_input(layer, output_partition_sizes, weight_loader)
 
 
 @register_weight_loader_v2_supported_method
@@ -92,7 +112,7 @@ class StaticLinearMethod(LinearMethodBase):
         weight_loader: Loader,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for a layer with too many outputs, or whose caller adds its bias, a second time then."""
+        """Raises ValueError for a layer that is too large, or whose caller adds its bias, a second time then."""
         if layer.has_bias and layer.skip_bias_add:
             raise ValueError(f"{layer.prefix} in {STATIC} has a bias that its caller adds, which quant_bias contains")
         self._dtype = params_dtype
@@ -102,12 +122,7 @@ class StaticLinearMethod(LinearMethodBase):
         _register_weight(layer, outputs, input_size_per_partition, weight_loader)
         if self._with_scales:
             _register_scales(layer, outputs, weight_loader)
-        for name in ("input_scale", "input_offset"):
-            of_parts = torch.empty(len(output_partition_sizes), dtype=torch.float32)
-            layer.register_parameter(name, PerTensorScaleParameter(data=of_parts, weight_loader=weight_loader))
-        integers, floats = (checked(weight_loader, layer.prefix, integers=each) for each in (True, False))
-        _register_channels(layer, "quant_bias", torch.empty(outputs, dtype=torch.int32), integers)
-        _register_channels(layer, "deq_scale", torch.empty(outputs, dtype=torch.float32), scales_in_bits(floats))
+        _register_static_input(layer, output_partition_sizes, weight_loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises ValueError if the parts of the layer quantise their input in different ways."""
@@ -138,11 +153,7 @@ class StaticLinearMethod(LinearMethodBase):
 
 
 def _register_weight(layer: Any, outputs: int, inputs: int, load: Loader) -> None:
-    if outputs > MOST_OUTPUTS:
-        raise ValueError(
-            f"{layer.prefix} has {outputs} outputs on a device, and a quantised layer on NPUs at most {MOST_OUTPUTS}: "
-            f"divide it among more devices (--tensor-parallel-size), or quantise the model without it"
-        )
+    quantized.refuse_long_rows(layer.prefix, inputs, outputs)
     values, loader = torch.empty(outputs, inputs, dtype=torch.int8), checked(load, layer.prefix, integers=True)
     weight = ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=loader)
     layer.register_parameter("weight", weight)
@@ -153,6 +164,16 @@ def _register_scales(layer: Any, outputs: int, load: Loader) -> None:
     loaders = {"weight_scale": floats, "weight_offset": symmetric(floats, layer.prefix)}
     for name, loader in loaders.items():
         _register_channels(layer, name, torch.empty(outputs, 1, dtype=torch.float32), loader)
+
+
+def _register_static_input(layer: Any, output_partition_sizes: list[int], load: Loader) -> None:
+    outputs = sum(output_partition_sizes)
+    for name in ("input_scale", "input_offset"):
+        of_parts = torch.empty(len(output_partition_sizes), dtype=torch.float32)
+        layer.register_parameter(name, PerTensorScaleParameter(data=of_parts, weight_loader=load))
+    integers, floats = (checked(load, layer.prefix, integers=each) for each in (True, False))
+    _register_channels(layer, "quant_bias", torch.empty(outputs, dtype=torch.int32), integers)
+    _register_channels(layer, "deq_scale", torch.empty(outputs, dtype=torch.float32), scales_in_bits(floats))
 
 
 def _register_channels(layer: Any, name: str, values: torch.Tensor, loader: Loader) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vllm_ascend.quantization.description import (
     DYNAMIC,
     FLOAT,
     FOUR_BITS,
+    MIXED,
     STATIC,
     TENSORS,
     Description,
@@ -21,7 +23,7 @@ from vllm_ascend.quantization.description import (
 
 ATTENTION = "model.layers.0.self_attn"
 EXPERTS = "model.layers.0.mlp.experts"
-DENSE_KINDS, EXPERT_KINDS = (FLOAT, STATIC, DYNAMIC), (FLOAT, DYNAMIC, FOUR_BITS)
+DENSE_KINDS, EXPERT_KINDS = (FLOAT, STATIC, DYNAMIC, MIXED), (FLOAT, DYNAMIC, FOUR_BITS)
 
 
 def described(layers: dict[str, str], **whole: Any) -> Description:
@@ -77,7 +79,7 @@ def test_what_is_no_json_is_refused_with_the_name_of_the_file(text: str) -> None
 def test_other_kinds_are_refused_with_their_layers(layers: dict[str, str], kind: str) -> None:
     refused = list(described({**layers, "model.layers.77.odd_proj": kind}).refusals())
     assert refused == [
-        f"ModelSlim's kind {kind} for layers (model.layers.77.odd_proj; there are FLOAT, W8A8, W8A8_DYNAMIC)"
+        f"ModelSlim's kind {kind} for layers (model.layers.77.odd_proj; there are FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX)"
     ]
 
 
@@ -142,3 +144,14 @@ def test_norms_may_add_a_bias() -> None:
     assert not Description(plain).norms_add_bias
     assert Description({**plain, "model.layers.0.input_layernorm.bias": FLOAT}).norms_add_bias
     assert Description({**plain, "model.norm.bias": FLOAT}).norms_add_bias
+
+
+def test_norms_with_a_bias_are_refused_where_only_the_static_half_of_a_layer_takes_it_off() -> None:
+    layer = f"{ATTENTION}.q_proj"
+    for kind in (STATIC, DYNAMIC, MIXED):
+        description = described({layer: kind}, version="1.0.0")
+        description.kinds["model.layers.0.input_layernorm.bias"] = FLOAT
+        refused = list(description.refusals())
+        expected = f"before layers in W8A8_MIX, whose quant_bias alone takes it off again, .* products \\({layer}"
+        assert len(refused) == (kind == MIXED)
+        assert all(re.search(expected, each) for each in refused)
