@@ -80,7 +80,8 @@ def _watching(load: Callable[..., Any]) -> Callable[..., Any]:
             places = [*_places(model, watched.config)]
             with Writes(place.tensor for place in places) as writes:
                 result = load(model, *args, **kwargs)
-            _require_complete(places, writes, watched.config)
+            layers = set(model.modules())  # a load may remove some, as the head of what becomes a classifier
+            _require_complete([each for each in places if each.layer in layers], writes, watched.config)
             watched.loaded = True
         finally:
             if watched is not None:

@@ -259,3 +259,14 @@ def test_a_class_may_inherit_how_it_loads() -> None:
     watch(model, Config())
     with pytest.raises(IncompleteCheckpoint, match=r"no experts\.3\.down_proj\.weight_scale, or"):
         model.load_weights(checkpoint().items())
+
+
+def test_what_a_load_removes_from_a_model_needs_no_weights() -> None:
+    class Classifier(Model):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights(weights)
+            del self.lm_head
+
+    model = Classifier()
+    watch(model, Config())
+    model.load_weights((name, tensor) for name, tensor in checkpoint().items() if name != "lm_head.weight")
