@@ -83,11 +83,11 @@ wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 check-tests: $(INSTALLED)
-	$(BIN)/python -m pytest -m "$(CHOICE)" $(TESTS)
+	$(BIN)/python -X faulthandler -m pytest -m "$(CHOICE)" $(TESTS)
 
 check-npu: $(NPU_INSTALLED)
 	$(MAKE) -C csrc/cann_sim sanitize check check-operators PYTHON=$(abspath $(NPU_VENV))/bin/python
-	CANN_SIM_ASYNC=1 $(ON_NPU) python -m pytest -m "$(CHOICE)" $(NPU_TESTS)
+	CANN_SIM_ASYNC=1 $(ON_NPU) python -X faulthandler -m pytest -m "$(CHOICE)" $(NPU_TESTS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -223,16 +223,13 @@ static void *work_off_queue(void *argument)
 /* With the lock held: a thread that works off the queue, if there is none yet. */
 static aclError start_worker(const char *function, sim_stream *stream)
 {
-    pthread_t worker;
-
     if (stream->has_worker)
         return ACL_SUCCESS;
     sim_hold(&stream->object);
-    if (pthread_create(&worker, NULL, work_off_queue, stream)) {
+    if (pthread_create(&stream->worker, NULL, work_off_queue, stream)) {
         sim_let_go(&stream->object);
         return sim_fail(function, ACL_ERROR_RT_RESOURCE_ALLOC_FAIL, "the host has no thread left");
     }
-    pthread_detach(worker);
     stream->has_worker = true;
     return ACL_SUCCESS;
 }
@@ -396,14 +393,31 @@ static void leave_list(const sim_stream *stream)
     pthread_mutex_unlock(&list_lock);
 }
 
+/* Ends the thread of a closed stream. One that was `idle` is gone when this returns: torch-npu destroys its streams when
+ * the process ends, and a thread that still ended then would clean up after itself in libraries that are gone. */
+static void end_worker(sim_stream *stream, bool idle)
+{
+    if (!stream->has_worker)
+        return;
+    if (idle && !pthread_equal(stream->worker, pthread_self()))
+        pthread_join(stream->worker, NULL);
+    else
+        pthread_detach(stream->worker);
+}
+
 void sim_close_stream(sim_stream *stream)
 {
+    bool idle;
+
     leave_list(stream);
     sim_give_streams(stream->device, 1);
     pthread_mutex_lock(&stream->lock);
+    idle = !has_work(stream);
     stream->closing = true;
     pthread_cond_broadcast(&stream->changed);
     pthread_mutex_unlock(&stream->lock);
+
+    end_worker(stream, idle);
     sim_let_go(&stream->object);
 }
 

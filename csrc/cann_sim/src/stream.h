@@ -50,6 +50,7 @@ typedef struct sim_stream {
     sim_queued *queue, **queue_end;
     bool running, has_worker, closing;
     pthread_t runner; /* if running */
+    pthread_t worker; /* if it has one: a thread that is joined or detached when the stream is closed */
     aclError error;
     char error_text[256];
 

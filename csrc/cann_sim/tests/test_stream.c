@@ -1,3 +1,4 @@
+#include <dirent.h>
 #include <pthread.h>
 #include <string.h>
 
@@ -294,6 +295,37 @@ static void of_others(unsigned rank, unsigned size)
     CHECK("another process gets none", alone(too_late));
 }
 
+static int threads(void)
+{
+    DIR *tasks = opendir("/proc/self/task");
+    int count = 0;
+
+    for (struct dirent *entry; (entry = readdir(tasks));)
+        count += entry->d_name[0] != '.';
+    closedir(tasks);
+    return count;
+}
+
+static void no_threads_left(unsigned rank, unsigned size)
+{
+    aclrtStream stream;
+    gate_state gate;
+    aclmdlRI graph;
+    int before;
+
+    UNUSED_RANK;
+    setenv("CANN_SIM_ASYNC", "1", 1);
+    aclrtSetDevice(0);
+    before = threads();
+    aclrtCreateStream(&stream);
+    graph = make_gate(&gate, stream, ACL_SUCCESS);
+    CHECK("work that takes time has a thread", !aclmdlRIExecuteAsync(graph, stream) && threads() == before + 1);
+    open_gate(&gate);
+    CHECK("an idle stream keeps it", !aclrtSynchronizeStream(stream) && threads() == before + 1);
+    CHECK("until it is destroyed", !aclrtDestroyStream(stream) && threads() == before);
+    CHECK("the graph can be destroyed", !aclmdlRIDestroy(graph));
+}
+
 int main(void)
 {
     CHECK("handles", alone(handles));
@@ -301,6 +333,7 @@ int main(void)
     CHECK("asynchronous", alone(asynchronous));
     CHECK("failing", alone(failing));
     CHECK("destroyed while busy", alone(destroyed_while_busy));
+    CHECK("no threads left", alone(no_threads_left));
     CHECK("submitting from within", alone(submitting_from_within));
     CHECK("many threads", alone(many_threads));
     CHECK("too many", alone(too_many));
