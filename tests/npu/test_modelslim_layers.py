@@ -396,6 +396,40 @@ def test_a_bias_that_vllm_would_leave_out_is_refused(root: Path) -> None:
     RowParallelLinear(512, 256, bias=True, quant_config=checkpoint, prefix=f"{MLP}.down_proj")
 
 
+def test_a_static_layer_whose_caller_adds_its_bias_is_refused(root: Path) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    options: dict[str, Any] = {"bias": True, "skip_bias_add": True, "prefix": f"{MLP}.down_proj"}
+    with pytest.raises(
+        ValueError, match=r"down_proj in W8A8 has a bias that its caller adds, which quant_bias contains"
+    ):
+        made(RowParallelLinear, checkpoints.modelslim_static(root), 512, 256, **options)
+
+
+@pytest.mark.parametrize("kind", ["W8A8_DYNAMIC", "W4A8_DYNAMIC"])
+def test_experts_that_compute_in_another_way_are_refused_by_name(kind: str) -> None:
+    from vllm_ascend.quantization import modelslim_experts
+
+    layer = experts_layer()
+    layer.swiglu_limit = 7.0
+    method = modelslim_experts.method(layer, kind)
+    with pytest.raises(ValueError, match=rf"{MLP}\.experts: experts with a limit of the activation are not supported"):
+        method.create_weights(layer, 8, 256, 128, torch.bfloat16, weight_loader=layer.weight_loader)
+
+
+def test_experts_with_biases_in_the_checkpoint_are_refused(root: Path) -> None:
+    quant_config, layer = config(checkpoints.modelslim_experts(root)), experts_layer()
+    names = {f"ckpt_{name}_proj_name": f"{name}_proj" for name in ("gate", "up", "down")}
+    vars(layer).update(names, global_num_experts=8)
+    assert quant_config.get_quant_method(layer, f"{MLP}.experts") is not None
+    biases = {f"{MLP}.experts.{expert}.up_proj.bias": "FLOAT" for expert in range(3)}
+    quant_config.description = Description({**quant_config.description.kinds, **biases})
+    with pytest.raises(
+        ValueError, match=rf"with biases are not supported on NPUs: {MLP}\.experts\.0\.up_proj and 2 more"
+    ):
+        quant_config.get_quant_method(layer, f"{MLP}.experts")
+
+
 def test_parts_must_quantise_their_input_in_one_way(root: Path) -> None:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 

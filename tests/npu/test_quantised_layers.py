@@ -300,6 +300,20 @@ def test_experts_in_other_schemes_are_refused(group: dict[str, Any], reason: str
         method_of_experts(group)
 
 
+def test_experts_that_compute_in_another_way_are_refused_by_name() -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    layer = SimpleNamespace(
+        layer_name="mlp.experts",
+        apply_router_weight_on_input=True,
+        activation=MoEActivation.SILU,
+        swiglu_limit=None,
+        expert_placement_strategy="linear",
+    )
+    with pytest.raises(ValueError, match=r"mlp\.experts: experts with router weights on the input are not supported"):
+        experts_method(SimpleNamespace(has_bias=False)).create_weights(layer)
+
+
 def test_an_expert_in_two_schemes_is_refused() -> None:
     with pytest.raises(ValueError, match="the projections of an expert have different schemes"):
         method_of_experts({}, ignore=["re:.*down_proj$"])
