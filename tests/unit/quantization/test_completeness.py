@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -114,6 +115,9 @@ class Model(nn.Module):
         self.down_proj: Any = RowParallelLinear(6, 8, bias=False, reduce_results=False)
         self.experts: Any = experts(4, here=[2, 3])
         self.norm = nn.LayerNorm(8)
+        self.attention: Any = nn.Module()
+        self.attention.quant_method = BaseKVCacheMethod(cast("Any", None))
+        self.attention.k_scale = nn.Parameter(torch.tensor(-1.0), requires_grad=False)
         self.lm_head: Any = ParallelLMHead(100, 8)
         if tied:
             self.lm_head.tie_weights(self.embed)
@@ -208,6 +212,13 @@ def test_a_complete_load_changes_nothing_else() -> None:
     assert not model.norm.weight.any()
 
 
+def test_a_fused_parameter_that_lies_otherwise_is_named_as_a_whole() -> None:
+    model = watched()
+    model.gate_up_proj.weight.data = model.gate_up_proj.weight.data.t().contiguous().t()
+    with pytest.raises(IncompleteCheckpoint, match=r"no gate_up_proj\.weight, or"):
+        model.load_weights((name, tensor) for name, tensor in checkpoint().items() if name != "up_proj.weight")
+
+
 def test_a_rank_needs_no_experts_of_others_and_a_tied_head_nothing() -> None:
     weights = {name: tensor for name, tensor in checkpoint().items() if not name.startswith((*OTHER_RANKS, "lm_head"))}
     watched(tied=True).load_weights(weights.items())
@@ -236,7 +247,8 @@ def reload(model: Model, weights: Weights) -> None:
 def test_a_reload_of_layers_in_place_is_complete_too(tied: bool) -> None:
     model = watched(tied=tied)
     for layer in model.modules():
-        vars(layer)["quant_method"] = None  # what vLLM makes of weights on CPUs cannot take others
+        if layer is not model.attention:
+            vars(layer)["quant_method"] = None  # what vLLM makes of weights on CPUs cannot take others
     ones = {name: tensor for name, tensor in checkpoint().items() if not (tied and name == "lm_head.weight")}
     model.load_weights(ones.items())
     twos = {name: tensor + 1 for name, tensor in ones.items()}
