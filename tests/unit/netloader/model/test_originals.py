@@ -263,6 +263,22 @@ def test_weights_that_are_tied_after_loading_are_served_from_the_one_that_is_lef
     assert served.contents == served.before
 
 
+@pytest.mark.parametrize("name", ["embed", "weight", "experts"])
+def test_a_change_that_nobody_has_told_of_is_found_in_what_is_served(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(Model(), "dram")
+    replace(served.model, "weight", transposed)
+    replace(served.model, "experts", lambda tensor: fractal(transposed(tensor)))
+    replace(served.model, "square", add)
+    served.changes()
+    served.model.square.data.zero_()  # what is served is its copy
+    assert served.memory.is_as_loaded()
+    getattr(served.model, name).data.view(-1)[17] += 1
+    assert not served.memory.is_as_loaded()
+    assert f"1 tensors ({name}) were changed after loading by something that Netloader does not know of" in caplog.text
+
+
 def test_nothing_is_read_while_the_model_is_processed() -> None:
     served = Served(Model())
     with pytest.raises(OSError, match="being processed"):

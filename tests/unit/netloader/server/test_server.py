@@ -34,6 +34,7 @@ from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import ServerState, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception
 from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
@@ -237,3 +238,14 @@ def test_the_state_keeps_no_weights() -> None:
         gc.collect()
         assert len(state.sessions) == 1
         assert memory() is None
+
+
+def test_weights_that_were_changed_before_their_digests_were_made_are_given_to_nobody() -> None:
+    with serving(SMALL, TCP) as (server, source):
+        store = SMALL.store(generation=2)
+        changed = replace(store, digests=StoreDigests(store.memory.reader(), (), lambda: False))
+        server.publish(Publication(IDENTITY, RankCoordinates(), changed))
+        with pytest.raises(SourcesExhausted) as error:
+            fetch(SMALL, TCP, source)
+        assert "its weights are not as they were loaded" in reasons(error)
+        assert inquire(source, 10).holdings[0].root == ""

@@ -252,3 +252,33 @@ def test_an_empty_store_has_no_digests() -> None:
     store.make_ahead()
     assert store.complete
     assert store.part(0, 64) == ()
+
+
+def test_digests_that_are_made_here_count_once_the_data_is_known_to_be_as_it_was_loaded() -> None:
+    asked: list[bool] = []
+
+    def is_as_loaded() -> bool:
+        asked.append(store.part(0, 99) == EXPECTED)
+        return True
+
+    store = StoreDigests(memoryview(DATA), (), is_as_loaded)
+    assert store.part(0, 99) == EXPECTED
+    assert not store.complete
+    assert store.prove()
+    assert store.prove()
+    assert store.complete
+    assert asked == [True]
+
+
+def test_digests_of_data_that_was_changed_meanwhile_never_count() -> None:
+    store = StoreDigests(memoryview(DATA), (), lambda: False)
+    store.make_ahead()
+    store.stop()
+    assert not store.prove()
+    assert not store.complete
+
+
+def test_digests_that_a_source_has_told_need_no_proof() -> None:
+    store = StoreDigests(memoryview(DATA), EXPECTED, lambda: False)
+    assert store.complete
+    assert store.prove()

@@ -130,7 +130,7 @@ def serve(model: object, weights: LoadedWeights, options: ServeOptions) -> Weigh
 
 
 def _digests(weights: LoadedWeights) -> StoreDigests:
-    digests = StoreDigests(weights.memory.reader(), weights.digests or ())
+    digests = StoreDigests(weights.memory.reader(), weights.digests or (), weights.memory.is_as_loaded)
     digests.make_ahead()
     return digests
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ from vllm_ascend.model_loader.netloader.model.views import as_bytes, as_tensor, 
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, TensorSpec
 from vllm_ascend.model_loader.netloader.weights.memory import Readable
 
+logger = logging.getLogger(__name__)
+
 
 class LiveMemory(DeviceMemory):
     """Weights that are served from the tensors of a model.
@@ -49,6 +52,8 @@ class LiveMemory(DeviceMemory):
         self._ends = [spec.end for spec in self._specs]
         self._contents: dict[str, Contents] = {}
         self._originals: dict[str, Original] = {}
+        self._proofs: dict[str, Callable[[Contents], bool]] = {}
+        """By name, what tells whether contents are still what was loaded. Only of what the model uses."""
         self._servable = False
         self.hold(tensors)
 
@@ -104,7 +109,7 @@ class LiveMemory(DeviceMemory):
 
     def close(self) -> None:
         self._servable = False
-        self._contents, self._originals = {}, {}
+        self._contents, self._originals, self._proofs = {}, {}, {}
 
     def remember(self, cache: Int8Cache) -> None:
         """Notes what every tensor holds, copies those that `cache` covers, and lets go of them.
@@ -136,11 +141,28 @@ class LiveMemory(DeviceMemory):
             raise _not_found(lost)
 
         self._contents = {name: contents for name, contents in found.items() if contents is not None}
+        self._proofs = {
+            name: originals[name].proof for name, each in self._contents.items() if not originals[name].is_copy(each)
+        }
         return [
             name
             for name, contents in self._contents.items()
             if originals[name].is_copy(contents) or not isinstance(contents, AsLoaded)
         ]
+
+    def is_as_loaded(self) -> bool:
+        """Whether the model's tensors still have the bytes that were loaded. Their device reads them all for it."""
+        contents = self._contents
+        with own_stream(self.device):
+            changed = [name for name, proves in self._proofs.items() if not proves(contents[name])]
+        if changed:
+            logger.error(
+                "%d tensors (%s) were changed after loading by something that Netloader does not know of, so these "
+                "weights are given to nobody: reload, or start again",
+                len(changed),
+                ", ".join(changed[:8]) + (", ..." if changed[8:] else ""),
+            )
+        return not changed
 
     def _parts(self, offset: int, length: int) -> Iterator[tuple[Contents, int, int, int]]:
         """The tensors that bytes [offset, offset + length) belong to.

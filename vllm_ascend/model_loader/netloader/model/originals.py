@@ -71,6 +71,29 @@ class Holdings:
         return empty.set_(holder.data.untyped_storage(), offset, (nbytes,), (1,))
 
 
+class Proof:
+    """Tells whether contents are the bytes of a tensor as it was loaded, by their hash. It holds no memory of them."""
+
+    def __init__(self, spec: TensorSpec, memory: torch.Tensor, universal_hash: UniversalHash) -> None:
+        """`memory` holds the bytes of the tensor that `spec` describes, and is not kept."""
+        self._spec = spec
+        self._hash = universal_hash
+        self._hashed = universal_hash.of(AsLoaded(memory), spec.nbytes)
+
+    def __call__(self, contents: Contents) -> bool:
+        try:
+            return self._hash.of(contents, self._spec.nbytes) == self._hashed
+        except RuntimeError as error:  # from the device; serving may fail, the load may not
+            logger.warning(
+                "%s cannot be read as %s on %s, so it is not served like that: %s",
+                self._spec.name,
+                type(contents).__name__,
+                contents.memory.device,
+                error,
+            )
+            return False
+
+
 class Original:
     """What is remembered of one tensor."""
 
@@ -80,13 +103,12 @@ class Original:
         """`memory` holds the bytes of the tensor, and is not kept; `copy` is a copy of them, if one is to be kept."""
         self._spec = spec
         self._copy = copy
-        self._hash = universal_hash
-        self._hashed = universal_hash.of(AsLoaded(memory), spec.nbytes)
+        self.proof = Proof(spec, memory, universal_hash)
         self._place = memory.untyped_storage().data_ptr(), int(memory.storage_offset()), memory.nbytes
 
     def find(self, holdings: Holdings) -> Contents | None:
         """Where the bytes are now: the first reading that gives them, else their copy, else None."""
-        found = next((contents for contents in self._readings(holdings) if self._has_bytes(contents)), None)
+        found = next((contents for contents in self._readings(holdings) if self.proof(contents)), None)
         return AsLoaded(self._copy) if found is None and self._copy is not None else found
 
     def is_copy(self, contents: Contents) -> bool:
@@ -101,19 +123,6 @@ class Original:
             if memory is not None and memory.data_ptr() not in seen:
                 seen.add(memory.data_ptr())
                 yield from readings(self._spec, memory)
-
-    def _has_bytes(self, contents: Contents) -> bool:
-        try:
-            return self._hash.of(contents, self._spec.nbytes) == self._hashed
-        except RuntimeError as error:  # from the device; serving may fail, the load may not
-            logger.warning(
-                "%s cannot be read as %s on %s, so it is not served like that: %s",
-                self._spec.name,
-                type(contents).__name__,
-                contents.memory.device,
-                error,
-            )
-            return False
 
 
 def remember(

@@ -165,7 +165,14 @@ class ServerSession:
                     return False
                 case Done():
                     self.sender.settle(SETTLE_SECONDS)
+                    self._require_proven()
                     return True
+
+    def _require_proven(self) -> None:
+        """Raises TransportError if the client has digests of something else than was loaded."""
+        digests = self.publication.store.digests
+        if self._told and digests is not None and not digests.prove():
+            raise TransportError("its weights are not as they were loaded, so they were changed by something unknown")
 
     def _tell_digests(self, first: int, count: int) -> None:
         digests = self.publication.store.digests

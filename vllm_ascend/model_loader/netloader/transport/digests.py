@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -77,14 +77,23 @@ def root_of(manifest_digest: str, attributes: Mapping[str, Any], chunk_digests: 
 
 
 class StoreDigests:
-    """The digests of the chunks of a store, each made when it is first wanted, or ahead by a thread."""
+    """The digests of the chunks of a store, each made when it is first wanted, or ahead by a thread.
 
-    def __init__(self, data: Readable, known: Sequence[bytes] = ()) -> None:
+    Digests that are known from a source show any damage to the data by themselves. Those that are made here would fit
+    whatever the data has become meanwhile, so once they exist, it is asked whether the data is as it was loaded.
+    """
+
+    def __init__(
+        self, data: Readable, known: Sequence[bytes] = (), is_as_loaded: Callable[[], bool] | None = None
+    ) -> None:
         """`data` must not change. `known` are the digests of all its chunks where they exist already."""
         self._data = data
         self._chunks = tuple(chunks(data.nbytes, CHUNK_BYTES))
         self._digests: list[bytes | None] = list(known) or [None] * len(self._chunks)
         assert len(self._digests) == len(self._chunks), "the digests are those of other data"
+        self._is_as_loaded = None if known else is_as_loaded
+        self._proving = threading.Lock()
+        self._is_proven = self._is_as_loaded is None
         self._stop = threading.Event()
         self._maker: threading.Thread | None = None
 
@@ -113,8 +122,8 @@ class StoreDigests:
 
     @property
     def complete(self) -> bool:
-        """Whether all digests exist, so that nothing has to be read for them."""
-        return None not in self._digests
+        """Whether all digests exist and are proven to be those of what was loaded, so that nothing has to be read."""
+        return None not in self._digests and self._is_proven
 
     @property
     def stopped(self) -> bool:
@@ -126,6 +135,14 @@ class StoreDigests:
         self._stop.set()
         if self._maker is not None and self._maker is not threading.current_thread():
             self._maker.join()
+
+    def prove(self) -> bool:
+        """Whether the digests are those of what was loaded. Makes those that do not exist yet."""
+        self.all()
+        with self._proving:
+            if self._is_as_loaded is not None:
+                self._is_proven, self._is_as_loaded = self._is_as_loaded(), None
+            return self._is_proven
 
     def part(self, first: int, count: int) -> tuple[bytes, ...]:
         """The digests of up to `count` chunks, from number `first` on; fewer where there are fewer chunks.
@@ -151,3 +168,5 @@ class StoreDigests:
             if self.stopped:
                 return
             self._digest(number)
+        if not self.stopped:
+            self.prove()

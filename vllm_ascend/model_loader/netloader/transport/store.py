@@ -55,7 +55,10 @@ class WeightStore:
         return root_of(self.manifest.digest, self.attributes, self.digests.all())
 
     def root_if_known(self) -> str:
-        """The root digest of the contents if all digests exist, so that nothing has to be read; otherwise empty."""
+        """The root digest of the contents if all digests exist and are proven, so that nothing has to be read.
+
+        Otherwise empty.
+        """
         return self.root() if self.digests is not None and self.digests.complete else ""
 
     def close(self) -> None:

@@ -73,6 +73,13 @@ class Memory(ABC):
     def reader(self) -> Readable:
         """The bytes that are served. The memory must be servable."""
 
+    def is_as_loaded(self) -> bool:
+        """Whether the bytes that are served are still those that were loaded. It may read them all.
+
+        They always are, unless the memory is one that others can write to.
+        """
+        return True
+
     @abstractmethod
     def seal(self) -> None:
         """Ends the filling: from now on the memory is servable. Raises OSError if the system does not allow it."""
