@@ -38,12 +38,15 @@ _TRIAL_ROWS: Final = 64
 
 
 class UniversalHash:
-    """A hash under a key of its own, which it draws. Hashes of one and the same object can be compared."""
+    """A hash under a key of its own, which it draws. Hashes of one and the same object can be compared.
+
+    It holds 16 KiB of the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """`device` is that of the bytes. What it computes is compared with the host's results once."""
         self._keys = tuple(_random_bytes(_ROW_BYTES * _PRODUCTS).view(_ROW_BYTES, _PRODUCTS) for _ in range(2))
-        self._keys_there = tuple(key.to(device, torch.float32) for key in self._keys)
+        self._keys_there = tuple(key.to(device) for key in self._keys)
         self._exact = self._computes_exactly(device)
         if not self._exact:
             logger.warning(
@@ -66,7 +69,7 @@ class UniversalHash:
         return digest.digest()
 
     def _products_of_products(self, contents: Contents, offset: int, length: int) -> torch.Tensor:
-        first, second = self._keys_there
+        first, second = (key.to(torch.float32) for key in self._keys_there)
         products = []
         for start, size in chunks(length, SCRATCH_BYTES):
             pieces = list(contents.pieces(offset + start, offset + start + size))
@@ -77,7 +80,7 @@ class UniversalHash:
         trial = _random_bytes(_TRIAL_ROWS * _ROW_BYTES)
         there = trial.to(device).view(torch.uint8)
         expected = (_as_bytes(trial.view(-1, _ROW_BYTES).long() @ key.long()) for key in self._keys)
-        found = (_multiplied(there, key).cpu() for key in self._keys_there)
+        found = (_multiplied(there, key.to(torch.float32)).cpu() for key in self._keys_there)
         return all(map(torch.equal, found, expected))
 
 
