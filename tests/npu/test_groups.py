@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.platforms import current_platform
 from support.peers.strangers import Intruder, netloader_threads
 from support.sources import IDENTITY, SMALL, Tensors, fetch, serving
 from support.wait import wait_until
+from vllm_ascend.distributed import process_group
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -75,3 +77,28 @@ def _exchange(group: Any, rank: int) -> None:
     byte = torch.zeros(1, dtype=torch.uint8, device=(ON_FIRST, ON_SECOND)[rank])
     group._get_backend(byte.device).batch_isend_irecv([("isend", "irecv")[rank]], [byte], [1 - rank]).wait()
     torch.accelerator.current_stream(byte.device).synchronize()
+
+
+def test_groups_come_about_on_a_device_one_at_a_time_and_none_waits_for_long() -> None:
+    """torch-npu notes communicators without a lock, so two at once would damage the memory of a server."""
+    order: list[str] = []
+    first_is_in, first_may_leave = threading.Event(), threading.Event()
+
+    def come_about(name: str, device: torch.device, patience: float) -> None:
+        with process_group._one_at_a_time(device, patience):
+            order.append(name)
+            if name == "first":
+                first_is_in.set()
+                first_may_leave.wait()
+                order.append("first is done")
+
+    with ThreadPoolExecutor() as threads:
+        leaving = threads.submit(come_about, "first", ON_FIRST, 60)
+        first_is_in.wait()
+        come_about("another device", ON_SECOND, 60)
+        come_about("out of patience", ON_FIRST, 0.1)
+        waiting = threads.submit(come_about, "second", ON_FIRST, 60)
+        first_may_leave.set()
+        leaving.result()
+        waiting.result()
+    assert order == ["first", "another device", "out of patience", "first is done", "second"]

@@ -56,6 +56,10 @@ _ADDRESS_BYTES: Final = 136
 _RANK_INFO_BYTES: Final = 8 + 8 + _ADDRESS_BYTES + 2 * 8
 """What Gloo publishes, beside the host's name: two lengths, an address, and a number for each rank."""
 _HOST_NAME_BYTES: Final = 255
+_PATIENCE: Final = 0.2
+"""For which part of its time a group waits for another that comes about."""
+_coming_about: Final[dict[str, threading.Lock]] = {}
+"""By the name of the device."""
 
 
 class Rendezvous(Store):
@@ -243,18 +247,40 @@ def meet(
                 made.result().leave()
 
     maker = threading.Thread(target=make, args=(made,), name="netloader-gather", daemon=True)
-    maker.start()
     deadline = time.monotonic() + timeout
     try:
-        while not concurrent.futures.wait([made], _ABORT_POLL_SECONDS).done:
-            if aborted.is_set() or time.monotonic() > deadline:
-                made.add_done_callback(leave_late)
-                raise RuntimeError("it was given up" if aborted.is_set() else f"it took longer than {timeout:g} s")
-        maker.join()  # until then it, too, holds what the library opened
+        with _one_at_a_time(device, _PATIENCE * timeout) if rank == SENDER else contextlib.nullcontext():
+            maker.start()
+            while not concurrent.futures.wait([made], _ABORT_POLL_SECONDS).done:
+                if aborted.is_set() or time.monotonic() > deadline:
+                    made.add_done_callback(leave_late)
+                    raise RuntimeError("it was given up" if aborted.is_set() else f"it took longer than {timeout:g} s")
+            maker.join()  # until then it, too, holds what the library opened
         return made.result()
     finally:
         rendezvous.close()
         del made  # it and the exception that it holds refer to each other
+
+
+@contextlib.contextmanager
+def _one_at_a_time(device: torch.device, patience: float) -> Iterator[None]:
+    """Lets one group come about on `device` at a time, unless the one before takes longer than `patience` seconds.
+
+    torch-npu notes every communicator in a list, without a lock. Two threads that do so at the same moment damage the
+    memory of the process, which ends it then or later. A peer that does not come, though, holds up nobody: then the
+    two are far enough apart. Only senders take turns: they have many receivers, and if both ends did, two processes
+    could wait for each other.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    lock = _coming_about.setdefault(str(device), threading.Lock())
+    has_turn = lock.acquire(timeout=patience)
+    try:
+        yield
+    finally:
+        if has_turn:
+            lock.release()
 
 
 def _pair(rank: int, rendezvous: Rendezvous, route: Route, device: torch.device, timeout: float) -> Pair:

@@ -17,6 +17,7 @@
 
 #define MAX_GROUP_NAME 32 /* hcclUdi has room for more, but that is what torch-npu documents of its group_name */
 #define ROOT_MAGIC "cannsim root 1"
+#define APART_SECONDS 0.02
 
 /* What HcclRootInfo holds: a unique number from which each rank derives where the others are. */
 typedef struct {
@@ -150,6 +151,22 @@ static HcclResult join(const char *function, hccl_comm *comm, const root *conten
     return *handle ? HCCL_SUCCESS : HCCL_E_MEMORY;
 }
 
+/* Returns to the threads of a process one after another. Torch-npu notes each new communicator in a list of the process
+ * without a lock, and here, unlike on a device, all ranks may be threads of one process and come together at once. */
+static void part_from_others(void)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static double latest;
+    double wait;
+
+    pthread_mutex_lock(&lock);
+    wait = latest + APART_SECONDS - sim_seconds();
+    if (latest && wait > 0)
+        usleep((useconds_t)(wait * 1e6));
+    latest = sim_seconds();
+    pthread_mutex_unlock(&lock);
+}
+
 /* Joins the communicator that `rootInfo` stands for, on the current device. Returns when all `nRanks` are there;
  * HCCL_E_TIMEOUT after HCCL_CONNECT_TIMEOUT seconds, or CANN_SIM_HCCL_TIMEOUT, HCCL_E_REMOTE if another rank gives up, HCCL_E_PARA if the ranks
  * do not fit together. Then there is nothing to destroy. */
@@ -174,6 +191,8 @@ HcclResult HcclCommInitRootInfoConfig(uint32_t nRanks, const HcclRootInfo *rootI
         hccl_disconnect(object, false);
         leave_list(object);
         hccl_release_comm(&object->object);
+    } else {
+        part_from_others();
     }
     return result;
 }
