@@ -108,7 +108,9 @@ def served(nbytes: int, device: torch.device, arrange: Callable[[torch.Tensor], 
     for name in [name for name, _ in model.named_parameters()]:
         setattr(model, name, nn.Parameter(arrange(getattr(model, name).data), requires_grad=False))
     weights.find_changes(model, memory)
-    return WeightStore(weights.manifest, memory, 1, digests=StoreDigests(memory.reader()))
+    digests = StoreDigests(memory.reader())
+    digests.all()
+    return WeightStore(weights.manifest, memory, 1, digests=digests)
 
 
 def to_buckets(store: WeightStore) -> None:
