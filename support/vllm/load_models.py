@@ -203,6 +203,7 @@ def _device_bytes() -> dict[str, int]:
     for thread in threading.enumerate():
         if thread.name == "netloader-digests":  # it takes a little memory while it reads
             thread.join()
+    torch.accelerator.synchronize()  # torch-npu's queue lets go of tensors later than whoever has put them into it
     gc.collect()
     return {"device_bytes": torch.accelerator.memory_allocated()}
 
