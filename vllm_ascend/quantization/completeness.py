@@ -65,9 +65,14 @@ _watched: Final[WeakKeyDictionary[nn.Module, _Watched]] = WeakKeyDictionary()
 def watch(model: nn.Module, config: CompleteCheckpoints) -> None:
     """From now on `load_weights` of `model`, which is not loaded yet, raises IncompleteCheckpoint."""
     _watched[model] = _Watched(config)
-    kind = type(model)
-    if "_loads_completely" not in vars(kind):
-        kind.load_weights, kind._loads_completely = _watching(kind.load_weights), True  # type: ignore[attr-defined]
+    kind: Any = type(model)
+    _watch_models_of(kind)
+
+
+@functools.cache
+def _watch_models_of(kind: type[Any]) -> None:
+    """Wraps `load_weights` of a class of models. Idempotent."""
+    kind.load_weights = _watching(kind.load_weights)
 
 
 def _watching(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,8 +38,7 @@ logger = logging.getLogger(__name__)
 class LoadedWeights:
     """What a load has brought: the requested bytes in servable memory, and whatever else it set on the model.
 
-    `digests` are those of the chunks, by which the bytes were verified on their way here, or which were made before
-    post-processing. None if they do not exist yet.
+    `digests` are those of the chunks, by which the bytes were verified on their way here. None if they were not.
     """
 
     request: Request

@@ -45,10 +45,10 @@ class UniversalHash:
 
     def __init__(self, device: torch.device) -> None:
         """`device` is that of the bytes. What it computes is compared with the host's results once."""
-        self._keys = tuple(_random_bytes(_ROW_BYTES * _PRODUCTS).view(_ROW_BYTES, _PRODUCTS) for _ in range(2))
-        self._keys_there = tuple(key.to(device) for key in self._keys)
-        self._exact = self._computes_exactly(device)
-        if not self._exact:
+        keys = [_random_bytes(_ROW_BYTES * _PRODUCTS).view(_ROW_BYTES, _PRODUCTS) for _ in range(2)]
+        self._keys = [key.to(device) for key in keys]
+        self._is_exact = all(_is_exact(key, there) for key, there in zip(keys, self._keys, strict=True))
+        if not self._is_exact:
             logger.warning(
                 "%s does not multiply small integers exactly in fp32, so the host reads all weights before and after "
                 "post-processing, which takes longer",
@@ -58,7 +58,7 @@ class UniversalHash:
     def of(self, contents: Contents, nbytes: int) -> bytes:
         """The hash of `contents`, which has `nbytes` bytes: 32 bytes. It takes a few SCRATCH_BYTES of the device."""
         digest = hashlib.sha256()
-        if not self._exact:
+        if not self._is_exact:
             for offset, length in chunks(nbytes, SCRATCH_BYTES):
                 digest.update(contents.on_host(offset, offset + length))
             return digest.digest()
@@ -69,19 +69,19 @@ class UniversalHash:
         return digest.digest()
 
     def _products_of_products(self, contents: Contents, offset: int, length: int) -> torch.Tensor:
-        first, second = (key.to(torch.float32) for key in self._keys_there)
+        first, second = (key.to(torch.float32) for key in self._keys)
         products = []
         for start, size in chunks(length, SCRATCH_BYTES):
             pieces = list(contents.pieces(offset + start, offset + start + size))
             products.append(_multiplied(_joined(pieces), first))
         return _multiplied(_joined(products), second)
 
-    def _computes_exactly(self, device: torch.device) -> bool:
-        trial = _random_bytes(_TRIAL_ROWS * _ROW_BYTES)
-        there = trial.to(device).view(torch.uint8)
-        expected = (_as_bytes(trial.view(-1, _ROW_BYTES).long() @ key.long()) for key in self._keys)
-        found = (_multiplied(there, key.to(torch.float32)).cpu() for key in self._keys_there)
-        return all(map(torch.equal, found, expected))
+
+def _is_exact(key: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether the device of `there`, which is the same key, multiplies random bytes by it as the host does."""
+    trial = _random_bytes(_TRIAL_ROWS * _ROW_BYTES)
+    expected = _as_bytes(trial.view(-1, _ROW_BYTES).long() @ key.long())
+    return torch.equal(_multiplied(trial.to(there.device).view(torch.uint8), there.to(torch.float32)).cpu(), expected)
 
 
 def _multiplied(data: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
