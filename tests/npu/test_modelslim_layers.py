@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.quantised.comparison import assert_same, random
 from support.quantised.files import tensors_of
 from support.quantised.kinds import make_quantised
 from support.vllm import checkpoints
@@ -114,17 +115,6 @@ def made(kind: type, checkpoint: str, *sizes: Any, described: Description | None
     quant_config.description = described or quant_config.description
     with torch.device(NPU):
         return kind(*sizes, quant_config=quant_config, return_bias=False, **options)
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32).to(dtype)
-
-
-def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    if ours.dtype == torch.float32:
-        assert torch.equal(ours.cpu(), expected)
-    else:
-        torch.testing.assert_close(ours.cpu().float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def dynamic(x: torch.Tensor, layer: Tensors) -> torch.Tensor:

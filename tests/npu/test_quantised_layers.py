@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from support.operators import operators_of
+from support.quantised.comparison import assert_same, random
 
 NPU = "npu:0"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,10 +47,6 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 def fractal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", request.param)
     return FORMATS[request.param]
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32).to(dtype)
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -89,11 +86,12 @@ def _there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    if ours.dtype == torch.float32:
-        assert torch.equal(ours.cpu(), expected)
-    else:
-        torch.testing.assert_close(ours.cpu().float(), expected, rtol=1e-2, atol=1e-2)
+def assert_computes(layer: Any, x: torch.Tensor, bias: torch.Tensor | None, expected: torch.Tensor) -> None:
+    """That `layer`, once processed, computes `expected`, without the bias, from `x`."""
+    layer.scheme.process_weights_after_loading(layer)
+    found = layer.scheme.apply_weights(layer, x.to(NPU), None if bias is None else bias.to(NPU))
+    assert found.dtype == x.dtype
+    assert_same(found, expected if bias is None else expected + bias.float())
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,13 +109,7 @@ def test_dynamic_linear(biased: bool, channels: bool, fractal: bool, dtype: torc
     bias = random(OUTPUTS, dtype=dtype) if biased else None
     rows, of_row = quantised(x)
     expected = (rows @ weight.T).float() * scale * of_row
-    if bias is not None:
-        expected = expected + bias.float()
-
-    layer.scheme.process_weights_after_loading(layer)
-    found = layer.scheme.apply_weights(layer, x.to(NPU), None if bias is None else bias.to(NPU))
-    assert found.dtype == dtype
-    assert_same(found, expected)
+    assert_computes(layer, x, bias, expected)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
@@ -131,13 +123,7 @@ def test_static_linear(biased: bool, symmetric: bool, fractal: bool, dtype: torc
     zero_point = 0 if symmetric else -11
     rows = ((x.float() * reciprocal).round() + zero_point).clamp(-128, 127).double()
     expected = ((rows - zero_point) @ weight.T).float() * (scale * reciprocal.reciprocal())
-    if bias is not None:
-        expected = expected + bias.float()
-
-    layer.scheme.process_weights_after_loading(layer)
-    found = layer.scheme.apply_weights(layer, x.to(NPU), None if bias is None else bias.to(NPU))
-    assert found.dtype == dtype
-    assert_same(found, expected)
+    assert_computes(layer, x, bias, expected)
 
 
 def test_a_weight_is_transposed_and_in_the_chosen_format(fractal: bool) -> None:
