@@ -23,6 +23,7 @@ from vllm_ascend.model_loader.netloader.instance.filling import Loaded
 from vllm_ascend.model_loader.netloader.instance.load import ModelLoad
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
 from vllm_ascend.model_loader.netloader.model.tensors import current_tensors
+from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 
 CPU = torch.device("cpu")
@@ -93,6 +94,7 @@ class Instance:
     engine: EngineKey = field(default_factory=EngineKey)
     model: Model = field(default_factory=Model)
     loads: list[ModelLoad] = field(default_factory=list)
+    transports: tuple[Transport, ...] = TRANSPORTS
     loaded: Loaded | None = None
 
     @property
@@ -117,7 +119,7 @@ class Instance:
     def begin(self, *sources: Endpoint) -> ModelLoad:
         """A load that asks `sources` first. Raises ConfigError."""
         config = NetLoaderConfig(**{"listen_host": "127.0.0.1", "source": tuple(map(Source, sources))} | self.config)
-        self.loads.append(ModelLoad(config, self.rank, TRANSPORTS))
+        self.loads.append(ModelLoad(config, self.rank, self.transports))
         return self.loads[-1]
 
     def start(self, *sources: Endpoint, process: Callable[[Model], object] = lambda _: None) -> Instance:

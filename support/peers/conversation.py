@@ -18,6 +18,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Done,
     End,
     Fetch,
+    Follow,
     Gather,
     Gathered,
     Hello,
@@ -25,6 +26,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Join,
     Leave,
     Message,
+    News,
     Prove,
     Publish,
     Refuse,
@@ -49,6 +51,7 @@ TABLE: dict[tuple[State, Role], dict[type[Message], State]] = {
     (State.TRANSFER, CLIENT): {
         AskDigests: State.DIGESTING,
         Gather: State.GATHERING,
+        Follow: State.FOLLOWING,
         Fetch: State.TRANSFER,
         Done: State.CONFIRMING,
         Leave: State.ENDED,
@@ -59,12 +62,19 @@ TABLE: dict[tuple[State, Role], dict[type[Message], State]] = {
     (State.GATHERING, SERVER): {Publish: State.GATHERING, End: State.ENDED},
     (State.GATHERED, CLIENT): {Leave: State.ENDED},
     (State.GATHERED, SERVER): {Publish: State.GATHERED, Gathered: State.TRANSFER, End: State.ENDED},
-    (State.CONFIRMING, SERVER): {Confirm: State.ENDED, End: State.ENDED},
+    (State.FOLLOWING, CLIENT): {
+        Follow: State.FOLLOWING,
+        Fetch: State.FOLLOWING,
+        Done: State.CONFIRMING,
+        Leave: State.ENDED,
+    },
+    (State.FOLLOWING, SERVER): {News: State.FOLLOWING, End: State.ENDED},
+    (State.CONFIRMING, SERVER): {News: State.CONFIRMING, Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, SERVER): {Status: State.READY},
     (State.ATTACHING, SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, CLIENT): {Fetch: State.DATA},
 }
-"""Who may say what, and where it leads. In START and TRANSFER, either side may speak; in ENDED, nobody."""
+"""Who may say what, and where it leads. In START, TRANSFER and FOLLOWING, either side may speak; in ENDED, nobody."""
 
 
 def allowed(state: State, role: Role) -> dict[type[Message], State]:
@@ -124,6 +134,7 @@ WAYS: dict[State, tuple[type[Message], ...]] = {
     State.DIGESTING: (Hello, Welcome, Join, Accept, AskDigests),
     State.GATHERING: (Hello, Welcome, Join, Accept, Gather),
     State.GATHERED: (Hello, Welcome, Join, Accept, Gather, Gathered),
+    State.FOLLOWING: (Hello, Welcome, Join, Accept, Follow),
     State.CONFIRMING: (Hello, Welcome, Join, Accept, Done),
     State.INQUIRING: (Hello, Welcome, Inquire),
     State.ATTACHING: (Hello, Welcome, Attach),

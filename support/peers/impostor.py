@@ -21,7 +21,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, digest_
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.wire.conversation import Role, frame
-from vllm_ascend.model_loader.netloader.wire.messages import Accept, Attached, Confirm, Digests, Message, Welcome
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, Attached, Confirm, Digests, Message, News, Welcome
 
 Act = Callable[[Line, dict[str, Any]], object]
 """What an impostor does on a message that it has heard."""
@@ -39,7 +39,7 @@ class Impostor:
 
     def __init__(self, acts: Mapping[str, Act], tensors: Tensors = SMALL, host: str = "127.0.0.1") -> None:
         self.acts: dict[str, Act] = dict.fromkeys(
-            ("Hello", "Join", "Attach", "AskDigests", "Fetch", "Done"), self._answer
+            ("Hello", "Join", "Attach", "AskDigests", "Follow", "Fetch", "Done"), self._answer
         )
         self.acts.update(acts)
         self._listener = socket.create_server((host, 0), backlog=128)
@@ -115,6 +115,7 @@ class Impostor:
             "Join": Accept(SESSION, 1, "tcp", {}, digest=BLAKE3),
             "Attach": Attached(),
             "AskDigests": Digests(self.digests),
+            "Follow": News(),
             "Done": Confirm(1, self.root),
         }.get(kind)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from support.peers.strangers import Intruder, Line
 from support.sources import IDENTITY, Tensors
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Fetch, Hello, Inquire, Join
@@ -74,11 +75,11 @@ def in_a_fetch(source: Endpoint, opened: contextlib.ExitStack) -> Line:
 
 
 def not_reading(source: Endpoint, opened: contextlib.ExitStack) -> Line:
-    return attached(source, opened).say(Fetch(0, 16 << 20), Fetch(16 << 20, 16 << 20))
+    return attached(source, opened).say(Fetch(0, CHUNK_BYTES), Fetch(CHUNK_BYTES, CHUNK_BYTES))
 
 
 def reading_a_little(source: Endpoint, opened: contextlib.ExitStack) -> Line:
-    line = attached(source, opened).say(Fetch(0, 16 << 20))
+    line = attached(source, opened).say(Fetch(0, CHUNK_BYTES))
     line.read(1 << 20)
     return line
 

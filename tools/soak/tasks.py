@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy
 
+from support.members import ServerRelay
 from support.peers.proxy import Fault, Proxy, Stream, close, flip, reset, throttle
 from support.synthetic import IDENTITY, request_of
 from tools.soak.servers import LISTENERS, NBYTES, SERVERS, TIMEOUTS, Setting, weights
@@ -24,6 +25,8 @@ from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.server.requests import Settings
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS, TcpTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -55,6 +58,8 @@ FAULTS: Final = 6
 CONNECTION_BYTES: Final = NBYTES // CONNECTIONS
 UNFRAMED_FROM: Final = 64 << 10
 """From this byte of a connection on there are only weights: messages to a client of these weights are shorter."""
+RELAY_SECONDS: Final = 1.0
+"""For how long some workers serve what they have fetched."""
 SLOW_RATE: Final = 256 << 10
 SLOW_SECONDS: Final = 6.0
 """More than a server needs to notice that a client takes next to nothing."""
@@ -112,16 +117,26 @@ class Errand:
         return self._fetch(self._sources, self._setting.access(self._listener))
 
     def _fetch(self, sources: Sequence[Endpoint], access: Access) -> Result:
-        """Takes the weights from one of the sources and compares them with the edition that they are said to be."""
-        request = request_of(NBYTES)
-        options = FetchOptions(request, TIMEOUTS, access, verify=self._verify, wait_timeout=WAIT_TIMEOUT)
-        client = Client(options, (TcpTransport(),))
+        """Takes the weights from the sources and from others that do so, passes on what it has, and compares
+        everything with the edition that it is said to be.
+        """
+        request, kinds = request_of(NBYTES), (TcpTransport(),)
         succeeded = True
-        try:
-            with contextlib.closing((fetched := client.fetch(sources)).memory):
+        with WeightServer(None, 0, Settings(kinds, TIMEOUTS, access)) as server:
+            relay = ServerRelay(request, server) if self._verify else None
+            options = FetchOptions(
+                request, TIMEOUTS, access, verify=self._verify, wait_timeout=WAIT_TIMEOUT, relay=relay
+            )
+            client = Client(options, kinds)
+            try:
+                fetched = client.fetch(sources)
+                if relay is not None:
+                    relay.complete()
                 self._compare(fetched)
-        except SourcesExhausted:
-            succeeded = False
+                time.sleep(self._chance.choice((0.0, RELAY_SECONDS)))
+                fetched.memory.close()
+            except SourcesExhausted:
+                succeeded = False
         return Result(succeeded, tuple(without_numbers(attempt.reason) for attempt in client.attempts))
 
     def _compare(self, fetched: Fetched) -> None:

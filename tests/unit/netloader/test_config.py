@@ -38,6 +38,7 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     "LISTEN_HOST": {"IPv4": ("0.0.0.0", "0.0.0.0"), "IPv6": ("::1", "::1"), "name": ("node-3", "node-3")},
     "LISTEN_PORT": {"lowest": (1, 1), "highest": (65535, 65535), "text": ("19000", 19000), "null": (None, None)},
     "SERVE": {"true": (True, True), "false": (False, False)},
+    "RELAY": {"true": (True, True), "false": (False, False)},
     "TRANSPORT": {
         "one": (["tcp"], ("tcp",)),
         "all in an order of one's own": (
@@ -130,6 +131,11 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "very many digits": ("9" * 5000, PORTS),
         "fraction": (19000.0, PORTS),
         "boolean": (True, PORTS),
+    },
+    "RELAY": {
+        "null": (None, "true or false"),
+        "text": ("false", "true or false"),
+        "number": (0, "true or false"),
     },
     "SERVE": {
         "null": (None, "true or false"),

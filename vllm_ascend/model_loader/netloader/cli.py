@@ -61,12 +61,17 @@ def _describe_holding(holding: Holding) -> list[str]:
             f"tp {place.tp_rank} of {place.tp_size}, pp {place.pp_rank} of {place.pp_size}, "
             f"ep {place.ep_rank} of {place.ep_size}"
         ),
-        "weights": f"{holding.tensors} tensors, {holding.nbytes / 1e6:.1f} MB, generation {holding.generation}",
+        "weights": f"{holding.tensors} tensors, {_size(holding)}, generation {holding.generation}",
         "root": holding.root[:16] or "not known yet",
         "checkpoint": identity.fingerprint[:16] or "not seen",
         "software": ", ".join(f"{name} {version}" for name, version in sorted(identity.versions.items())),
     }
     return [f"  {holding.role}", *(f"    {name:<14}{value}" for name, value in fields.items())]
+
+
+def _size(holding: Holding) -> str:
+    whole = f"{holding.nbytes / 1e6:.1f} MB"
+    return whole if holding.held >= holding.nbytes else f"{holding.held / 1e6:.1f} of {whole} loaded"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,6 +46,7 @@ class NetLoaderConfig:
     listen_host: str | None = None
     listen_port: int | None = None
     serve: bool = True
+    relay: bool = True
     transport: tuple[str, ...] | None = None
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
@@ -261,6 +262,7 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "LISTEN_HOST": _host,
     "LISTEN_PORT": _port,
     "SERVE": _boolean,
+    "RELAY": _boolean,
     "TRANSPORT": _transports,
     "CONNECT_TIMEOUT": _seconds,
     "STALL_TIMEOUT": _seconds,

@@ -10,6 +10,7 @@
       PeerError              the peer did not do its part: end this session, and no other
         ProtocolError        it said what it may not say, or what cannot be understood
         ConnectionLost       the connection ended; the peer may have said why on another one
+        SessionEnded         it ended the session, and said why
         Stalled              it neither sent nor took a byte for too long
         Unauthorized         it did not prove that it may talk to this process: note it against its address
         Damaged              it delivered bytes that are not those of its digests
@@ -69,6 +70,14 @@ class ProtocolError(PeerError):
 
 class ConnectionLost(PeerError):
     """The peer closed or reset the connection, or took no further one for the session."""
+
+
+class SessionEnded(PeerError):
+    """The server ended the session. `denies` says whether it may have other weights by now, or none."""
+
+    def __init__(self, reason: str, *, denies: bool) -> None:
+        self.denies = denies
+        super().__init__(f"it ended the session: {reason}")
 
 
 class Stalled(PeerError):

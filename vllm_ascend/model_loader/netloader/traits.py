@@ -56,11 +56,11 @@ class Traits:
 
 SHARED_MEMORY: Final = Traits("shared_memory", "cpu", copies=False, descriptors=3)
 """A session takes its socket, the connection, and a duplicate of the arena's descriptor."""
-HCCL: Final = Traits("process_group", "npu", descriptors=8, exposure=Exposure.BYTES, library="hccl")
+HCCL: Final = Traits("process_group", "npu", descriptors=9, exposure=Exposure.BYTES, library="hccl")
 """Its ports are on the NPUs' own network."""
-TCP: Final = Traits("tcp", ANY, descriptors=1)
-"""Moves bytes by way of host memory. A session takes a duplicate of the arena's descriptor."""
-GLOO: Final = Traits("process_group", "cpu", descriptors=8, exposure=Exposure.PROCESS, library="gloo")
+TCP: Final = Traits("tcp", ANY, descriptors=2)
+"""Moves bytes by way of host memory. A session takes a duplicate of the arena's descriptor, and one to be woken by."""
+GLOO: Final = Traits("process_group", "cpu", descriptors=9, exposure=Exposure.PROCESS, library="gloo")
 """A session takes about that many descriptors for Gloo's listener and pairs."""
 
 TABLE: Final = (SHARED_MEMORY, HCCL, TCP, GLOO)

@@ -10,8 +10,8 @@ import pytest
 from support.sources import SMALL
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.errors import PeerError, UnsupportedModel
-from vllm_ascend.model_loader.netloader.report import Phases
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
@@ -21,7 +21,7 @@ from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 
 NBYTES = SMALL.manifest.nbytes
 CONTENTS = bytes(range(256)) * (NBYTES // 256 + 1)
-DIGESTS = (digest_of(memoryview(CONTENTS)[:NBYTES]),)
+EVIDENCE = Evidence((digest_of(memoryview(CONTENTS)[:NBYTES]),), "c0ffee")
 
 
 class Memory(Arena):
@@ -40,11 +40,10 @@ class Made:
     def __init__(self) -> None:
         self.memories: list[Memory] = []
         self.shown: list[int] = []
-        self.phases = Phases()
         options = FetchOptions(
             SMALL.request(), Timeouts(), allocate=self._allocate, progress=self.shown.append, verify=True
         )
-        self.intake = Intake(options, self.phases)
+        self.intake = Intake(options)
 
     def _allocate(self, manifest: Manifest) -> Memory:
         memory = Memory.create(manifest.nbytes)
@@ -53,8 +52,12 @@ class Made:
         return memory
 
     @contextlib.contextmanager
-    def delivery(self, digests: tuple[bytes, ...] | None = DIGESTS) -> Iterator[Delivery]:
-        with contextlib.closing(self.intake.delivery(digests, "10.0.0.1:19000", LeastRate(0, 30.0))) as delivery:
+    def delivery(self, evidence: Evidence | None = EVIDENCE) -> Iterator[Delivery]:
+        self.intake.make_memory()
+        requests = self.intake.alone() if evidence is None else self.intake.share(evidence, "f00d", has_all=True)
+        with contextlib.closing(
+            self.intake.delivery(requests, evidence, "10.0.0.1:19000", LeastRate(0, 30.0))
+        ) as delivery:
             yield delivery
 
     def bring(self) -> Memory:
@@ -76,24 +79,23 @@ def made() -> Made:
 def test_memory_is_made_for_the_first_delivery_and_kept_for_the_next(made: Made) -> None:
     with made.intake:
         assert made.memories == []
-        assert "allocate" not in made.phases.seconds
         with made.delivery() as first, made.delivery() as second:
             assert [first.memory] == [second.memory] == made.memories
-        assert "allocate" in made.phases.seconds
 
 
 def test_what_one_delivery_brought_is_not_missing_in_the_next(made: Made) -> None:
     with made.intake as intake:
         with pytest.raises(PeerError, match="1 of 1 chunks did not arrive"):
-            intake.require_complete()
+            intake.inventory.require_complete()
         made.bring()
-        intake.require_complete()
+        intake.inventory.require_complete()
+        assert intake.is_complete
         assert intake.nbytes_held == NBYTES
         with made.delivery() as delivery:
             assert delivery.remaining == 0
         with made.delivery(None) as delivery:
-            assert delivery.remaining == len(intake.chunks) == 1
-    assert made.shown == [0, NBYTES, 0, -NBYTES]
+            assert delivery.remaining == 1
+    assert sum(made.shown) == 0
 
 
 def test_memory_that_nobody_takes_is_discarded_at_the_end(made: Made) -> None:
@@ -120,6 +122,6 @@ def test_where_there_is_no_memory_nothing_is_delivered() -> None:
     def refuse(_: Manifest) -> Arena:
         raise UnsupportedModel("w is sparse")
 
-    with Intake(FetchOptions(SMALL.request(), Timeouts(), allocate=refuse), Phases()) as intake:
+    with Intake(FetchOptions(SMALL.request(), Timeouts(), allocate=refuse)) as intake:
         with pytest.raises(UnsupportedModel):
-            intake.delivery(None, "10.0.0.1:19000", LeastRate(0, 30.0))
+            intake.make_memory()

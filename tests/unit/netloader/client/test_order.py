@@ -23,6 +23,7 @@ from vllm_ascend.model_loader.netloader.client.order import (
     SourceOrder,
     Step,
 )
+from vllm_ascend.model_loader.netloader.client.peering import DEGREE
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
@@ -63,9 +64,17 @@ def all_asked(order: SourceOrder) -> list[Endpoint]:
 
 
 def replicas_of(order: SourceOrder, source: Candidate, *endpoints: Endpoint) -> list[Candidate]:
-    """The replicas at `endpoints`, which `source` has named and whose turn to be asked has come."""
+    """The replicas at `endpoints`, which `source` has named and which are being asked by now."""
     assert order.replicas_named(source, source.endpoint, [str(each) for each in endpoints], HELD)
-    return [asked(order) for _ in endpoints]
+    found = {candidate.endpoint: candidate for candidate in all_replicas(order)}
+    return [found[endpoint] for endpoint in endpoints]
+
+
+def all_replicas(order: SourceOrder) -> list[Candidate]:
+    """The replicas that may be asked now, by all transports."""
+    asks = list(iter(order.replica, None))
+    assert all(ask.transports == TRANSPORTS for ask in asks)
+    return [ask.candidate for ask in asks]
 
 
 def test_configured_sources_are_asked_once_in_their_order() -> None:
@@ -199,17 +208,7 @@ def test_a_turn_that_was_given_back_is_asked_for_in_the_next_round() -> None:
     assert all_asked(order) == [A, B]
 
 
-def test_a_configured_source_may_be_postponed_without_end_and_fail_afterwards() -> None:
-    order = order_of(A)
-    for number in range(1, 10 * TRIES):
-        order.postponed(asked(order))
-        assert order.next() == Pause(float(number))
-    order.failed(asked(order), FAILED)
-    assert order.next() == Pause(10.0 * TRIES)
-    assert all_asked(order) == [A]
-
-
-def test_replicas_are_asked_next_in_the_order_in_which_they_are_named() -> None:
+def test_replicas_are_asked_beside_the_sources() -> None:
     order = order_of(A, B)
     source = asked(order)
     order.busy(source)
@@ -218,6 +217,45 @@ def test_replicas_are_asked_next_in_the_order_in_which_they_are_named() -> None:
         Candidate(Endpoint("10.0.0.4", 5), A, HELD),
     ]
     assert asked(order).endpoint == B
+
+
+def test_so_many_replicas_are_asked_at_once() -> None:
+    order = order_of(A)
+    source = asked(order)
+    assert order.replicas_named(source, A, [f"10.1.0.{n}:1" for n in range(3 * DEGREE)], HELD)
+    first = all_replicas(order)
+    assert len(first) == DEGREE
+    order.ended(first[0])
+    order.failed(first[1], FAILED)
+    assert len(all_replicas(order)) == 2
+
+
+def test_a_source_that_helps_is_the_next_of_this_round() -> None:
+    order = order_of(A, B)
+    order.failed(asked(order), FAILED)
+    helper = order.helper()
+    assert helper is not None
+    assert helper.candidate.endpoint == B
+    assert order.helper() is None
+
+
+def test_whoever_is_to_follow_nobody_asks_no_replica() -> None:
+    order = order_of(A)
+    source = asked(order)
+    assert order.replicas_named(source, A, [str(B)], HELD)
+    order.follow_nobody()
+    assert all_replicas(order) == []
+    assert not order.replicas_named(source, A, [str(C)], HELD)
+
+
+def test_a_replica_without_anything_new_is_left_only_for_another_one() -> None:
+    order = order_of(A)
+    source = asked(order)
+    replicas = replicas_of(order, source, *(Endpoint("10.0.1.1", port) for port in range(1, DEGREE + 1)))
+    idle = {replica.endpoint: 60.0 for replica in replicas}
+    assert order.useless(idle) is None
+    assert order.replicas_named(source, A, [str(C)], HELD)
+    assert order.useless(idle) in idle
 
 
 @pytest.mark.parametrize(
@@ -230,23 +268,24 @@ def test_replicas_that_nobody_can_tell_from_strangers_are_not_asked(
 ) -> None:
     order = order_of(A, **settings)
     assert not order.replicas_named(asked(order), A, [str(B)], contents)
-    assert order.next() is None
+    assert all_replicas(order) == []
 
 
-def test_a_replica_sends_nobody_anywhere() -> None:
+def test_a_replica_names_others_that_have_the_same_and_no_ranks() -> None:
     order = order_of(A)
     (replica,) = replicas_of(order, asked(order), B)
-    assert not order.replicas_named(replica, B, [str(C)], HELD)
+    assert order.replicas_named(replica, B, [str(C)], HELD)
+    assert all_replicas(order) == [Candidate(C, B, HELD)]
     assert not order.referred(replica, B, [str(C)])
     assert order.next() is None
 
 
-def test_who_was_named_before_is_no_news() -> None:
+def test_who_was_named_before_is_not_asked_again() -> None:
     order = order_of(A, B)
     source = asked(order)
     replicas_of(order, source, C)
-    assert not order.replicas_named(source, A, [str(A), str(B), str(C)], HELD)
-    assert all_asked(order) == [B]
+    order.replicas_named(source, A, [str(A), str(B), str(C)], HELD)
+    assert all_replicas(order) == []
 
 
 @pytest.mark.parametrize("error", [FAILED, SourceTooSlow("it drips"), SourceRefused("no")], ids=repr)
@@ -254,57 +293,48 @@ def test_a_replica_that_failed_is_not_asked_again(error: SourceError) -> None:
     order = order_of(A, disk_remains=False)
     (replica,) = replicas_of(order, asked(order), B)
     order.failed(replica, error)
-    assert order.next() is None
+    assert (order.next(), all_replicas(order)) == (None, [])
 
 
-def test_the_place_at_a_busy_replica_is_kept_only_where_there_is_nobody_else() -> None:
-    order = order_of(A, B)
+def test_a_busy_replica_is_asked_again_only_if_it_is_named_again() -> None:
+    order = order_of(A)
     source = asked(order)
     (replica,) = replicas_of(order, source, C)
-    assert not order.busy(replica), "B is left to be asked"
-    order.busy(asked(order))
-    assert order.next() == AwaitTurn(1.0)
-    order.waited(1.0)
-    assert asked(order) == replica
-    assert not order.busy(replica), "there is a place at B"
-    order.left_queue(Candidate(B))
-    assert order.next() == Pause(2.0)
-    assert asked(order) == replica
-    assert order.busy(replica)
+    assert not order.busy(replica)
+    assert all_replicas(order) == []
+    for _ in range(1, TRIES):
+        assert replicas_of(order, source, C) == [replica]
+        assert not order.busy(replica)
+    order.replicas_named(source, A, [str(C)], HELD)
+    assert all_replicas(order) == []
 
 
-def test_a_replica_is_postponed_only_so_often() -> None:
+def test_who_joins_here_is_asked_too() -> None:
     order = order_of(A)
-    (replica,) = replicas_of(order, asked(order), B)
-    for number in range(1, TRIES):
-        order.postponed(replica)
-        assert order.next() == Pause(float(number))
-        assert asked(order) == replica
-    order.postponed(replica)
-    assert order.next() is None
+    assert order.joined_here(B, HELD)
+    assert all_replicas(order) == [Candidate(B, B, HELD)]
 
 
 def test_replicas_are_forgotten_when_they_have_wasted_too_much_time_together() -> None:
     order = order_of(A, B, replica_seconds=30.0)
     first, second, _ = replicas_of(order, asked(order), *(Endpoint("10.0.1.1", port) for port in (1, 2, 3)))
     order.spent(first, 20.0, 0)
-    order.postponed(first)
     order.spent(second, 10.0, 0)
     assert order.replicas_named(Candidate(A), A, [str(C)], HELD), "so far they may"
     order.spent(second, 0.5, 0)
+    assert all_replicas(order) == []
     assert all_asked(order) == [B]
 
 
 def test_the_time_in_which_a_replica_brings_something_is_not_wasted() -> None:
     order = order_of(A, replica_seconds=30.0)
     (replica,) = replicas_of(order, asked(order), B)
-    order.postponed(replica)
     order.spent(replica, 100.0, 80 * EXCUSED_RATE)
     order.spent(replica, 1.0, 80 * EXCUSED_RATE)  # what it brings in one session excuses no other
     order.spent(replica, 10.0, 0)
-    assert order.next() == Pause(1.0)
+    assert order.replicas_named(Candidate(A), A, [str(C)], HELD)
     order.spent(replica, 0.5, 0)
-    assert order.next() is None
+    assert all_replicas(order) == []
 
 
 def test_a_configured_source_may_take_whatever_time_it_needs() -> None:
@@ -312,17 +342,8 @@ def test_a_configured_source_may_take_whatever_time_it_needs() -> None:
     source = asked(order)
     assert order.replicas_named(source, A, [str(C)], HELD)
     order.spent(source, 1000.0, 0)
-    assert all_asked(order) == [C, B]
-
-
-def test_when_all_places_are_given_up_no_replica_is_asked_any_more() -> None:
-    order = order_of(A, wait_timeout=0.0)
-    source = asked(order)
-    (replica,) = replicas_of(order, source, B)
-    order.busy(source)
-    order.postponed(replica)
-    assert order.next() == LeaveQueues()
-    assert order.next() is None
+    assert [each.endpoint for each in all_replicas(order)] == [C]
+    assert all_asked(order) == [B]
 
 
 def test_other_ranks_of_a_configured_source_are_asked_next() -> None:
@@ -357,15 +378,11 @@ def test_a_referral_that_leads_nowhere_is_believed_and_adds_nobody() -> None:
     assert order.next() is None
 
 
-def test_so_many_ranks_are_followed_and_as_many_replicas() -> None:
-    many = [f"10.1.{n // 200}.{n % 200}:1" for n in range(REFERRALS_FOLLOWED + 9)]
+def test_so_many_ranks_are_followed() -> None:
     order = order_of(A)
     source = asked(order)
-    order.referred(source, A, many)
-    order.replicas_named(source, A, [f"{each}0" for each in many], HELD)
-    kinds = Counter(asked(order).is_replica for _ in range(2 * REFERRALS_FOLLOWED))
-    assert kinds == {True: REFERRALS_FOLLOWED, False: REFERRALS_FOLLOWED}
-    assert order.next() is None
+    order.referred(source, A, [f"10.1.{n // 200}.{n % 200}:1" for n in range(REFERRALS_FOLLOWED + 9)])
+    assert len(all_asked(order)) == REFERRALS_FOLLOWED
 
 
 def others_left(order: SourceOrder) -> None:
@@ -401,7 +418,6 @@ def test_a_source_may_be_left_where_another_one_or_the_disk_can_deliver(others: 
 def test_a_replica_may_always_be_left() -> None:
     order = order_of(A, disk_remains=False)
     (replica,) = replicas_of(order, asked(order), B)
-    assert order.next() is None
     assert order.may_leave(replica)
 
 
@@ -414,8 +430,7 @@ def test_several_sources_can_be_asked_at_a_time() -> None:
     assert asked(order) == second
     order.busy(third)
     assert order.next() == AwaitTurn(300.0)
-    order.replicas_named(first, A, ["10.0.0.9:1"], HELD)
-    assert asked(order).is_replica
+    assert len(replicas_of(order, first, Endpoint("10.0.0.9", 1))) == 1
 
 
 class Driver:
@@ -469,7 +484,7 @@ def test_whatever_sources_do_the_search_comes_to_its_end(outcomes: list[int], co
     for outcome in outcomes:
         driver.do(driver.order.next(), outcome)
     for _ in range(1000):
-        if (step := driver.order.next()) is None:
+        if (step := driver.order.replica() or driver.order.next()) is None:
             break
         driver.do(step, 1)
     assert driver.order.next() is None

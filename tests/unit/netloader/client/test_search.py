@@ -283,11 +283,11 @@ def test_a_chunk_that_arrives_damaged_once_is_no_failure_of_its_source() -> None
 
 
 def test_an_attempt_tells_the_transport_the_reason_and_what_came() -> None:
-    with unreachable() as gone, ways(failing(99, at=4)) as (client, (source,)), pytest.raises(SourcesExhausted):
+    with unreachable() as gone, ways(failing(99, at=7)) as (client, (source,)), pytest.raises(SourcesExhausted):
         client.fetch([gone, source])
     told = [(attempt.source, attempt.transport, attempt.received) for attempt in client.attempts]
-    assert told == [(str(gone), None, 0), (str(source), "way0", 4 * CHUNK), *[(str(source), "way0", 0)] * 2]
-    assert client.received[str(source)] == 4 * CHUNK
+    assert told == [(str(gone), None, 0), (str(source), "way0", 7 * CHUNK), *[(str(source), "way0", 0)] * 2]
+    assert client.received[str(source)] == 7 * CHUNK
     assert all(attempt.seconds >= 0 for attempt in client.attempts)
 
 
@@ -547,8 +547,10 @@ def test_weights_that_are_replaced_midway_are_fetched_anew_where_they_differ() -
     with serving(EIGHT, MEMORY) as (server, source):
         fetched = client.fetch([source])
     (attempt,) = client.attempts
-    assert (attempt.reason, attempt.received) == (REPLACED, 8 * CHUNK)
-    assert client.received[str(source)] == (8 + 1) * CHUNK
+    assert attempt.reason == REPLACED
+    assert 3 * CHUNK <= attempt.received <= 8 * CHUNK
+    # The sixth chunk is fetched twice if it had come before the end.
+    assert client.received[str(source)] == (8 + (attempt.received > 5 * CHUNK)) * CHUNK
     assert [at for at, _ in pauses] == [1]
     newer.assert_in(fetched.memory)
 
@@ -584,7 +586,7 @@ def test_weights_that_are_withdrawn_midway_are_taken_from_the_next_source() -> N
         "it ended the session: it does not serve these weights any more"
     ]
     assert fetched.source == other
-    assert client.received[str(other)] == 0
+    assert client.received.total() == EIGHT.manifest.nbytes
     EIGHT.assert_in(fetched.memory)
 
 

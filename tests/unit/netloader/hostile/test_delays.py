@@ -24,6 +24,7 @@ from vllm_ascend.model_loader.netloader.server import listener
 from vllm_ascend.model_loader.netloader.server.admission import waiting as waiting_room
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Done, Fetch, Hello
@@ -189,7 +190,7 @@ class SlowReaders:
         with contextlib.suppress(EOFError, OSError), contextlib.ExitStack() as opened:
             line = attached(self._source, opened)
             self._started.release()
-            line.say(Fetch(0, 16 << 20))
+            line.say(Fetch(0, CHUNK_BYTES))
             while not self._stop.wait(0.05):
                 line.read(1000)
         self.ended += 1
@@ -224,7 +225,7 @@ def test_a_client_that_is_slow_but_steady_is_not_taken_for_a_silent_one(opened: 
     with serving(LARGE, TCP, timeouts=Timeouts(connect=60.0, stall=1.5)) as (server, source):
         line = attached(source, opened)
         line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 512 << 10)  # the server is to notice how slow it is
-        line.say(Fetch(0, 16 << 20))
+        line.say(*(Fetch(number * CHUNK_BYTES, CHUNK_BYTES) for number in range(4)))
         for _ in range(128):  # which takes longer than the timeout, with progress all the time
             line.read(piece)
             time.sleep(0.02)
@@ -254,7 +255,11 @@ def test_slow_ones_from_many_hosts_do_not_keep_the_next_host_waiting(
         for line in held:
             line.accepted(tensors=LARGE)
         assert_serves(source, LARGE)
-        assert held[0].hear() == {"type": "End", "reason": "it took next to nothing, and others wait for their turn"}
+        assert held[0].hear() == {
+            "type": "End",
+            "reason": "it took next to nothing, and others wait for their turn",
+            "denies": False,
+        }
         assert len(server.state().sessions) >= 7 - 1
         opened.close()
         wait_until(lambda: is_idle(server))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from support.certificates import Authority
+from support.peers.messages import payload
 from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, Tensors, fetch, serving
 from support.wait import wait_until
@@ -27,7 +28,16 @@ from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
-from vllm_ascend.model_loader.netloader.wire.messages import AskDigests, Attach, Fetch, Gather, Join, Message, Publish
+from vllm_ascend.model_loader.netloader.wire.messages import (
+    AskDigests,
+    Attach,
+    Fetch,
+    Follow,
+    Gather,
+    Join,
+    Message,
+    Publish,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -97,6 +107,17 @@ def asks_for_digests_and_reads_none(client: Clinging) -> None:
         control.say(AskDigests(0, 1))
 
 
+def follows_for_ever(client: Clinging) -> None:
+    control, _ = client.control()
+    client.for_ever(control, Follow(19001))
+
+
+def follows_and_reads_nothing(client: Clinging) -> None:
+    control, _ = client.control(small_buffers=True)
+    while select.select([], [control.socket], [], 0.2)[1]:  # until the server takes no more
+        control.send(b"".join(control.tagged(payload(Follow())) for _ in range(100)))
+
+
 def fetches_for_ever(client: Clinging) -> None:
     client.for_ever(client.data(), Fetch(0, CHUNK_BYTES))
 
@@ -127,6 +148,8 @@ CLINGING = (
     says_nothing,
     asks_for_digests_for_ever,
     asks_for_digests_and_reads_none,
+    follows_for_ever,
+    follows_and_reads_nothing,
     fetches_for_ever,
     fetches_and_reads_nothing,
     stops_in_a_frame,
@@ -196,5 +219,5 @@ def test_an_ended_client_that_listens_hears_why(opened: contextlib.ExitStack) ->
     with serving(LIVE, transports(["tcp"]), timeouts=TIMEOUTS) as (server, source):
         control, _ = Clinging(source, Access(), opened).control()
         server.suspend("it sleeps")
-        assert control.hear() == {"type": "End", "reason": "it sleeps"}
+        assert control.hear() == {"type": "End", "reason": "it sleeps", "denies": True}
         control.hear_out()

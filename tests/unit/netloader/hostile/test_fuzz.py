@@ -34,7 +34,7 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, Role, State
-from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Gather, Message, Publish, Status
+from vllm_ascend.model_loader.netloader.wire.messages import Fetch, Follow, Gather, Message, News, Publish, Status
 
 pytestmark = pytest.mark.usefixtures("brief_explanations")
 
@@ -218,7 +218,15 @@ def gathering(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
         yield line
 
 
-STAGES: tuple[Stage, ...] = (before_tls, before_the_greeting, greeted, in_a_session, attached, gathering)
+@contextlib.contextmanager
+def following(source: Endpoint, access: Access, host: str) -> Iterator[Line]:
+    with Intruder(source, host, access) as line:
+        line.greet().accepted()
+        line.say(Follow(19001)).hear_kind(News)
+        yield line
+
+
+STAGES: tuple[Stage, ...] = (before_tls, before_the_greeting, greeted, in_a_session, attached, gathering, following)
 
 
 def test_a_server_outlives_whatever_is_said_to_it(access: Access, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,7 +268,7 @@ def _finish(line: Line) -> None:
     line.hear_out()
 
 
-STEPS = ("Hello", "Join", "AskDigests", "Fetch", "Done")
+STEPS = ("Hello", "Join", "AskDigests", "Follow", "Fetch", "Done")
 
 
 def once_behaved(times: int, act: Act, then: Act) -> Act:

@@ -99,6 +99,7 @@ def test_garbage_on_a_data_connection_ends_that_connection_only(opened: contextl
         wait_until(lambda: is_idle(server))
 
 
+CHUNKS = LARGE.manifest.nbytes // CHUNK_BYTES
 LAST = (1 << 62) - 1
 RANGES = {
     "behind the end": (SMALL.manifest.nbytes, 1),
@@ -210,12 +211,12 @@ def test_digests_are_told_as_often_as_a_client_may_need_and_no_more(first: int, 
         line = opened.enter_context(Intruder(source).greet())
         line.accepted(tensors=LARGE)
         for _ in range(TRIES_PER_CHUNK):
-            assert len(line.say(AskDigests(first, DIGESTS_LIMIT)).hear()["digests"]) == 2 - first
+            assert len(line.say(AskDigests(first, DIGESTS_LIMIT)).hear()["digests"]) == CHUNKS - first
         line.say(AskDigests(1, 1)).hear_out()
         wait_until(lambda: is_idle(server))
 
 
-@pytest.mark.parametrize("first", [2, LAST])
+@pytest.mark.parametrize("first", [CHUNKS, LAST])
 def test_digests_that_do_not_exist_are_not_asked_for_twice(first: int, opened: contextlib.ExitStack) -> None:
     with serving(LARGE, TCP, timeouts=PATIENT) as (server, source):
         line = opened.enter_context(Intruder(source).greet())

@@ -237,7 +237,7 @@ def test_silent_replicas_delay_nobody_whose_turn_comes() -> None:
         client, fetched = fetch(WEIGHTS, TCP, source.endpoint, timeouts=PATIENT)
     WEIGHTS.assert_in(fetched.memory)
     assert fetched.source == source.endpoint
-    assert sum("Join" in each.heard for each in replicas) == 1
+    assert all(each.heard.count("Join") <= 1 for each in replicas)
     assert client.attempts == []
 
 
@@ -252,7 +252,7 @@ def test_silent_replicas_of_a_source_that_is_gone_cost_no_more_than_one_stall() 
         with serving(WEIGHTS, TCP) as (_, healthy):
             _, fetched = fetch(WEIGHTS, TCP, source.endpoint, healthy, timeouts=Timeouts(connect=0.25, stall=0.6))
     assert fetched.source == healthy
-    assert 2 <= sum("Join" in each.heard for each in replicas) <= 4
+    assert all(each.heard.count("Join") <= 1 for each in replicas)
 
 
 def naming_and_gone(replicas: list[Impostor]) -> Callable[[Any, Any], None]:
@@ -312,7 +312,7 @@ def test_one_chunk_does_not_buy_a_replica_the_time_of_a_stall() -> None:
             client = client_for(WEIGHTS, TCP, timeouts=Timeouts(2.0, 0.4))
             with pytest.raises(SourcesExhausted):
                 client.fetch([source.endpoint])
-        assert 1 <= joins(replicas) <= 3
+        assert all(each.heard.count("Join") <= 1 for each in replicas)
     assert client.received.total() >= CHUNK
 
 
@@ -367,7 +367,7 @@ def test_a_replica_that_lets_others_wait_for_ever_is_left_for_the_source() -> No
     assert (fetched.source, client.attempts) == (source, [])
 
 
-def test_a_turn_at_the_source_ends_what_a_replica_brings_and_keeps_what_it_has_brought() -> None:
+def test_a_turn_at_the_source_keeps_what_a_replica_has_brought() -> None:
     turn_came, brought = threading.Event(), threading.Event()
 
     def stop_at_the_fourth(chunk: Chunk, content: bytes) -> bytes:
@@ -400,11 +400,14 @@ def test_a_turn_at_the_source_ends_what_a_replica_brings_and_keeps_what_it_has_b
             fetched = result()
     WEIGHTS.assert_in(fetched.memory)
     assert client.attempts == []
-    assert client.received.total() == WEIGHTS.manifest.nbytes
+    # The chunk at which the replica stopped is asked for at the source too, since it is late.
+    assert WEIGHTS.manifest.nbytes <= client.received.total() <= WEIGHTS.manifest.nbytes + CHUNK
+    assert client.received[str(replica)] >= 3 * CHUNK
     assert sum(moved) == WEIGHTS.manifest.nbytes
 
 
-def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
+def test_without_verification_a_turn_elsewhere_is_given_back_while_a_source_delivers() -> None:
+    """Two that wrote into the same memory would mix what they have."""
     begun, turn_came = threading.Event(), threading.Event()
 
     def hold_the_first(chunk: Chunk, content: bytes) -> bytes:
@@ -414,18 +417,19 @@ def test_a_source_that_delivers_is_not_left_for_a_turn_elsewhere() -> None:
 
     kind = (InProcessTransport(hold_the_first),)
     with (
-        serving(WEIGHTS, kind, timeouts=PATIENT, max_clients=1) as (busy, first),
+        serving(FORGED, kind, timeouts=PATIENT, max_clients=1) as (busy, first),
         serving(WEIGHTS, kind, timeouts=PATIENT) as (_, second),
         Intruder(first).greet() as held,
     ):
-        held.accepted("in_process", WEIGHTS)
-        client = client_for(WEIGHTS, kind, timeouts=PATIENT)
+        held.accepted("in_process", FORGED)
+        client = client_for(WEIGHTS, kind, timeouts=PATIENT, verify=False)
         with fetching(client, first, second) as result:
             begun.wait()
             held.reset()
             wait_until(lambda: is_idle(busy) or (not busy.state().sessions and not busy.state().waiting))
             turn_came.set()
             fetched = result()
+    WEIGHTS.assert_in(fetched.memory)
     assert (fetched.source, client.attempts) == (second, [])
     assert client.received[str(first)] == 0
 

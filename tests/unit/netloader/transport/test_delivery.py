@@ -20,6 +20,7 @@ from vllm_ascend.model_loader.netloader.transport.delivery import (
     Arrival,
     Chunk,
     Delivery,
+    InOrder,
     Inventory,
     Progress,
 )
@@ -82,8 +83,10 @@ class Receiving:
 
     @contextlib.contextmanager
     def delivery(self, digests: tuple[bytes, ...] | None, least: LeastRate | None = None) -> Iterator[Delivery]:
+        requests = InOrder(self.inventory, digests)
+        self._bar.set(self.inventory.nbytes_held)
         delivery = Delivery(
-            self.arena, self.inventory, digests, progress=self._bar, source="10.0.0.1:19000", least_rate=least
+            self.arena, requests, digests, progress=self._bar, source="10.0.0.1:19000", least_rate=least
         )
         try:
             yield delivery

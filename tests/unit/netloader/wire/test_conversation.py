@@ -44,6 +44,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Done,
     End,
     Fetch,
+    Follow,
     Gather,
     Gathered,
     Hello,
@@ -51,6 +52,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Join,
     Leave,
     Message,
+    News,
     Offer,
     Prove,
     Publish,
@@ -132,7 +134,7 @@ def test_an_end_knows_what_it_may_say() -> None:
 
 @pytest.mark.parametrize(
     "before",
-    [(), (Fetch,), (AskDigests,), (AskDigests, Digests), (Gather,), (Gather, Gathered), (Done,)],
+    [(), (Fetch,), (AskDigests,), (AskDigests, Digests), (Gather,), (Gather, Gathered), (Follow,), (Done,)],
     ids=[
         "after Accept",
         "after Fetch",
@@ -140,6 +142,7 @@ def test_an_end_knows_what_it_may_say() -> None:
         "after Digests",
         "while gathering",
         "instead of Gathered",
+        "while following",
         "instead of Confirm",
     ],
 )
@@ -155,6 +158,22 @@ def test_a_session_that_the_server_ends_while_the_client_speaks_is_ended_for_the
     pair.ends[CLIENT].feed(ended)
     assert pair.ends[CLIENT].next_message() == EXAMPLES[End]
     assert pair.ends[CLIENT].state is State.ENDED
+
+
+def test_a_client_that_follows_hears_news_at_any_point_until_the_end() -> None:
+    pair = Pair().say(Hello, Welcome, Join, Accept, AskDigests, Digests, Follow, News, Fetch, News, Follow, News, Done)
+    assert pair.say(News, Confirm).state is State.ENDED
+
+
+def test_news_that_was_on_its_way_when_the_client_was_done_is_understood() -> None:
+    pair = Pair().say(Hello, Welcome, Join, Accept, Follow)
+    told = pair.ends[SERVER].send(EXAMPLES[News])
+    done = pair.ends[CLIENT].send(EXAMPLES[Done])
+    pair.ends[CLIENT].feed(told)
+    pair.ends[SERVER].feed(done)
+    assert pair.ends[CLIENT].next_message() == EXAMPLES[News]
+    assert pair.ends[SERVER].next_message() == EXAMPLES[Done]
+    assert pair.say(Confirm).state is State.ENDED
 
 
 def test_a_client_announces_that_it_serves_the_weights_too() -> None:

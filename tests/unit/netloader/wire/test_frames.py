@@ -238,7 +238,7 @@ def test_the_tags_stay_the_same_within_a_version() -> None:
     pair = Pair().say(*GREETING).authenticate(KEY)
     assert pair.ends[CLIENT].send(EXAMPLES[Inquire])[-TAG_BYTES:].hex() == "8fcd9c0d8fde6b5088dd4f179ed1cefd"
     pair = Pair().say(*GREETING, Join).authenticate(KEY)
-    assert pair.ends[SERVER].send(EXAMPLES[Wait])[-TAG_BYTES:].hex() == "4b04670c3e0146242be896db39a778f4"
+    assert pair.ends[SERVER].send(EXAMPLES[Wait])[-TAG_BYTES:].hex() == "f988ec0bf3e44bdd2f51a301b52745e8"
 
 
 def test_authenticated_frames_are_understood_in_their_order(overheard: Overheard) -> None:

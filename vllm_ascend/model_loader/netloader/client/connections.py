@@ -15,6 +15,8 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     ConnectionLost,
     PeerError,
+    ProtocolError,
+    SessionEnded,
     SourceError,
     SourceFailed,
     TransportError,
@@ -36,6 +38,10 @@ class Connections:
         """`timeout` is how many seconds connecting, greeting and one message may take."""
         self._access = access
         self._timeout = timeout
+        self.was_denied = False
+        """Whether the source has ended the session because it may have other weights by now, or has said what it may
+        not say, so that nothing it has said before counts either.
+        """
         self._control: Channel | None = None
         self._address = source
         self._lock = threading.Lock()
@@ -117,12 +123,20 @@ class Connections:
 
     def _explanation(self, error: PeerError) -> str:
         """Why the source has ended the session, if it has: it breaks the transfer off first, and then says so."""
+        if isinstance(error, SessionEnded):
+            self.was_denied = self.was_denied or error.denies
+            return str(error)
+        self.was_denied = self.was_denied or isinstance(error, ProtocolError)
         if not isinstance(error, ConnectionLost):
             self._leave(error)
             return str(error)
 
-        with contextlib.suppress(PeerError, OSError):
-            last = self.control.receive(Deadline(EXPLANATION_SECONDS))
-            if isinstance(last, End):
-                return f"it ended the session: {one_line(last.reason)}"
-        return str(error)
+        deadline = Deadline(EXPLANATION_SECONDS)
+        try:
+            while not isinstance(last := self.control.receive(deadline), End):
+                pass
+        except ConnectionLost as lost:  # and what became of other connections may follow from that
+            return str(lost)
+        except (PeerError, OSError):
+            return str(error)
+        return self._explanation(SessionEnded(one_line(last.reason), denies=last.denies))

@@ -15,6 +15,7 @@ from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.search import Search
 from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.stages import Stages
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.report import Attempt, Phases
 from vllm_ascend.model_loader.netloader.transport.base import Transport
@@ -41,13 +42,13 @@ class Client:
         The caller closes the memory. Raises SourcesExhausted with every attempt's reason, or UnsupportedModel or NoRoom
         where there is no memory for the weights.
         """
-        with Intake(self.options, self.phases) as intake:
+        with Intake(self.options) as intake:
             search = Search(
                 self.options,
                 sources,
                 self.transports,
                 intake=intake,
-                phases=self.phases,
+                stages=Stages(self.phases.seconds),
                 attempts=self.attempts,
                 received=self.received,
                 sleep=self.sleep,

@@ -1,70 +1,214 @@
-"""What a client has taken in so far: the memory that it fills, and which chunks of it have arrived and passed.
+"""What a client has taken in so far: the memory that it fills, which chunks of it have passed, and by which digests.
 
-It belongs to a fetch and not to a session, so what one source has brought counts with the next.
+It belongs to a fetch and not to a session, so what one source has brought counts with the next, and several sources can
+bring chunks at once. All of them must have the same contents, which is to say one root digest. What the first source
+has told (its *evidence*) holds for the others as long as any of them delivers.
+
+What has passed can be served to others at once (`Relay`), from the moment when the evidence is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import random
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Self
 
-from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.report import Phases
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery, Inventory, Progress
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Filling
+from vllm_ascend.model_loader.netloader.client.pool import Pool, Share
+from vllm_ascend.model_loader.netloader.client.verification import Evidence
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
+from vllm_ascend.model_loader.netloader.errors import SourceFailed
+from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, InOrder, Inventory, Progress
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
+_OTHER_CONTENTS = "the weights that it had were replaced by others"
+
+
+class _OrderOfTheManifest(random.Random):
+    """Chance that leaves things in their order, for a client that has nobody to complement."""
+
+    def shuffle(self, x: object) -> None:
+        return
+
 
 class Intake:
-    """The memory, the inventory and the progress of one fetch.
+    """The memory, the chunks and the progress of one fetch. Thread-safe.
 
     Use it with `with`: at the end the memory is discarded, unless it was released to somebody.
     """
 
-    def __init__(self, options: FetchOptions, phases: Phases) -> None:
+    def __init__(self, options: FetchOptions) -> None:
         self.progress = Progress(options.progress)
+        self.inventory = Inventory(options.request.manifest.nbytes)
+        self.port = 0
+        """The port at which others get what has passed; 0 for nobody."""
+        self.on_joined: Callable[[Endpoint], object] = lambda _: None
+        """Is called with the address of each client that takes what is relayed, and relays it in turn."""
         self._options = options
-        self._phases = phases
-        self._inventory = Inventory(options.request.manifest.nbytes)
+        self._setup = threading.Lock()
+        """Is held while the memory or the evidence may become another. Outer to that of the pool."""
         self._memory: Memory | None = None
+        self._pool: Pool | None = None
+        self._fingerprint = ""
+        self._is_settled = False
+        self._relay = options.relay
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._memory is not None:
-            self._memory.discard()
-            self._memory = None
-
-    @property
-    def chunks(self) -> Sequence[Chunk]:
-        """All chunks of the weights, in order."""
-        return self._inventory.chunks
+        with self._setup:
+            if self._memory is not None:
+                self._end_relay("it could not load these weights")
+                self._memory.discard()
+                self._memory = None
 
     @property
     def nbytes_held(self) -> int:
         """The size of the chunks that have passed, in bytes."""
-        return self._inventory.nbytes_held
+        return self.inventory.nbytes_held
 
-    def delivery(self, digests: Sequence[bytes] | None, source: str, least_rate: LeastRate) -> Delivery:
-        """Opens the delivery of all chunks that are missing, which the caller closes.
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks have passed, by digests that a source has told."""
+        pool = self._pool
+        return pool is not None and pool.is_complete
 
-        `digests` are those that the source has told, by chunk, or None where nothing is verified; `source` is named in
-        messages. The memory is made for the first delivery. Raises UnsupportedModel, NoRoom or OSError where there is
-        none.
-        """
-        if self._memory is None:
-            with self._phases("allocate"):
+    @property
+    def evidence(self) -> Evidence | None:
+        """What the chunks are verified by, None before that is known."""
+        pool = self._pool
+        return None if pool is None else pool.evidence
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the contents that `evidence` describes."""
+        return self._fingerprint
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that is filled. Only once there is a delivery."""
+        assert self._memory is not None, "there is no memory yet"
+        return self._memory
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions bring chunks now that are verified."""
+        pool = self._pool
+        return 0 if pool is None else pool.sessions
+
+    @property
+    def passed_at(self) -> float:
+        """When the latest chunk passed, or the evidence became known, by the monotonic clock; 0 before."""
+        pool = self._pool
+        return 0.0 if pool is None else pool.passed_at
+
+    def make_memory(self) -> None:
+        """Makes the memory, unless it is there. Raises UnsupportedModel, NoRoom or OSError where there is none."""
+        with self._setup:
+            if self._memory is None:
                 self._memory = self._options.allocate(self._options.request.manifest)
+
+    def share(self, evidence: Evidence, fingerprint: str, *, has_all: bool) -> Share:
+        """What a session has to bring, whose source has all chunks or none yet. A delivery takes it over.
+
+        Call it after `make_memory`. Raises SourceFailed where other sources deliver other contents.
+        """
+        with self._setup:
+            self._require_unsettled()
+            pool = self._pool
+            if pool is None or pool.evidence.root != evidence.root:
+                pool = self._agree(evidence, fingerprint)
+            return pool.join(has_all=has_all)
+
+    def alone(self) -> InOrder:
+        """All chunks, for a session that has to bring them without being verified."""
+        with self._setup:
+            self._require_unsettled()
+            self._end_relay(_OTHER_CONTENTS)
+            self._pool = None
+            requests = InOrder(self.inventory, None)
+            self.progress.set(self.inventory.nbytes_held)
+            return requests
+
+    def delivery(
+        self, requests: Share | InOrder, evidence: Evidence | None, source: str, least_rate: LeastRate
+    ) -> Delivery:
+        """The delivery of what `requests` hands out, which the caller closes; `source` is named in messages."""
         return Delivery(
-            self._memory, self._inventory, digests, progress=self.progress, source=source, least_rate=least_rate
+            self.memory,
+            requests,
+            None if evidence is None else evidence.digests,
+            progress=self.progress,
+            source=source,
+            least_rate=least_rate,
         )
 
-    def require_complete(self) -> None:
-        """Raises PeerError where a delivery came to its end and chunks are missing."""
-        self._inventory.require_complete()
+    def settle(self, evidence: Evidence | None) -> None:
+        """Notes that all chunks are there by `evidence`, and confirmed: nobody brings any more from now on.
+
+        Raises SourceFailed where they were replaced by others meanwhile, or are being replaced.
+        """
+        with self._setup:
+            ours = self.evidence
+            is_ours = evidence is None or (ours is not None and ours.root == evidence.root)
+            if not is_ours or not self.inventory.is_complete:
+                raise SourceFailed("what it has confirmed was replaced by what another source holds")
+            self._is_settled = True
+
+    def _require_unsettled(self) -> None:
+        if self._is_settled:
+            raise SourceFailed("another source has confirmed all weights already")
+
+    def holds(self, memory: Memory) -> bool:
+        """Whether `memory` is the one that is filled."""
+        return memory is self._memory
 
     def release(self, memory: Memory) -> None:
         """Leaves `memory`, the one that was fetched, to the caller. What was filled is discarded if it is another."""
-        if memory is self._memory:
-            self._memory = None
+        with self._setup:
+            if memory is self._memory:
+                self._memory = None
+
+    def _agree(self, evidence: Evidence, fingerprint: str) -> Pool:
+        """Makes `evidence` what counts from now on. Chunks that have passed by other digests are dropped."""
+        if self._pool is not None and self._pool.sessions:
+            raise SourceFailed(
+                f"it holds other contents than those that are being loaded: its root digest is "
+                f"{evidence.root[:16]}..., expected {self._pool.evidence.root[:16]}..."
+            )
+        self._end_relay(_OTHER_CONTENTS)
+        self.inventory.missing(evidence.digests)
+        self.progress.set(self.inventory.nbytes_held)
+
+        # Whoever relays must not ask in the order in which everybody else does.
+        chance = random.Random() if self._relay is not None else _OrderOfTheManifest()
+        self._fingerprint = fingerprint
+        self._pool = pool = Pool(self.inventory, evidence, chance)
+        if self._relay is not None:
+            self.port = self._relay.begin(
+                Filling(
+                    self.memory,
+                    pool.passed,
+                    evidence.digests,
+                    evidence.attributes,
+                    fingerprint,
+                    joined=functools.partial(_tell, weakref.ref(self)),
+                )
+            )
+        return pool
+
+    def _end_relay(self, reason: str) -> None:
+        if self._relay is not None and self.port:
+            self._relay.end(reason)
+            self.port = 0
+
+
+def _tell(intake: weakref.ref[Intake], endpoint: Endpoint) -> None:
+    """Tells whoever fetches, if the fetch is not over: what it has taken in may be served for much longer."""
+    if (fetching := intake()) is not None:
+        fetching.on_joined(endpoint)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.chunk_log import ChunkLog
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -15,12 +18,40 @@ from vllm_ascend.model_loader.netloader.wire.messages import AttributeValue
 
 
 @dataclass(frozen=True)
+class Filling:
+    """Weights of which a fetch has some chunks already: those in `passed`, which lie in `memory` for good.
+
+    `digests` are those of all chunks, and `attributes` and `fingerprint` belong to the weights as in Accept. `joined`
+    is to be told of clients that relay what they take from here: where they can be reached.
+    """
+
+    memory: Memory
+    passed: ChunkLog
+    digests: tuple[bytes, ...]
+    attributes: Mapping[str, AttributeValue]
+    fingerprint: str
+    joined: Callable[[Endpoint], object] = lambda _: None
+
+
+class Relay(ABC):
+    """Serves to others what a fetch has so far. One thread at a time uses it, and none of its methods raises."""
+
+    @abstractmethod
+    def begin(self, filling: Filling) -> int:
+        """Serves `filling` from now on. Returns the port at which clients reach it, 0 where that is not possible."""
+
+    @abstractmethod
+    def end(self, reason: str) -> None:
+        """Serves it no more: clients are told `reason`, and its memory may be given up. Idempotent."""
+
+
+@dataclass(frozen=True)
 class FetchOptions:
     """Which weights a client wants, and what holds for every source that it asks.
 
     `verify` says whether every chunk must have the digest that its source tells. `wait_timeout` is how many seconds
     may be spent in queues, and `min_bandwidth` the bytes per second below which a source is left. `disk_remains` says
-    that there is another way if no source delivers.
+    that there is another way if no source delivers. `relay` serves what has come to others meanwhile, None for nobody.
 
     `allocate` makes the memory to fill, or raises UnsupportedModel. `check_attributes` raises SourceRefused for
     attributes that the model cannot take. `progress` is called with the number of bytes that have come, negative where
@@ -37,3 +68,4 @@ class FetchOptions:
     allocate: Callable[[Manifest], Memory] = allocate
     check_attributes: Callable[[Mapping[str, AttributeValue]], None] = lambda _: None
     progress: Callable[[int], None] = lambda _: None
+    relay: Relay | None = None

@@ -3,10 +3,12 @@
 Whoever drives it takes the next step (`next`), does it, and says what came of it: the source failed, is busy, refers to
 others, or has named others meanwhile. A candidate of which nothing is said was asked for the last time.
 
-Configured sources are asked in their order. Whoever they name is asked next, before those that are left: the other
-ranks of their own instance, of which they know, and replicas, which have taken their weights and said so. A replica is
-trusted with nothing but time. It is believed only if its contents are those that the source promised, it is never asked
-again once it has failed, and all replicas together may waste only so many seconds.
+Configured sources are asked in their order, and so are the other ranks of their own instance, of which they know.
+
+Replicas are others that have the same weights or load them, as sources and other replicas say. They are asked beside
+the sources, several at once (`replica`), and which of them is up to the `Peering`. A replica is trusted with nothing
+but time. It is believed only if its contents are those that a source promised, it is never asked again once it has
+failed, and all replicas together may waste only so many seconds.
 
 Sources that failed in the middle are asked again in the next round, which begins after a pause; those that are too slow
 are asked again only where there is no disk to fall back to, when nobody else is left.
@@ -15,19 +17,23 @@ are asked again only where there is no disk to fall back to, when nobody else is
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from vllm_ascend.model_loader.netloader.client.peering import Peering
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourceFailed, SourceTooSlow, TransportError
 
 TRIES: Final = 3
 """How often a source may fail in the middle of a session before it is given up."""
 REFERRALS_FOLLOWED: Final = 64
-"""How many endpoints are asked because others named them: so many ranks, and so many replicas."""
+"""How many ranks are asked because others named them."""
+REPLICAS_REMEMBERED: Final = 4096
+"""How many endpoints of replicas are remembered."""
 EXCUSED_RATE: Final = 1 << 20
 """Bytes per second of chunks that have passed, at which the time that a replica takes is not wasted."""
 
@@ -105,12 +111,14 @@ class SourceOrder:
         replica_seconds: float = 30.0,
         follows_replicas: bool = True,
         disk_remains: bool = True,
+        chance: random.Random | None = None,
     ) -> None:
         """`configured` are the endpoints in their order and `transports` the names of all that may be offered.
 
         `pauses` gives the seconds before each further round. `wait_timeout` is how many seconds may be spent in queues,
         and `replica_seconds` how many replicas may waste, all together. `follows_replicas` says whether replicas are
-        asked at all, and `disk_remains` that there is another way if no source delivers.
+        asked at all, and `disk_remains` that there is another way if no source delivers. `chance` chooses among
+        replicas.
         """
         self._transports = tuple(transports)
         self._pauses = pauses
@@ -133,8 +141,11 @@ class SourceOrder:
         """Seconds of waiting after which the next round begins beside it; None where only a turn or news end it."""
         self._known = set(configured)
         self._failures: Counter[Endpoint] = Counter()
-        self._added: Counter[bool] = Counter()
-        """How many endpoints others have named, by whether they are replicas."""
+        self._ranks = 0
+        """How many ranks others have named."""
+        self._peering: Peering[Endpoint] = Peering(chance or random.Random(), itself=configured)
+        self._replicas: dict[Endpoint, Candidate] = {}
+        """Those that the peering knows."""
 
     def next(self) -> Step | None:
         """What to do next. None where nobody is left to be asked, beside those who are being asked now."""
@@ -152,6 +163,17 @@ class SourceOrder:
                 return self._ready.popleft()
             return None
 
+    def helper(self) -> Ask | None:
+        """The next source to ask beside one that delivers. None where nobody is left in this round."""
+        with self._lock:
+            return self._ready.popleft() if self._ready else None
+
+    def replica(self) -> Ask | None:
+        """A replica to ask now, beside all others. None where there is none, or where enough are being asked."""
+        with self._lock:
+            endpoint = self._peering.choose() if self._follows_replicas else None
+            return None if endpoint is None else Ask(self._replicas[endpoint], self._transports)
+
     def waited(self, seconds: float) -> None:
         """Notes how long an `AwaitTurn` took."""
         with self._lock:
@@ -166,6 +188,7 @@ class SourceOrder:
         blame, the candidate is asked at once with those.
         """
         with self._lock:
+            self._peering.lost(candidate.endpoint)
             match error:
                 case SourceTooSlow() if not candidate.is_replica:
                     self._slow.append(candidate)
@@ -179,32 +202,37 @@ class SourceOrder:
     def busy(self, candidate: Candidate) -> bool:
         """Notes that others come first at `candidate`. Whether the client should keep its place in that queue.
 
-        At a replica it does only where there is nobody else; otherwise the replica is asked again later.
+        At a replica it does not: it is asked again if it is named again, a few times at most.
         """
         with self._lock:
-            if candidate.is_replica and (self._ready or self._queued):
-                self._postpone(candidate)
+            if candidate.is_replica:
+                self._failures[candidate.endpoint] += 1
+                may_be_named_again = self._failures[candidate.endpoint] < TRIES
+                self._peering.lost(candidate.endpoint, was_busy=may_be_named_again)
                 return False
             self._queued.add(candidate)
             return True
+
+    def postponed(self, candidate: Candidate) -> None:
+        """Notes that the turn at `candidate` was not used for the sake of another: it is asked again in the next round.
+
+        A source may be postponed without end.
+        """
+        with self._lock:
+            self._queued.discard(candidate)
+            self._later.append(candidate)
 
     def left_queue(self, candidate: Candidate) -> None:
         """Notes that the client's turn at `candidate` is taken, or that its place there is lost."""
         with self._lock:
             self._queued.discard(candidate)
 
-    def postponed(self, candidate: Candidate) -> None:
-        """Notes that a session with `candidate` ended for the sake of another: it is asked again in the next round."""
-        with self._lock:
-            self._queued.discard(candidate)
-            self._postpone(candidate)
-
     def referred(self, candidate: Candidate, address: Endpoint, referrals: Sequence[str]) -> bool:
         """Notes that `candidate`, reached at `address`, has named other ranks of its instance. Whether it is believed.
 
         The ranks of an instance know each other, so only one that is configured is believed.
         """
-        if candidate.referrer is not None or not referrals:
+        if candidate.referrer is not None or candidate.is_replica or not referrals:
             return False
         self._add(Candidate(each, candidate.endpoint) for each in _endpoints(address, referrals))
         return True
@@ -212,14 +240,48 @@ class SourceOrder:
     def replicas_named(
         self, candidate: Candidate, address: Endpoint, referrals: Sequence[str], contents: Contents
     ) -> bool:
-        """Notes that `candidate`, reached at `address`, has named others that took `contents` from it.
+        """Notes that `candidate`, reached at `address`, has named others that have `contents` or load them.
 
-        Returns whether any of them is new. A replica is not believed: it could send this client to any third party.
+        Returns whether any of them can be asked. Replicas name others too; whoever has named an endpoint, it has to
+        have the contents that a source has promised.
         """
-        if not self._follows_replicas or not contents.root or candidate.is_replica:
+        if not self._follows_replicas or not contents.root:
             return False
-        endpoints = _endpoints(address, referrals)
-        return self._add(Candidate(each, candidate.endpoint, contents) for each in endpoints)
+        endpoints = list(_endpoints(address, referrals))
+        with self._lock:
+            for each in endpoints:
+                if len(self._replicas) < REPLICAS_REMEMBERED:
+                    self._replicas.setdefault(each, Candidate(each, candidate.endpoint, contents))
+            known = [each for each in endpoints if each in self._replicas]
+            self._peering.named(candidate.endpoint, known)
+            return bool(known)
+
+    def joined_here(self, endpoint: Endpoint, contents: Contents) -> bool:
+        """Notes that a client of this process relays `contents` at `endpoint`. Whether it can be asked."""
+        with self._lock:
+            if not self._follows_replicas or len(self._replicas) >= REPLICAS_REMEMBERED:
+                return False
+            self._replicas.setdefault(endpoint, Candidate(endpoint, endpoint, contents))
+            self._peering.joined_here(endpoint)
+            return True
+
+    def useless(self, seconds: Mapping[Endpoint, float]) -> Endpoint | None:
+        """The replica that is to be left for another one, None where none is.
+
+        `seconds` says for how long each of those that are being asked has had nothing that is missing.
+        """
+        with self._lock:
+            return self._peering.to_leave(seconds)
+
+    def ended(self, candidate: Candidate) -> None:
+        """Notes that a session with `candidate` is over, without a failure."""
+        with self._lock:
+            self._peering.lost(candidate.endpoint)
+
+    def follow_nobody(self) -> None:
+        """Asks no replica any more."""
+        with self._lock:
+            self._follows_replicas = False
 
     def spent(self, candidate: Candidate, seconds: float, nbytes: int) -> None:
         """Notes how long a session with `candidate` took, and how many bytes of passed chunks it brought.
@@ -231,7 +293,7 @@ class SourceOrder:
         with self._lock:
             self._replica_seconds_left -= max(seconds - nbytes / EXCUSED_RATE, 0.0)
             if self._replica_seconds_left < 0:
-                self._forget_replicas()
+                self._follows_replicas = False
 
     def may_leave(self, candidate: Candidate) -> bool:
         """Whether there is another way to the weights than `candidate`, which is being asked."""
@@ -241,7 +303,6 @@ class SourceOrder:
     def _wait(self) -> Step:
         if self._wait_left <= 0:
             self._queued.clear()
-            self._forget_replicas()
             return LeaveQueues()
         self._round_due = next(self._pauses) if self._later else None
         return AwaitTurn(self._wait_left if self._round_due is None else min(self._round_due, self._wait_left))
@@ -250,25 +311,14 @@ class SourceOrder:
         self._ready.extend(Ask(candidate, self._transports) for candidate in self._later)
         self._later = []
 
-    def _postpone(self, candidate: Candidate) -> None:
-        """A configured source may be postponed without end, a replica only as often as a source may fail."""
-        self._failures[candidate.endpoint] += candidate.is_replica
-        if self._failures[candidate.endpoint] < TRIES:
-            self._later.append(candidate)
-
-    def _forget_replicas(self) -> None:
-        self._ready = deque(ask for ask in self._ready if not ask.candidate.is_replica)
-        self._later = [candidate for candidate in self._later if not candidate.is_replica]
-
     def _add(self, candidates: Iterable[Candidate]) -> bool:
         """Puts those that are new first, in their order; whether there are any."""
         new: list[Ask] = []
         with self._lock:
             for candidate in candidates:
-                kind = candidate.is_replica
-                if candidate.endpoint not in self._known and self._added[kind] < REFERRALS_FOLLOWED:
+                if candidate.endpoint not in self._known and self._ranks < REFERRALS_FOLLOWED:
                     self._known.add(candidate.endpoint)
-                    self._added[kind] += 1
+                    self._ranks += 1
                     new.append(Ask(candidate, self._transports))
             self._ready.extendleft(reversed(new))
         return bool(new)

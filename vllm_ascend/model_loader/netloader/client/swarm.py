@@ -231,6 +231,7 @@ class Swarm(Generic[Source]):
                 if other is not state:
                     elsewhere |= other.has & ~other.doubted
             candidates ^= doubted & elsewhere
+            candidates = candidates & ~doubted or candidates  # whatever else there is comes first
         if not candidates:
             return None
         return self._chunk_of[_lowest(self._spread.least(candidates))]

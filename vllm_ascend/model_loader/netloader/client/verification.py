@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.client.order import Candidate
-from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, ProtocolError, SourceRefused, one_line
+from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, SessionEnded, SourceRefused, one_line
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.messages import DIGESTS_LIMIT, Accept, AskDigests, Digests, End, Message
+from vllm_ascend.model_loader.netloader.wire.messages import (
+    DIGESTS_LIMIT,
+    Accept,
+    AskDigests,
+    AttributeValue,
+    Digests,
+    End,
+    Message,
+)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The digests of all chunks, in order, and the root digest of the contents, in hexadecimal."""
+    """The digests of all chunks, in order, and the root digest of the contents, in hexadecimal.
+
+    `attributes` is what the source has told beside, and what the root covers too.
+    """
 
     digests: tuple[bytes, ...]
     root: str
+    attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
 def obtain(
@@ -45,7 +57,7 @@ def obtain(
                 f"the source sent {len(answer.digests)} digests: expected {number} of {DIGEST_BYTES} bytes each"
             )
         digests += answer.digests
-    return Evidence(tuple(digests), root_of(manifest.digest, accept.attributes, digests))
+    return Evidence(tuple(digests), root_of(manifest.digest, accept.attributes, digests), accept.attributes)
 
 
 def require_promised(evidence: Evidence, candidate: Candidate) -> None:
@@ -72,8 +84,8 @@ def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:
 def not_ended(message: Message) -> Message:
     """`message`, unless it is the one by which a source ends the session.
 
-    Raises PeerError with the source's reason then.
+    Raises SessionEnded with the source's reason then.
     """
     if isinstance(message, End):
-        raise PeerError(f"it ended the session: {one_line(message.reason)}")
+        raise SessionEnded(one_line(message.reason), denies=message.denies)
     return message

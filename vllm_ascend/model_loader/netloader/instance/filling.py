@@ -15,6 +15,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import msgspec
 from torch import nn
@@ -22,12 +23,13 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.checkpoint.hub_cache import snapshot_in
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.client.fetch import Client
-from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Relay
 from vllm_ascend.model_loader.netloader.client.session import Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank
-from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights
+from vllm_ascend.model_loader.netloader.instance.relaying import StoreRelay
+from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights, ServeOptions
 from vllm_ascend.model_loader.netloader.model import attributes
 from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.weights import ModelWeights, weights_of
@@ -40,6 +42,8 @@ from vllm_ascend.model_loader.netloader.wire.access import Access
 
 logger = logging.getLogger(__name__)
 
+_NOT_LOADED: Final = "it could not load these weights"
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -50,9 +54,12 @@ class Kept:
 
     weights: ModelWeights
     contents: LoadedWeights
+    relay: StoreRelay | None = None
 
     def release(self) -> None:
         """Gives up the memory, which stays with the tensors of the model that need it. Idempotent."""
+        if self.relay is not None:
+            self.relay.end(_NOT_LOADED)
         release(self.contents.memory)
 
 
@@ -74,12 +81,18 @@ class Loaded:
     received: Mapping[str, int] = field(default_factory=dict)
     mixture: str = ""
 
+    @property
+    def came_from_several(self) -> bool:
+        """Whether any byte came from another one than the source that has confirmed them."""
+        return self.fetched is not None and any(source != str(self.fetched.source) for source in self.received)
+
 
 @dataclass(frozen=True, eq=False)
 class Filler:
     """Fills models of one rank as the configuration says.
 
-    `keep` says whether the weights are to be served, so that memory is kept for it. `phases` and `attempts` grow as it
+    `keep` says whether the weights are to be served, so that memory is kept for it; `relays` are the options by which
+    they are served already while they come from a source, None if they are not. `phases` and `attempts` grow as it
     goes, and `note_not_served` is told a reason as soon as there is one, so that a report of a failure has them too.
     """
 
@@ -88,6 +101,7 @@ class Filler:
     access: Access
     transports: tuple[Transport, ...]
     keep: bool
+    relays: ServeOptions | None = None
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
     note_not_served: Callable[[str], None] = lambda _: None
@@ -130,22 +144,27 @@ class Filler:
 
     def _fill_from_sources(self, order: _Order) -> Loaded:
         """Raises SourcesExhausted, UnsupportedModel or NoRoom. The model has nothing then that the disk has to keep."""
+        relay = None if self.relays is None else StoreRelay(order.request, self.relays)
         with self.rank.progress_bar(order.nbytes) as progress:
-            client = Client(self._fetch_options(order, progress), self.transports, self.phases, self.attempts)
+            client = Client(self._fetch_options(order, progress, relay), self.transports, self.phases, self.attempts)
             fetched = client.fetch(self.config.sources_for(self.rank.number))
 
         # Only now does the model change: all bytes are there, verified, and confirmed by their source.
-        with self.phases("transfer"), _released_on_failure(fetched.memory):
+        with self.phases("transfer"), _released_on_failure(fetched.memory, relay):
             order.weights.bind(fetched.memory)
             attributes.apply(order.model, fetched.attributes)
             digests = None if fetched.evidence is None else fetched.evidence.digests
             request = order.request_for(fetched.fingerprint)
-            kept, not_served = self._kept(order, LoadedWeights(request, fetched.memory, fetched.attributes, digests))
+            if relay is not None and not order.weights.keeps_originals:
+                relay.end("its weights are being processed for its kernels")
+            relayed = None if relay is None else relay.publication
+            contents = LoadedWeights(request, fetched.memory, fetched.attributes, digests, relayed)
+            kept, not_served = self._kept(order, contents, relay)
 
         received = {source: count for source, count in client.received.items() if count}
         return Loaded(order.nbytes, fetched.fingerprint, kept, not_served, fetched, received)
 
-    def _fetch_options(self, order: _Order, progress: Progress) -> FetchOptions:
+    def _fetch_options(self, order: _Order, progress: Progress, relay: Relay | None) -> FetchOptions:
         return FetchOptions(
             order.request,
             Timeouts(self.config.connect_timeout, self.config.stall_timeout),
@@ -157,6 +176,7 @@ class Filler:
             allocate=lambda _: order.weights.allocate(),
             check_attributes=lambda received: attributes.require_settable(order.model, received),
             progress=progress,
+            relay=relay,
         )
 
     def _fill_alone(self, model: nn.Module, not_served: str) -> Loaded:
@@ -201,17 +221,19 @@ class Filler:
             kept, reason = self._kept(order, LoadedWeights(request, memory, changes))
         return Loaded(order.nbytes, fingerprint, kept, reason, mixture=mixture)
 
-    def _kept(self, order: _Order, contents: LoadedWeights) -> tuple[Kept | None, str]:
+    def _kept(self, order: _Order, contents: LoadedWeights, relay: StoreRelay | None = None) -> tuple[Kept | None, str]:
         """Makes the memory servable. What can be served, or None with the reason; none is needed if nobody wants it."""
-        memory = contents.memory
+        memory, kept = contents.memory, Kept(order.weights, contents, relay)
         if not self.keep:
-            release(memory)
+            kept.release()
             return None, ""
         try:
             if not memory.servable:
                 memory.seal()
         except OSError as error:
-            return None, self._not_kept(memory, f"the arena cannot be sealed: {error}")
+            return None, self._not_kept(kept, f"the arena cannot be sealed: {error}")
+        if relay is not None:
+            relay.complete()
 
         # Post-processing comes next, and on an accelerator it changes what is to be served.
         if not order.weights.keeps_originals:
@@ -219,13 +241,13 @@ class Filler:
         try:
             order.weights.note_originals(memory)
         except UnsupportedModel as error:
-            return None, self._not_kept(memory, str(error))
-        return Kept(order.weights, contents), ""
+            return None, self._not_kept(kept, str(error))
+        return kept, ""
 
-    def _not_kept(self, memory: Memory, reason: str) -> str:
-        """Gives up `memory`, which cannot be served for `reason`, and returns that."""
+    def _not_kept(self, kept: Kept, reason: str) -> str:
+        """Gives up `kept`, which cannot be served for `reason`, and returns that."""
         self.rank.log_not_served(reason)
-        release(memory)
+        kept.release()
         return reason
 
     def _finish(self, record: ReadRecord) -> tuple[str, str]:
@@ -274,10 +296,12 @@ def release(memory: Memory) -> None:
 
 
 @contextlib.contextmanager
-def _released_on_failure(memory: Memory) -> Iterator[None]:
+def _released_on_failure(memory: Memory, relay: StoreRelay | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if relay is not None:
+            relay.end(_NOT_LOADED)
         release(memory)
         raise
 

@@ -55,7 +55,15 @@ class ModelLoad:
         )
         keep = not self._publisher.not_served
         self._filler = Filler(
-            config, rank, access, transports, keep, self._phases, self.summary.attempts, self._note_not_served
+            config,
+            rank,
+            access,
+            transports,
+            keep,
+            self._publisher.options if keep and config.relay else None,
+            self._phases,
+            self.summary.attempts,
+            self._note_not_served,
         )
         self._undo = contextlib.ExitStack()
         """What is to be taken back if the load ends before its weights are published."""

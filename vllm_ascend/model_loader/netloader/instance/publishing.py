@@ -63,7 +63,7 @@ class Publisher:
         self._rank = rank
         self._access = access
         self._output = output
-        self._options = serving.ServeOptions(config, access, transports, rank.number, rank.engine)
+        self.options = serving.ServeOptions(config, access, transports, rank.number, rank.engine)
         self.not_served = self._open()
 
     @property
@@ -94,13 +94,13 @@ class Publisher:
 
     def abandon(self) -> None:
         """Closes the listener after a load that failed, unless something else still uses it. Idempotent."""
-        serving.abandon(self._options)
+        serving.abandon(self.options)
 
     def _open(self) -> str:
         if not self._config.serve:
             return "SERVE is false"
         try:
-            serving.open_listener(self._rank.role, self._options)
+            serving.open_listener(self._rank.role, self.options)
         except OSError as error:
             reason = error.strerror or str(error)
             self._rank.log_not_served(reason)
@@ -123,16 +123,18 @@ class Publisher:
 
     def _serve(self, model: nn.Module, kept: Kept, loaded: Loaded, changed: list[str] | None) -> Published:
         host = self.host
-        server = serving.serve(model, kept.contents, self._options)
+        server = serving.serve(model, kept.contents, self.options)
         address = str(Endpoint(host, server.port))
         self._output.write_address(address)
-        if loaded.fetched is not None and self._config.verify:  # what was not verified is not passed on as a replica
-            timeout = self._config.connect_timeout
-            tell_source(loaded.fetched, server.port, timeout=timeout, access=self._access)
+        fetched = loaded.fetched
+        # What was not verified is not passed on as a replica. Who relays is known already, and a source believes only
+        # those who took everything from it.
+        if fetched is not None and self._config.verify and not fetched.port and not loaded.came_from_several:
+            tell_source(fetched, server.port, timeout=self._config.connect_timeout, access=self._access)
         return Published(server, address, changed=changed)
 
     def _decline(self, model: nn.Module, reason: str) -> Published:
-        return Published(serving.decline(model, self._rank.role, reason, self._options), not_served=reason)
+        return Published(serving.decline(model, self._rank.role, reason, self.options), not_served=reason)
 
     def _drop(self, loaded: Loaded, reason: str) -> str:
         """Gives up what cannot be served after all. Returns the `reason`."""

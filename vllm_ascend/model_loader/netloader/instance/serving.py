@@ -45,6 +45,8 @@ class LoadedWeights:
     memory: Memory
     attributes: Mapping[str, AttributeValue]
     digests: tuple[bytes, ...] | None = None
+    relayed: Publication | None = None
+    """Under what these weights were offered while they were loaded, None if they were not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,19 +115,29 @@ def abandon(options: ServeOptions) -> None:
             _close_unused(options.address)
 
 
+def listener_of(options: ServeOptions) -> WeightServer | None:
+    """The server that was opened for `options`, None if there is none."""
+    with _lock:
+        service = _service_of(options)
+        return None if service is None else service.server
+
+
 def serve(model: object, weights: LoadedWeights, options: ServeOptions) -> WeightServer:
     """Publishes `weights` for as long as `model` lives, in place of what the engine has served in their role."""
     server = _server_for(model, options)
-    request, role = weights.request, weights.request.identity.role
-
-    generation = server.next_generation(role)
-    digests = _digests(weights) if options.config.verify else None
-    store = WeightStore(request.manifest, weights.memory, generation, weights.attributes, digests)
-
-    server.publish(Publication(request.identity, request.coordinates, store))
+    role = weights.request.identity.role
+    server.publish(weights.relayed or _publication(weights, server, options))
     withdraw(role, options.engine, unless=server)
     weakref.finalize(model, server.withdraw, role, weakref.ref(weights.memory)).atexit = False
     return server
+
+
+def _publication(weights: LoadedWeights, server: WeightServer, options: ServeOptions) -> Publication:
+    request = weights.request
+    generation = server.next_generation(request.identity.role)
+    digests = _digests(weights) if options.config.verify else None
+    store = WeightStore(request.manifest, weights.memory, generation, weights.attributes, digests)
+    return Publication(request.identity, request.coordinates, store)
 
 
 def _digests(weights: LoadedWeights) -> StoreDigests:

@@ -66,7 +66,7 @@ class LiveMemory(DeviceMemory):
     def servable(self) -> bool:
         return self._servable
 
-    def landing(self, offset: int, length: int) -> DeviceLanding:
+    def landing(self, offset: int, length: int, *, apart: bool = False) -> DeviceLanding:
         return _LiveLanding(self, offset, length)
 
     def contents(self) -> Readable:

@@ -46,10 +46,15 @@ def answer(
     join: Join, publications: Publications, transports: Sequence[Transport], peers: Iterable[Peer]
 ) -> Acceptance | Refuse:
     """The answer to `join` of a server that holds `publications` and can use `transports`; `peers` are its siblings."""
-    publication = publications.served(join.identity.role)
-    if publication is None:
-        return _not_held(join.identity.role, publications)
+    offered = publications.offered(join.identity.role)
+    answers = [_answer_with(publication, join, transports, peers) for publication in offered]
+    accepted = (each for each in answers if isinstance(each, Acceptance))
+    return next(accepted, answers[0] if answers else _not_held(join.identity.role, publications))
 
+
+def _answer_with(
+    publication: Publication, join: Join, transports: Sequence[Transport], peers: Iterable[Peer]
+) -> Acceptance | Refuse:
     differences = publication.identity.mismatch(join.identity)
     displaced = publication.coordinates.mismatch(join.coordinates)
     if displaced and not differences and (referrals := _holding(join.coordinates, peers)):
@@ -62,6 +67,8 @@ def answer(
         difference = Difference("manifest", manifest.digest, join.manifest_digest)
         return Refuse("the tensors differ", (difference,), manifest.encoded)
 
+    if publication.store.is_filling:  # nobody can map what is not sealed yet
+        transports = [transport for transport in transports if transport.traits.copies]
     transport = _common_transport(join.offers, transports)
     if transport is None:
         return Refuse(f"no common transport: this server has {', '.join(_names(transports))}")
@@ -70,6 +77,7 @@ def answer(
 
 def status(publications: Publications, transports: Sequence[Transport], sessions: int, waiting: int) -> Status:
     """The answer to Inquire. `sessions` and `waiting` are how many clients take weights, and wait for a turn."""
+    everything = (*publications.all_served(), *publications.all_filling())
     holdings = tuple(
         Holding(
             role=publication.role,
@@ -79,8 +87,9 @@ def status(publications: Publications, transports: Sequence[Transport], sessions
             nbytes=publication.store.manifest.nbytes,
             generation=publication.store.generation,
             root=publication.store.root_if_known(),
+            held=publication.store.nbytes_held,
         )
-        for publication in publications.all_served()
+        for publication in everything
     )
     return Status(holdings, sessions, _names(transports), publications.reasons(), waiting)
 

@@ -229,7 +229,7 @@ class Listener:
                 self.guard.failed(peer.host)
                 self._log.say(logging.WARNING, peer.host, "turned away %s: %s", peer, reason)
             case ConnectionLost():
-                in_transfer = connection.channel.state in (State.TRANSFER, State.CONFIRMING)
+                in_transfer = connection.channel.state in (State.TRANSFER, State.FOLLOWING, State.CONFIRMING)
                 level = logging.WARNING if in_transfer else logging.DEBUG
                 self._log.say(level, peer.host, "%s went away: %s", peer, reason)
             case PeerError() | OSError():

@@ -1,8 +1,9 @@
 """What a server holds in each role: weights that it serves, weights that it must not serve now, or a reason for none.
 
-A role ("target", "draft") is in at most one of three states, and every change of state is a method here. There are no
-sockets and no sessions in here: whoever changes something is told which weights are no longer served, and has to end
-their sessions and close them.
+A role ("target", "draft") is in at most one of three states, and every change of state is a method here. Beside that,
+weights that are still being loaded may be offered in it: those of a first load, or those that will replace the ones
+that are served. There are no sockets and no sessions in here: whoever changes something is told which weights are no
+longer served, and has to end their sessions and close them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
 
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
@@ -25,6 +27,8 @@ class Publication:
     identity: ModelIdentity
     coordinates: RankCoordinates
     store: WeightStore
+    joined: Callable[[Endpoint], object] = field(default=lambda _: None, compare=False)
+    """Is called with the address of each client that relays what it takes, by the thread of its session."""
 
     @property
     def role(self) -> str:
@@ -66,6 +70,7 @@ class Publications:
     def __init__(self, lock: threading.RLock | None = None) -> None:
         self._lock = lock or threading.RLock()
         self._states: dict[str, State] = {}
+        self._filling: dict[str, Publication] = {}
         self._generations = Counter[str]()
 
     def next_generation(self, role: str) -> int:
@@ -77,10 +82,39 @@ class Publications:
     def publish(self, publication: Publication) -> Publication | None:
         """Serves `publication`. Returns what was served or suspended in its role before."""
         with self._lock:
-            replaced = self._held(publication.role)
-            self._states[publication.role] = Served(publication)
-            self._generations[publication.role] = publication.store.generation
+            role = publication.role
+            replaced = self._held(role)
+            if self._filling.get(role) is publication:
+                del self._filling[role]
+            self._states[role] = Served(publication)
+            self._generations[role] = max(self._generations[role], publication.store.generation)
             return replaced
+
+    def fill(self, publication: Publication) -> Publication | None:
+        """Offers weights that are still being loaded. Returns those that were offered so in their role before."""
+        with self._lock:
+            replaced = self._filling.get(publication.role)
+            self._filling[publication.role] = publication
+            return replaced
+
+    def stop_filling(self, publication: Publication) -> bool:
+        """Offers `publication` no more, if it is still being loaded. Whether it was."""
+        with self._lock:
+            if self._filling.get(publication.role) is not publication:
+                return False
+            del self._filling[publication.role]
+            return True
+
+    def offered(self, role: str) -> tuple[Publication, ...]:
+        """What clients may take in `role` now: what is served, then what is being loaded."""
+        with self._lock:
+            offered = (self.served(role), self._filling.get(role))
+            return tuple(publication for publication in offered if publication is not None)
+
+    def all_filling(self) -> tuple[Publication, ...]:
+        """What is being loaded now and offered all the same, at most one publication for each role."""
+        with self._lock:
+            return tuple(self._filling.values())
 
     def decline(self, role: str, reason: str) -> Publication | None:
         """Serves nothing in `role`, for `reason`. Returns what was served or suspended in it before."""
@@ -140,6 +174,7 @@ class Publications:
     def clear(self) -> tuple[Publication, ...]:
         """Withdraws every role. Returns what was served or suspended."""
         with self._lock:
+            self._filling.clear()
             withdrawn = (self.withdraw(role) for role in list(self._states))
             return tuple(publication for publication in withdrawn if publication is not None)
 

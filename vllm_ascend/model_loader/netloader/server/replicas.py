@@ -1,7 +1,8 @@
-"""Who else has the weights of a server: clients that took them, and announced afterwards that they serve them.
+"""Who else has the weights of a server: clients that take or took them, and serve what they have.
 
-Without a token that can be anybody. So no host can push others out of what is remembered, and when clients are referred
-to replicas, hosts are named in turn.
+Some relay while they load, and say so when they begin to follow; others announce afterwards that they serve. Without a
+token either can be anybody. So no host can push others out of what is remembered, and when clients are referred to
+replicas, hosts are named in turn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ipaddress
 import random
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -23,7 +25,7 @@ REFERRALS: Final = 8
 _REMEMBERED_SESSIONS: Final = 256
 """Clients that took everything and may announce that they serve it."""
 _REMEMBERED_REPLICAS: Final = 64
-"""Clients that have announced it."""
+"""Clients that serve what they have."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._taken: OrderedDict[bytes, Copy] = OrderedDict()
         self._serving: OrderedDict[Endpoint, Copy] = OrderedDict()
+        self._listeners: set[Callable[[], None]] = set()
 
     @property
     def copies(self) -> int:
@@ -65,8 +68,33 @@ class Replicas:
             copy = self._taken.pop(session, None)
             if copy is None or copy.host != endpoint.host:
                 return False
-            _remember(self._serving, endpoint, copy, _REMEMBERED_REPLICAS)
+            self._add(endpoint, copy)
             return True
+
+    def note_relaying(self, endpoint: Endpoint, copy: Copy) -> None:
+        """Notes that a client which takes `copy` now serves at `endpoint` what it has of it."""
+        with self._lock:
+            self._add(endpoint, copy)
+
+    def drop(self, endpoint: Endpoint) -> None:
+        """Names `endpoint` to nobody any more."""
+        with self._lock:
+            self._serving.pop(endpoint, None)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Calls `listener`, which may neither block nor use this object, whenever there is another replica."""
+        with self._lock:
+            self._listeners.add(listener)
+
+    def forget_listener(self, listener: Callable[[], None]) -> None:
+        """Does not call `listener` any more. Idempotent."""
+        with self._lock:
+            self._listeners.discard(listener)
+
+    def known(self, role: str, generation: int) -> tuple[Endpoint, ...]:
+        """All replicas of that generation."""
+        with self._lock:
+            return tuple(each for each, copy in self._serving.items() if copy.holds(role, generation))
 
     def referrals(self, role: str, generation: int) -> tuple[str, ...]:
         """Addresses of some replicas of that generation, as the fields of messages have them.
@@ -74,8 +102,7 @@ class Replicas:
         They are in random order, so that the clients that are told spread over them, except that a second one of a host
         is named only after one of every host. An address without a host means the host of this server.
         """
-        with self._lock:
-            endpoints = [each for each, copy in self._serving.items() if copy.holds(role, generation)]
+        endpoints = list(self.known(role, generation))
         random.shuffle(endpoints)
 
         named: Counter[str] = Counter()
@@ -85,7 +112,17 @@ class Replicas:
             named[network_of(endpoint.host)] += 1
 
         chosen = [endpoint for _, endpoint in sorted(places, key=lambda place: place[0])[:REFERRALS]]
-        return tuple(str(Endpoint("" if _is_loopback(each.host) else each.host, each.port)) for each in chosen)
+        return tuple(map(self.written, chosen))
+
+    @staticmethod
+    def written(endpoint: Endpoint) -> str:
+        """`endpoint` as the fields of messages have it: without a host it is on that of this server."""
+        return str(Endpoint("" if _is_loopback(endpoint.host) else endpoint.host, endpoint.port))
+
+    def _add(self, endpoint: Endpoint, copy: Copy) -> None:
+        _remember(self._serving, endpoint, copy, _REMEMBERED_REPLICAS)
+        for listener in self._listeners:
+            listener()
 
 
 def _remember(copies: OrderedDict[_Key, Copy], key: _Key, copy: Copy, limit: int) -> None:

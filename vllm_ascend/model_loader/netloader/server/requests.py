@@ -168,7 +168,7 @@ class JoinRequest(Guest):
         publication = answer.publication
         root = publication.store.root_if_known()
         referrals = self._handler.replicas.referrals(publication.role, publication.store.generation) if root else ()
-        return Wait(ahead, referrals, root, publication.identity.fingerprint, served)
+        return Wait(ahead, referrals, root, publication.identity.fingerprint, served, publication.store.is_filling)
 
     def go_on(self, turn: Turn) -> None:
         """Serves the client in a new thread."""

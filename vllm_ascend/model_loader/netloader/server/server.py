@@ -30,7 +30,7 @@ from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publication, Publications
 from vllm_ascend.model_loader.netloader.server.replicas import Replicas
 from vllm_ascend.model_loader.netloader.server.requests import RequestHandler, Settings
-from vllm_ascend.model_loader.netloader.server.session import END_SECONDS
+from vllm_ascend.model_loader.netloader.server.session import END_SECONDS, ServerSession
 from vllm_ascend.model_loader.netloader.server.sessions import Sessions, SessionState
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -111,7 +111,7 @@ class WeightServer:
         """Ends all sessions, waits for their threads, and closes what is served. Idempotent."""
         self.listener.stop_accepting()
         sessions = self.sessions.all()
-        self.sessions.end(sessions, "the server shuts down")
+        self.sessions.end(sessions, "the server shuts down", denies=False)
         self.listener.close(self.settings.timeouts.stall, unless={session.channel for session in sessions})
         self._log.tell_left_out(at_once=True)
         for publication in self._publications.clear():
@@ -173,6 +173,26 @@ class WeightServer:
         if replaced is not None:
             self._retire(replaced, "its weights were replaced by new ones")
 
+    def fill(self, publication: Publication) -> None:
+        """Offers a store that is still being filled, beside what is served in its role, until `publish` of the same
+        publication or `stop_filling`. Its memory stays that of the caller.
+        """
+        replaced = self._publications.fill(publication)
+        if replaced is not None:
+            self.sessions.end_those_of(replaced, "its weights were replaced by others while they were loaded")
+
+    def stop_filling(self, publication: Publication, reason: str) -> None:
+        """Offers `publication` no more, unless it was published. Clients are told `reason`.
+
+        Nobody reads its memory any more when this returns, unless a session does not end by a fault of this process.
+        """
+        with self._lock:
+            if not self._publications.stop_filling(publication):
+                return
+            sessions = self.sessions.of((publication,))
+        self.sessions.end(sessions, reason, denies=False)
+        self._are_over(sessions)
+
     def decline(self, role: str, reason: str) -> None:
         """Refuses clients that want `role` with `reason`. What was served in that role is ended and closed."""
         dropped = self._publications.decline(role, reason)
@@ -194,7 +214,7 @@ class WeightServer:
         """
         with self._lock:
             suspended = self._publications.suspend(reason)
-            sessions = self.sessions.all()
+            sessions = self.sessions.of(suspended)
         roles = frozenset(publication.role for publication in suspended)
 
         self.sessions.end(sessions, reason)
@@ -202,8 +222,8 @@ class WeightServer:
             if publication.store.digests is not None:
                 publication.store.digests.stop()
 
-        if not self.sessions.wait_until_over(END_SECONDS + self.settings.timeouts.stall):
-            left = ", ".join(str(session.peer) for session in self.sessions.all())
+        if not self._are_over(sessions):
+            left = ", ".join(str(session.peer) for session in self.sessions.of(suspended))
             self.resume(roles)
             raise TimeoutError(f"what is served to {left} is still being read, so it cannot be moved or changed now")
         return roles
@@ -223,6 +243,10 @@ class WeightServer:
         self.suspend(reason)
         for publication in self._publications.give_up(reason):
             self._retire(publication, _NOT_ANY_MORE)
+
+    def _are_over(self, sessions: Iterable[ServerSession]) -> bool:
+        """Waits for the end of sessions that were told to end. Whether it came."""
+        return self.sessions.wait_until_over(sessions, END_SECONDS + self.settings.timeouts.stall)
 
     def _retire(self, publication: Publication, reason: str) -> None:
         """Ends the sessions of what is not served any more, and closes it. The clients are told `reason`."""

@@ -14,8 +14,10 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Stalled, TransportError, one_line
+from vllm_ascend.model_loader.netloader.server.news import Subscription
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.replicas import Replicas
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
@@ -30,6 +32,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Done,
     End,
     Fetch,
+    Follow,
     Gather,
     Leave,
     Message,
@@ -60,6 +63,7 @@ class ServerSession:
         publication: Publication,
         transport: Transport,
         sender: Sender,
+        replicas: Replicas,
         timeouts: Timeouts,
         log: PeerLog,
     ) -> None:
@@ -71,17 +75,23 @@ class ServerSession:
         self._transport = transport
         self._timeouts = timeouts
         self._log = log
+        self._replicas = replicas
+        self._subscription: Subscription | None = None
         self._told: Counter[int] = Counter()
         """How often the client was told the digest of each chunk."""
         self._ended_because: str | None = None
+        self._denies = False
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, *, denies: bool = True) -> None:
         """Breaks the transfer off and lets the client be told `reason`, the first one if there are several.
+
+        `denies` says whether these weights may be others by now, or none.
 
         Does not block. Whoever calls it shuts the channel down if the session is not over after END_SECONDS.
         """
         # The reason comes first, because the session's thread looks for it as soon as its transfer breaks off.
         if self._ended_because is None:
+            self._denies = denies
             self._ended_because = reason
         self.sender.abort()
         self.channel.interrupt()
@@ -98,6 +108,26 @@ class ServerSession:
         """
         complete = False
         try:
+            complete = self._run()
+        except (PeerError, OSError):
+            self._drop()
+            raise
+        if not complete and self._ended_because is None:
+            self._drop()
+        return complete
+
+    def close(self) -> None:
+        """Ends what the session has begun beside its sender. Idempotent."""
+        if self._subscription is not None:
+            self._subscription.close()
+
+    def _drop(self) -> None:
+        if self._subscription is not None:
+            self._subscription.drop()
+
+    def _run(self) -> bool:
+        complete = False
+        try:
             self.channel.send(self._accept(), self._timeouts.connect)
             self.sender.run()
             complete = self._serve()
@@ -110,7 +140,7 @@ class ServerSession:
         if self._ended_because is None or self.channel.state is State.ENDED:  # the client has left by itself
             return complete
         self._say(logging.WARNING, "ended the session of %s: %s", self.peer, self._ended_because)
-        self.channel.send(End(self._ended_because), END_SECONDS)
+        self.channel.send(End(self._ended_because, self._denies), END_SECONDS)
         return False
 
     def confirm(self, current_generation: int) -> None:
@@ -119,8 +149,8 @@ class ServerSession:
         `current_generation` is 0 if nothing is served in its role any more.
         """
         store = self.publication.store
-        root = store.root_if_known() if self._told else ""
-        self.channel.send(Confirm(current_generation, root), self._timeouts.connect)
+        root = store.root_if_known()
+        self.channel.send(Confirm(current_generation, root, store.is_filling), self._timeouts.connect)
 
         role, transport = self.publication.role, self._transport.name
         taken, whole = self.sender.delivered / 1e6, store.manifest.nbytes / 1e6
@@ -143,6 +173,8 @@ class ServerSession:
             attributes=store.attributes,
             fingerprint=self.publication.identity.fingerprint,
             digest=BLAKE3 if store.digests is not None else "",
+            root=store.root_if_known(),
+            filling=store.is_filling,
         )
 
     def _serve(self) -> bool:
@@ -155,13 +187,17 @@ class ServerSession:
                 case Gather():
                     self.sender.gather(self.channel)
                     self.sender.note_progress()
+                case Follow(port):
+                    self._follow(port)
                 case Fetch() as fetch:
                     self.sender.note_progress()
                     self.sender.push(fetch)
                 case Leave(reason):
                     role, transport = self.publication.role, self._transport.name
                     text = "%s gave up taking the %s weights by %s: %s"
-                    self._say(logging.WARNING, text, self.peer, role, transport, reason)
+                    # Who follows has other sources, and may leave one for another.
+                    level = logging.WARNING if self._subscription is None else logging.INFO
+                    self._say(level, text, self.peer, role, transport, reason)
                     return False
                 case Done():
                     self.sender.settle(SETTLE_SECONDS)
@@ -173,6 +209,16 @@ class ServerSession:
         digests = self.publication.store.digests
         if self._told and digests is not None and not digests.prove():
             raise TransportError("its weights are not as they were loaded, so they were changed by something unknown")
+
+    def _follow(self, port: int) -> None:
+        """Tells the client what is new from now on; each further time, that this server is still there."""
+        if self._subscription is None:
+            self._subscription = Subscription(
+                self.channel, self.peer.host, self.publication, self.sender, self._replicas
+            )
+        self._subscription.relays_on(port)
+        self.sender.note_progress()
+        self._subscription.tell(self._timeouts.connect, in_any_case=True)
 
     def _tell_digests(self, first: int, count: int) -> None:
         digests = self.publication.store.digests
@@ -207,15 +253,23 @@ class ServerSession:
         """The client's next message. Raises PeerError, or _Ended even if a message has arrived before the end."""
         while True:
             self._require_going_on()
-            remaining = self._timeouts.stall - self.sender.idle_seconds()
-            try:
-                message = self.channel.receive(Deadline(max(remaining, 0.001)))
-            except Stalled as error:
-                if self.sender.idle_seconds() >= self._timeouts.stall:
-                    raise self._stalled() from error
-                continue
+            if self._subscription is not None:
+                self._subscription.tell(self._timeouts.connect)
+            message = self._receive(max(self._timeouts.stall - self.sender.idle_seconds(), 0.001))
             self._require_going_on()
-            return message
+            if message is not None:
+                return message
+            if self.sender.idle_seconds() >= self._timeouts.stall:
+                raise self._stalled()
+
+    def _receive(self, seconds: float) -> Message | None:
+        """The client's next message, None where none comes within `seconds` or before there is news for the client."""
+        if self._subscription is not None:
+            return self._subscription.receive(seconds)
+        try:
+            return self.channel.receive(Deadline(seconds))
+        except Stalled:
+            return None
 
     def _require_going_on(self) -> None:
         if self._ended_because is not None:

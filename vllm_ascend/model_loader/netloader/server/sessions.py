@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,6 +103,7 @@ class Sessions:
             publication=publication,
             transport=transport,
             sender=sender,
+            replicas=self._replicas,
             timeouts=timeouts,
             log=self._log,
         )
@@ -110,22 +111,26 @@ class Sessions:
             # Left in reverse order: the sender is closed first, so that a session that is not listed reads nothing.
             closing.callback(self._remove, session)
             closing.enter_context(sender)
+            closing.callback(session.close)
 
             if not self._list(session) or session.has_ended:
                 return False
             if turn is not None:
                 turn.meter = sender.rate
-                turn.end = functools.partial(self.end, [session], _TOO_SLOW)
+                turn.end = functools.partial(self.end, [session], _TOO_SLOW, denies=False)
 
             if session.run():
                 self._confirm(session)
         return True
 
-    def end(self, sessions: Iterable[ServerSession], reason: str) -> None:
-        """Tells the clients `reason`. The sessions are over soon, whatever their clients do. Does not block."""
+    def end(self, sessions: Iterable[ServerSession], reason: str, *, denies: bool = True) -> None:
+        """Tells the clients `reason`. The sessions are over soon, whatever their clients do. Does not block.
+
+        `denies` says whether the weights may be others by now, or none.
+        """
         channels: dict[bytes, Channel] = {}  # the thread below must keep no weights alive
         for session in sessions:
-            session.end(reason)
+            session.end(reason, denies=denies)
             channels[session.id] = session.channel
         if not channels:
             return
@@ -140,13 +145,19 @@ class Sessions:
         """Ends the sessions that serve `publication`, as `end` does."""
         self.end([session for session in self.all() if session.publication is publication], reason)
 
-    def wait_until_over(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds. Whether no session is left."""
+    def wait_until_over(self, sessions: Iterable[ServerSession], timeout: float) -> bool:
+        """Waits up to `timeout` seconds for the end of `sessions`. Whether none of them is left."""
+        left = {session.id for session in sessions}
         with self._one_is_over:
-            return self._one_is_over.wait_for(lambda: not self._listed, timeout)
+            return self._one_is_over.wait_for(lambda: not left & self._listed.keys(), timeout)
+
+    def of(self, publications: Collection[Publication]) -> list[ServerSession]:
+        """The sessions that read the memory of any of `publications` now, oldest first."""
+        memories = {id(publication.store.memory) for publication in publications}
+        return [session for session in self.all() if id(session.publication.store.memory) in memories]
 
     def _is_served(self, publication: Publication) -> bool:
-        return self._publications.served(publication.role) is publication
+        return any(each is publication for each in self._publications.offered(publication.role))
 
     def _list(self, session: ServerSession) -> bool:
         with self._lock:
@@ -166,7 +177,8 @@ class Sessions:
         if session.sender.has_delivered_all:
             copy = Copy(session.peer.host, publication.role, publication.store.generation)
             self._replicas.note_taken(session.id, copy)
-        current = self._publications.served(publication.role)
+        offered = self._publications.offered(publication.role)
+        current = publication if self._is_served(publication) else next(iter(offered), None)
         session.confirm(current.store.generation if current is not None else 0)
 
     def _cut(self, channels: Mapping[bytes, Channel], seconds: float) -> None:

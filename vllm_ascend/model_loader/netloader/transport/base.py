@@ -13,19 +13,21 @@ Whether a client pulls chunks over data connections (`Sender.attach`), is sent e
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.traits import Traits
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class Reception:
 
     `parameters` are those of the server's `Sender`, `nbytes` is the size of the whole address space, and `session` is
     the identifier that a data connection must show. `control` is the session's own connection; `connect` opens another
-    one to the same server, which the caller closes, and raises PeerError where there is none.
+    one to the same server, which the caller closes, and raises PeerError where there is none. `connections` is how many
+    of them are worth their threads, None where that is up to the transport.
+
+    `follow` asks the source to say on `control` what is new while chunks move: a transport calls it once it needs no
+    other word there but Fetch. `attend` hears what the source says until a wakeup is set, or a little less long, and
+    raises PeerError where the source has ended the session or is silent.
     """
 
     parameters: Mapping[str, str | int]
@@ -54,6 +61,28 @@ class Reception:
     control: Channel
     connect: Callable[[], Channel]
     timeouts: Timeouts
+    attend: Callable[[Wakeup], None] = Wakeup.wait
+    follow: Callable[[], None] = lambda: None
+    connections: int | None = None
+
+    def hear(self) -> None:
+        """Hears what the source has said by now, if anything."""
+        with contextlib.closing(Wakeup()) as wakeup:
+            wakeup.set()
+            self.attend(wakeup)
+
+    def next_chunk(self, delivery: Delivery) -> Chunk | None:
+        """The next chunk to fetch, None where none will come any more. For transports of one thread.
+
+        Hears what the source says before, and as long as there is nothing to fetch.
+        """
+        with delivery.wakeup() as wakeup:
+            wakeup.set()
+            while True:
+                self.attend(wakeup)
+                wakeup.clear()
+                if (chunk := delivery.take()) or delivery.is_over:
+                    return chunk
 
     def text(self, name: str) -> str:
         """The text parameter `name`. Raises ProtocolError where the server did not send one."""

@@ -1,16 +1,20 @@
 """Which chunks a client still needs: handed out to a transport, verified as they arrive, and kept across sources.
 
-The `Inventory` of a client outlives a source that fails; a `Delivery` is what one session brings. A chunk whose digest
-is not the one that the source has told goes back to the queue, and a source that delivers the same chunk damaged too
-often is given up. So is a source that sends next to nothing while there is another way to the weights (`LeastRate`).
+The `Inventory` of a client outlives a source that fails; a `Delivery` is what one session brings. Which chunks it asks
+for is up to its `Requests`, as several sessions may bring chunks of the same weights at once. A chunk whose digest is
+not the one that the source has told is asked for again, and a source that delivers the same chunk damaged too often is
+given up. So is a source that sends next to nothing while there is another way to the weights (`LeastRate`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError
@@ -19,6 +23,7 @@ from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES, PI
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.manifest import chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory
+from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +88,16 @@ class Inventory:
         self._held[chunk.number] = digest
 
     @property
+    def held(self) -> Collection[int]:
+        """The numbers of the chunks that have arrived and passed."""
+        return self._held.keys()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk has arrived and passed."""
+        return len(self._held) == len(self.chunks)
+
+    @property
     def nbytes_held(self) -> int:
         """The size of all chunks that have passed, in bytes."""
         return sum(self.chunks[number].length for number in self._held.copy())
@@ -92,6 +107,113 @@ class Inventory:
         absent = len(self.chunks) - len(self._held)
         if absent:
             raise PeerError(f"{absent} of {len(self.chunks)} chunks did not arrive")
+
+
+class Requests(ABC):
+    """The chunks that one session asks its source for. Thread-safe."""
+
+    @property
+    @abstractmethod
+    def remaining(self) -> int:
+        """The number of chunks that the session may still have to bring."""
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether every chunk has passed, whoever brought it."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether no chunk will be handed out any more."""
+
+    @abstractmethod
+    def next(self, *, wait: bool) -> Chunk | None:
+        """The next chunk to fetch. Where there is none now, None, or with `wait` only when this is over."""
+
+    @abstractmethod
+    def begin(self, chunk: Chunk) -> bool:
+        """Notes that `chunk` arrives. Whether it may do so in its own place, because nobody else can bring it."""
+
+    @abstractmethod
+    def claim(self, chunk: Chunk) -> bool:
+        """Whether `chunk`, which has passed, is to be settled, because nobody else has brought it before."""
+
+    @abstractmethod
+    def arrived(self, chunk: Chunk, digest: bytes | None) -> None:
+        """Notes that `chunk`, which was claimed, has settled. `digest` is the one by which it has passed."""
+
+    @abstractmethod
+    def damaged(self, chunk: Chunk) -> None:
+        """Notes that `chunk` has arrived damaged, so that it has to be fetched again."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Hands out no further chunk. From any thread; idempotent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Notes that nothing arrives any more. Idempotent."""
+
+    @abstractmethod
+    def listen(self, listener: Callable[[], None], *, only_the_end: bool = False) -> None:
+        """Calls `listener`, which may not block, whenever there may be another chunk, and when this is over."""
+
+    @abstractmethod
+    def forget(self, listener: Callable[[], None]) -> None:
+        """Does not call `listener` any more. Idempotent."""
+
+
+class InOrder(Requests):
+    """All chunks that are missing, one after another, for a session that brings them alone."""
+
+    def __init__(self, inventory: Inventory, expected: Sequence[bytes] | None) -> None:
+        """`expected` are the source's digests by chunk, None where nothing is verified."""
+        self._inventory = inventory
+        self._queue = deque(inventory.missing(expected))
+        self._is_stopped = False
+
+    @property
+    def remaining(self) -> int:
+        return len(self._queue)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._inventory.is_complete
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_stopped or not self._queue
+
+    def next(self, *, wait: bool) -> Chunk | None:
+        try:
+            return None if self._is_stopped else self._queue.popleft()
+        except IndexError:
+            return None
+
+    def begin(self, chunk: Chunk) -> bool:
+        return True
+
+    def claim(self, chunk: Chunk) -> bool:
+        return True
+
+    def arrived(self, chunk: Chunk, digest: bytes | None) -> None:
+        self._inventory.add(chunk, digest)
+
+    def damaged(self, chunk: Chunk) -> None:
+        self._queue.append(chunk)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def close(self) -> None:
+        self._is_stopped = True
+
+    def listen(self, listener: Callable[[], None], *, only_the_end: bool = False) -> None:
+        return
+
+    def forget(self, listener: Callable[[], None]) -> None:
+        return
 
 
 class Delivery:
@@ -104,7 +226,7 @@ class Delivery:
     def __init__(
         self,
         memory: Memory,
-        inventory: Inventory,
+        requests: Requests,
         expected: Sequence[bytes] | None,
         *,
         progress: Progress,
@@ -113,76 +235,139 @@ class Delivery:
     ) -> None:
         """`expected` are the digests by chunk, or None where nothing is verified; `source` is named in messages."""
         self.memory = memory
+        self.requests = requests
         self.received = 0
         """Bytes that have arrived, those of damaged chunks included."""
+        self.brought = 0
+        """Bytes of chunks that have arrived and passed, and that nobody else had brought before."""
         self.over = threading.Event()
         """Set when nothing may arrive any more."""
-        self._inventory = inventory
         self._expected = expected
         self._progress = progress
         self._source = source
         self._least_rate = least_rate
         self._lock = threading.Lock()
         self._damaged: Counter[int] = Counter()
-        self._broken_off = False
-
-        self._queue = deque(inventory.missing(expected))
-        progress.set(inventory.nbytes_held)
+        self._arriving: set[Arrival] = set()
+        self._owed = 0
+        self._owing_since = 0.0
+        self._owing_seconds = 0.0
 
     @property
     def remaining(self) -> int:
-        """The number of chunks that nobody has taken yet."""
-        return len(self._queue)
+        """The number of chunks that may still be taken."""
+        return self.requests.remaining
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk has passed, whoever brought it."""
+        return self.requests.is_complete
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further chunk will be handed out."""
+        return self.requests.is_over
 
     @property
     def damaged(self) -> int:
         """How many chunks arrived damaged; one that did so twice counts twice."""
         return self._damaged.total()
 
-    def take(self) -> Chunk | None:
-        """The next chunk to fetch, or None where there is none left."""
-        try:
-            return None if self._broken_off else self._queue.popleft()
-        except IndexError:
-            return None
+    @property
+    def owing_seconds(self) -> float:
+        """For how many seconds the source has owed chunks that were taken."""
+        with self._lock:
+            return self._owing_seconds + (time.monotonic() - self._owing_since if self._owed else 0.0)
+
+    def take(self, *, wait: bool = False) -> Chunk | None:
+        """The next chunk to fetch. None where there is none now, or with `wait` only when there will be none."""
+        chunk = self.requests.next(wait=wait)
+        if chunk is not None:
+            self._owe(1)
+        return chunk
+
+    @contextlib.contextmanager
+    def wakeup(self) -> Iterator[Wakeup]:
+        """A wakeup that is set whenever there may be another chunk to take, and when there will be none."""
+        with contextlib.closing(Wakeup()) as wakeup:
+            self.requests.listen(wakeup.set)
+            try:
+                yield wakeup
+            finally:
+                self.requests.forget(wakeup.set)
 
     def begin(self, chunk: Chunk) -> Arrival:
         """Where the bytes of `chunk`, which was taken, are to land. Raises ValueError where the delivery is over."""
         if self.over.is_set():
             raise ValueError("the delivery is over")
-        landing = self.memory.landing(chunk.offset, chunk.length)
-        return Arrival(chunk, landing, self._expected[chunk.number] if self._expected else None, self._advance)
+        in_place = self.requests.begin(chunk)
+        landing = self.memory.landing(chunk.offset, chunk.length, apart=not in_place)
+        arrival = Arrival(chunk, landing, self._expected[chunk.number] if self._expected else None, self._advance)
+        with self._lock:
+            self._arriving.add(arrival)
+        return arrival
 
     def finish(self, arrival: Arrival) -> None:
-        """Takes in a chunk of which all bytes have landed, or puts it back into the queue where it is damaged.
+        """Takes in a chunk of which all bytes have landed, or asks for it again where it is damaged.
 
         Raises Damaged where that happened to this chunk once too often.
         """
         chunk = arrival.chunk
-        if arrival.passes():
-            # The bytes must be where they belong before another source, or the end, counts on them.
-            arrival.landing.settle()
-            with self._lock:
-                self._inventory.add(chunk, arrival.expected)
+        self._owe(-1)
+        passes = arrival.passes()
+        with self._lock:
+            self._arriving.discard(arrival)
+        if passes:
+            self._take_in(arrival)
             return
 
+        self._progress.add(-arrival.nbytes)
         with self._lock:
-            self._progress.add(-arrival.nbytes)
             self._damaged[chunk.number] += 1
             times = self._damaged[chunk.number]
         place = f"chunk {chunk.number} (bytes {chunk.offset} to {chunk.offset + chunk.length - 1})"
         if times >= TRIES_PER_CHUNK:
             raise Damaged(f"{place} arrived damaged {times} times")
         logger.warning("%s from %s arrived damaged: its digest differs; fetching it again", place, self._source)
-        self._queue.append(chunk)
+        self.requests.damaged(chunk)
 
     def break_off(self) -> None:
         """Hands out no further chunk. Those that are on their way may still arrive. For any thread."""
-        self._broken_off = True
+        self.requests.stop()
 
     def close(self) -> None:
         """Ends the delivery: no chunk can begin any more. Idempotent."""
         self.over.set()
+        with self._lock:
+            arriving, self._arriving = self._arriving, set()
+        self._progress.add(-sum(arrival.nbytes for arrival in arriving))
+        self.requests.close()
+
+    def _take_in(self, arrival: Arrival) -> None:
+        """Puts a chunk that has passed where it belongs, unless another session was sooner."""
+        chunk = arrival.chunk
+        if not self.requests.claim(chunk):
+            self._progress.add(-arrival.nbytes)
+            return
+        # The bytes must be where they belong before another source, a client, or the end counts on them.
+        try:
+            arrival.landing.settle()
+        except BaseException:
+            self.requests.damaged(chunk)
+            raise
+        self.requests.arrived(chunk, arrival.expected)
+        with self._lock:
+            self.brought += chunk.length
+
+    def _owe(self, count: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._owed:
+                self._owing_seconds += now - self._owing_since
+            elif self._least_rate is not None:
+                self._least_rate.begin()
+            self._owed += count
+            self._owing_since = now
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:

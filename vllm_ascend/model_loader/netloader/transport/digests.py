@@ -32,8 +32,12 @@ logger = logging.getLogger(__name__)
 
 BLAKE3: Final = "blake3"
 DIGEST_BYTES: Final = 32
-CHUNK_BYTES: Final = 16 << 20
-"""Bytes that are asked for, moved, verified and, if they are damaged, fetched again together."""
+CHUNK_BYTES: Final = 4 << 20
+"""Bytes that are asked for, moved, verified, passed on and, if they are damaged, fetched again together.
+
+They are few because a chain of clients is only as fast as its chunks are small, and because each connection of a client
+that takes from several sources needs a bucket for one.
+"""
 PIECE_BYTES: Final = 1 << 20
 """Bytes that are digested at a time: so few that they are still in the processor's cache when they have arrived."""
 _ROOT_CONTEXT: Final = "vllm-ascend netloader 2026-11 root digest of contents"

@@ -40,7 +40,8 @@ class InProcessTransport(CopyingTransport):
         source = _senders.get(reception.text("key"))
         if source is None:
             raise ConnectionLost("the sender is gone")
-        while chunk := delivery.take():
+        reception.follow()
+        while chunk := reception.next_chunk(delivery):
             with source.sending(Fetch(chunk.offset, chunk.length)):
                 content = self._tamper(chunk, bytes(source.bytes[chunk.offset : chunk.offset + chunk.length]))
                 arrival = delivery.begin(chunk)
@@ -52,7 +53,7 @@ class InProcessTransport(CopyingTransport):
 
 class _InProcessSender(Sender):
     def __init__(self, store: WeightStore) -> None:
-        super().__init__(store.manifest.nbytes)
+        super().__init__(store)
         self.bytes = store.bytes
         self._key = secrets.token_hex(8)
         _senders[self._key] = self

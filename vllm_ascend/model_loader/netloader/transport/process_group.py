@@ -150,7 +150,6 @@ class _Receiver:
             pair = self._gather()
             group_scope.callback(pair.leave)
 
-            self._request_ahead()
             try:
                 self._receive_chunks(pair)
             except RuntimeError as error:
@@ -167,15 +166,27 @@ class _Receiver:
         except BaseException:
             pair.leave()
             raise
+        self._reception.follow()
         return pair
 
     def _request_ahead(self) -> None:
         while len(self._requested) + len(self._receiving) < IN_FLIGHT and (chunk := self._delivery.take()):
-            self._reception.control.send(Fetch(chunk.offset, chunk.length), self._timeout)
-            self._requested.append(chunk)
+            self._request(chunk)
+
+    def _request(self, chunk: Chunk) -> None:
+        self._reception.control.send(Fetch(chunk.offset, chunk.length), self._timeout)
+        self._requested.append(chunk)
+
+    def _await_chunk(self) -> bool:
+        """Asks for another chunk as soon as there is one. Whether there is; otherwise none will come any more."""
+        chunk = self._reception.next_chunk(self._delivery)
+        if chunk is not None:
+            self._request(chunk)
+            self._request_ahead()
+        return chunk is not None
 
     def _receive_chunks(self, pair: process_group.Pair) -> None:
-        while self._requested or self._receiving:
+        while self._requested or self._receiving or self._await_chunk():
             while self._requested:
                 self._receiving.append(self._begin(pair, self._delivery.begin(self._requested.popleft())))
 
@@ -189,6 +200,7 @@ class _Receiver:
             arrival.advance(arrival.chunk.length)
             self._delivery.finish(arrival)
 
+            self._reception.hear()
             self._request_ahead()
 
     def _begin(self, pair: process_group.Pair, arrival: Arrival) -> _Incoming:
@@ -209,7 +221,7 @@ class _GroupSender(Sender):
     """The server's half of one session. Every chunk is sent in the session's own thread."""
 
     def __init__(self, store: WeightStore, device: torch.device, timeouts: Timeouts, pacer: Pacer) -> None:
-        super().__init__(store.manifest.nbytes)
+        super().__init__(store)
         self._memory, self._served = store.memory, store.bytes
         self._device = device
         self._timeout = timeouts.stall

@@ -75,6 +75,10 @@ class LeastRate:
         self._begin = clock()
         self._bytes = 0
 
+    def begin(self) -> None:
+        """Begins a window, because until now nothing was to come."""
+        self._begin, self._bytes = self._clock(), 0
+
     def note(self, nbytes: int) -> None:
         """Notes that `nbytes` bytes have come. Raises SourceTooSlow at the end of a window in which too few came.
 

@@ -17,6 +17,7 @@ from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.rate import Rate
+from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.messages import Fetch
 
@@ -28,11 +29,12 @@ class Sender(ABC):
     may not ask for.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        """`nbytes` is the size of the whole address space that may be sent."""
+    def __init__(self, store: WeightStore) -> None:
+        """`store` has the chunks that may be sent, and notes those that were."""
         self.rate = Rate()
         """How fast the client takes bytes."""
-        self._nbytes = nbytes
+        self._store = store
+        self._nbytes = store.manifest.nbytes
         self._asked_for: Counter[int] = Counter()
         """How often the client has asked for the chunk at each offset."""
         self._sent: dict[int, int] = {}
@@ -84,8 +86,8 @@ class Sender(ABC):
     def sending(self, fetch: Fetch) -> Iterator[None]:
         """A scope within which the chunk that `fetch` asks for is sent; without an exception it counts as delivered.
 
-        Raises ProtocolError for anything but one whole chunk, and for a chunk that was asked for more often than any
-        client needs it, since others wait for their turn.
+        Raises ProtocolError for anything but one whole chunk, for one that is not here yet, and for one that was asked
+        for more often than any client needs it, since others wait for their turn.
         """
         offset, length = fetch.offset, fetch.length
         whole = min(digests.CHUNK_BYTES, self._nbytes - offset)
@@ -94,12 +96,16 @@ class Sender(ABC):
                 f"Fetch of {length} bytes at {offset}: expected one whole chunk of {digests.CHUNK_BYTES} bytes, or the "
                 f"last one of {self._nbytes} bytes"
             )
+        number = offset // digests.CHUNK_BYTES
+        if self._store.held is not None and number not in self._store.held:
+            raise ProtocolError(f"the client asks for the chunk at {offset}, of which it was not told that it is here")
         with self._chunk_over:
             self._asked_for[offset] += 1
             if self._asked_for[offset] > TRIES_PER_CHUNK:
                 raise ProtocolError(f"the client asks for the chunk at {offset} more than {TRIES_PER_CHUNK} times")
             self._being_sent += 1
 
+        self._store.sent.add(number)
         sent = False
         try:
             yield
@@ -124,6 +130,15 @@ class Sender(ABC):
         """Bytes that were sent to the client; those that were sent twice count once."""
         with self._chunk_over:
             return sum(self._sent.values())
+
+    @property
+    def has_delivered_any(self) -> bool:
+        """Whether any chunk was sent to the client."""
+        return bool(self._sent)
+
+    def was_asked_for(self, number: int) -> bool:
+        """Whether the client has asked for that chunk."""
+        return bool(self._asked_for.get(number * digests.CHUNK_BYTES))
 
     @property
     def has_delivered_all(self) -> bool:

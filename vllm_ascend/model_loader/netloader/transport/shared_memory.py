@@ -64,7 +64,7 @@ class _DescriptorSender(Sender):
     """Hands one descriptor to one client, over a socket whose random name only that client is told."""
 
     def __init__(self, store: WeightStore, timeouts: Timeouts) -> None:
-        super().__init__(store.manifest.nbytes)
+        super().__init__(store)
         self._handed_over = False
         self._timeout = timeouts.connect
         self._aborted = threading.Event()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from vllm_ascend.model_loader.netloader.transport import digests as chunked
+from vllm_ascend.model_loader.netloader.transport.chunk_log import ChunkLog
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests, root_of
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -26,9 +28,10 @@ class Request:
 class WeightStore:
     """Weights that can be served: memory whose contents no longer change, and what clients must know of it.
 
-    `memory` must be servable. `generation` grows whenever a process replaces these weights. `attributes` is what
-    loading has set on the model beside its tensors. Without `digests`, clients cannot verify what they get. Whoever
-    publishes the store closes it.
+    `memory` must be servable, except that of a store which is being filled: there, `held` has the chunks that have
+    passed, which are the ones that do not change, and is closed when the store is complete. `generation` grows whenever
+    a process replaces these weights. `attributes` is what loading has set on the model beside its tensors. Without
+    `digests`, clients cannot verify what they get. Whoever publishes the store closes it.
     """
 
     manifest: Manifest
@@ -36,6 +39,23 @@ class WeightStore:
     generation: int
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     digests: StoreDigests | None = None
+    held: ChunkLog | None = None
+    sent: ChunkLog = field(init=False)
+    """The chunks that were sent to some client."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sent", ChunkLog(-(-self.manifest.nbytes // chunked.CHUNK_BYTES)))
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether the process itself still loads these weights, so that it cannot confirm them."""
+        return self.held is not None and not self.held.is_closed
+
+    @property
+    def nbytes_held(self) -> int:
+        """The bytes that can be had by now, to a chunk."""
+        whole = self.manifest.nbytes
+        return min(len(self.held) * chunked.CHUNK_BYTES, whole) if self.held is not None else whole
 
     @cached_property
     def bytes(self) -> Readable:

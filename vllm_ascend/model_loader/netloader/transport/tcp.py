@@ -9,13 +9,21 @@ that the line is never idle for a round trip.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.errors import ConnectionLost, PeerError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.errors import (
+    ConnectionLost,
+    PeerError,
+    SessionEnded,
+    Stalled,
+    TransportError,
+    one_line,
+)
 from vllm_ascend.model_loader.netloader.traits import TCP
 from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
 from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
@@ -23,8 +31,9 @@ from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.bulk import FileRange, receive_into, send_range
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.messages import Attach, Fetch, Refuse
+from vllm_ascend.model_loader.netloader.wire.messages import Attach, Fetch, Message, Refuse
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
 
 CONNECTIONS: Final = min(4, os.cpu_count() or 1)
 """Data connections that a client opens: each takes a thread, and much of a processor to receive and digest."""
@@ -54,8 +63,9 @@ class _ChunkSender(Sender):
     """
 
     def __init__(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> None:
-        super().__init__(store.manifest.nbytes)
+        super().__init__(store)
         self._bytes = store.bytes
+        self._memory = store.memory
         descriptor = store.memory.descriptor
         self._descriptor = None if descriptor is None else os.dup(descriptor)
         self._timeout = timeouts.stall
@@ -111,10 +121,13 @@ class _ChunkSender(Sender):
 
     def _serve(self, channel: Channel) -> None:
         while not self._aborted.is_set():
-            match channel.receive(Deadline(self._timeout)):
+            match self._next_message(channel):
                 case Fetch(offset, length) as fetch:
                     with self.sending(fetch):
-                        content = FileRange(self._descriptor, self._bytes, offset, length)
+                        # The kernel would hold the pages until the client has read them, and memory with pages that
+                        # are held cannot be sealed.
+                        descriptor = self._descriptor if self._memory.servable else None
+                        content = FileRange(descriptor, self._bytes, offset, length)
                         send_range(
                             channel.socket,
                             content,
@@ -124,32 +137,36 @@ class _ChunkSender(Sender):
                             given_up=self._aborted,
                         )
 
+    def _next_message(self, channel: Channel) -> Message:
+        """The client may leave one connection idle while it goes on by others, or waits for news."""
+        while True:
+            try:
+                return channel.receive(Deadline(self._timeout))
+            except Stalled:
+                if self.idle_seconds() >= self._timeout or self._aborted.is_set():
+                    raise
+
 
 class _Pull:
-    """One transfer: a thread for each connection, and one queue of chunks that they share."""
+    """One transfer: a thread for each connection, all of which take chunks of one delivery."""
 
     def __init__(self, reception: Reception, delivery: Delivery) -> None:
         self._reception = reception
         self._delivery = delivery
         self._lock = threading.Lock()
-        self._channels: list[Channel] = []
+        self._channels: dict[threading.Thread, Channel] = {}
         self._failure: BaseException | None = None
+        self._running = 0
+        self._is_over = False
 
     def run(self) -> None:
-        count = min(CONNECTIONS, self._delivery.remaining)
-        threads = [threading.Thread(target=self._connection, name=f"netloader-tcp-{n}") for n in range(count)]
-        started: list[threading.Thread] = []
-
-        try:
-            for thread in threads:
-                thread.start()
-                started.append(thread)
-        except RuntimeError as error:
-            self._fail(TransportError(f"this process cannot start threads: {error}"))
-
-        # Whatever has failed, no thread may write into the memory when this returns.
-        for thread in started:
-            thread.join()
+        count = min(self._reception.connections or CONNECTIONS, self._delivery.remaining)
+        if count:
+            self._reception.follow()
+            with contextlib.closing(Wakeup()) as wakeup:
+                self._delivery.requests.listen(wakeup.set, only_the_end=True)
+                self._run(count, wakeup)
+                self._delivery.requests.forget(wakeup.set)
 
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -158,15 +175,63 @@ class _Pull:
             finally:
                 del failure  # its traceback would hold this frame, and this frame the failure
 
-    def _connection(self) -> None:
+    def _run(self, count: int, wakeup: Wakeup) -> None:
+        threads = [
+            threading.Thread(target=self._connection, args=(wakeup,), name=f"netloader-tcp-{number}", daemon=True)
+            for number in range(count)
+        ]
+        started: list[threading.Thread] = []
+        try:
+            for thread in threads:
+                with self._lock:
+                    self._running += 1
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:
+            self._fail(TransportError(f"this process cannot start threads: {error}"))
+        else:
+            self._attend(wakeup)
+
+        # Whatever has failed, no thread may write into the memory when this returns. Those that are still connecting
+        # see that it is over before they do.
+        with self._lock:
+            self._is_over = True
+            left = started if self._failure is not None else list(self._channels)
+        for thread in left:
+            thread.join()
+
+    def _attend(self, wakeup: Wakeup) -> None:
+        """Returns when all connections are over. What they still wait for when all chunks are here, nobody needs."""
+        try:
+            while self._running and not self._delivery.is_complete:
+                self._reception.attend(wakeup)
+                wakeup.clear()
+        except BaseException as error:
+            self._fail(error)
+        self._cut()
+
+    def _cut(self) -> None:
+        with self._lock:
+            for channel in self._channels.values():
+                channel.shut_down()
+
+    def _connection(self, wakeup: Wakeup) -> None:
         try:
             with self._reception.connect() as channel:
                 with self._lock:
-                    self._channels.append(channel)
+                    if self._is_over:
+                        return
+                    self._channels[threading.current_thread()] = channel
                 self._attach(channel)
                 self._fetch_chunks(channel)
         except BaseException as error:  # whatever it is, `run` raises it: bytes are missing
             self._fail(error)
+        finally:
+            with self._lock:
+                self._running -= 1
+                is_last = not self._running
+            if is_last:
+                wakeup.set()
 
     def _attach(self, channel: Channel) -> None:
         timeout = self._reception.timeouts.connect
@@ -179,7 +244,7 @@ class _Pull:
         timeout = self._reception.timeouts.stall
         requested: deque[Chunk] = deque()
         while self._failure is None:
-            while len(requested) < _REQUESTED_AHEAD and (chunk := self._delivery.take()):
+            while len(requested) < _REQUESTED_AHEAD and (chunk := self._delivery.take(wait=not requested)):
                 channel.send(Fetch(chunk.offset, chunk.length), timeout)
                 requested.append(chunk)
             if not requested:
@@ -192,9 +257,13 @@ class _Pull:
             self._delivery.finish(arrival)
 
     def _fail(self, error: BaseException) -> None:
-        """Keeps the first failure and wakes the other connections, whose own failures then follow from it."""
+        """Keeps the first failure, or what the source says about it, and ends the other connections, which may wait for
+        bytes or for a chunk to take.
+        """
+        if self._delivery.is_complete:
+            return
+        self._delivery.break_off()
         with self._lock:
-            if self._failure is None:
+            if self._failure is None or isinstance(error, SessionEnded):
                 self._failure = error
-            for channel in self._channels:
-                channel.shut_down()
+        self._cut()

@@ -69,6 +69,8 @@ class Arena(Memory):
         self._not_needed_without_tensors = threading.Event()
         self._stop_page_maker = threading.Event()
         self._page_maker: threading.Thread | None = None
+        self._buckets: list[bytearray] = []
+        """Memory of chunks that have arrived apart, for the next ones."""
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
@@ -133,7 +135,9 @@ class Arena(Memory):
 
     contents = writable
 
-    def landing(self, offset: int, length: int) -> Landing:
+    def landing(self, offset: int, length: int, *, apart: bool = False) -> Landing:
+        if apart:
+            return _Apart(self.descriptor, offset, length, self._buckets)
         return _InPlace(self.writable()[offset : offset + length])
 
     def reader(self) -> memoryview:
@@ -149,6 +153,7 @@ class Arena(Memory):
         Tensors stay valid. Whatever is written to them later is seen by this process only.
         """
         self.stop_making_pages()
+        self._buckets.clear()
         descriptor, size = self.descriptor, _whole_pages(self.nbytes)
         fcntl.fcntl(descriptor, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
         protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
@@ -191,6 +196,7 @@ class Arena(Memory):
     def close(self) -> None:
         """Gives up the descriptor, which also happens when the arena dies. Tensors stay valid. Idempotent."""
         self.stop_making_pages()
+        self._buckets.clear()
         self._give_up_descriptor()
 
     def _make_pages(self) -> None:
@@ -218,6 +224,32 @@ class _InPlace(Landing):
 
     def settle(self) -> None:
         return
+
+
+class _Apart(Landing):
+    """A bucket beside the arena, from which a chunk is written to its place in the file."""
+
+    def __init__(self, descriptor: int, offset: int, length: int, buckets: list[bytearray]) -> None:
+        """`buckets` gives the memory, and gets it back for the next one."""
+        self._descriptor = descriptor
+        self._offset = offset
+        self._buckets = buckets
+        bucket = buckets.pop() if buckets else bytearray()
+        self._bucket = bucket if len(bucket) >= length else bytearray(length)
+        self._memory = memoryview(self._bucket)[:length]
+
+    @property
+    def host(self) -> memoryview:
+        return self._memory
+
+    def arrived(self, begin: int, end: int) -> memoryview:
+        return self._memory[begin:end]
+
+    def settle(self) -> None:
+        written = 0
+        while written < self._memory.nbytes:
+            written += os.pwrite(self._descriptor, self._memory[written:], self._offset + written)
+        self._buckets.append(self._bucket)
 
 
 def allocate(manifest: Manifest) -> Arena:

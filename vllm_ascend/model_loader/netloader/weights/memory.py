@@ -62,8 +62,12 @@ class Memory(ABC):
         return None
 
     @abstractmethod
-    def landing(self, offset: int, length: int) -> Landing:
-        """Where the chunk of `length` bytes at `offset` is to arrive."""
+    def landing(self, offset: int, length: int, *, apart: bool = False) -> Landing:
+        """Where the chunk of `length` bytes at `offset` is to arrive.
+
+        With `apart` it comes into its own place only when it settles, because another one of the same chunk may be
+        arriving.
+        """
 
     @abstractmethod
     def contents(self) -> Readable:

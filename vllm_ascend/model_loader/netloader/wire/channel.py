@@ -7,6 +7,7 @@ both, and any other thread may end them.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import time
@@ -19,6 +20,7 @@ from vllm_ascend.model_loader.netloader.wire.conversation import Conversation, R
 from vllm_ascend.model_loader.netloader.wire.failures import translated_errors
 from vllm_ascend.model_loader.netloader.wire.messages import Message
 from vllm_ascend.model_loader.netloader.wire.resolution import resolve
+from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
 
 _RECEIVE_BYTES: Final = 64 << 10
 _LEAST_TIMEOUT: Final = 1e-6
@@ -131,6 +133,30 @@ class Channel:
             if not data:
                 raise ConnectionLost("the peer closed the connection")
             self._conversation.feed(data)
+        return message
+
+    def receive_unless(self, wakeup: Wakeup, deadline: Deadline) -> Message | None:
+        """As `receive`, but returns None where no message is there and `wakeup` is set, now or while it waits."""
+        poller = select.poll()
+        poller.register(wakeup, select.POLLIN)
+        poller.register(self.socket, select.POLLIN)
+        while (message := self._conversation.next_message()) is None:
+            with translated_errors(deadline.seconds):
+                ready = {descriptor for descriptor, _ in poller.poll(deadline.remaining() * 1000)}
+                if not ready:
+                    raise TimeoutError
+                is_woken = wakeup.fileno() in ready
+                self.socket.settimeout(_LEAST_TIMEOUT)
+                try:
+                    data = self.socket.recv(_RECEIVE_BYTES) if ready - {wakeup.fileno()} else None
+                except TimeoutError:  # what came was a message of TLS itself
+                    data = None
+            if data == b"":
+                raise ConnectionLost("the peer closed the connection")
+            if data is not None:
+                self._conversation.feed(data)
+            elif is_woken:
+                return None
         return message
 
     def shut_down(self) -> None:

@@ -21,6 +21,8 @@ in either direction.
                            <-  Publish ...
     Gathered               ->
                            <-  Gathered
+    Follow                 ->
+                           <-  News ...
     ... the transport moves the bytes ...
                            <-  End, or:
     Done | Leave           ->
@@ -57,6 +59,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Done,
     End,
     Fetch,
+    Follow,
     Gather,
     Gathered,
     Hello,
@@ -64,6 +67,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Join,
     Leave,
     Message,
+    News,
     Prove,
     Publish,
     Refuse,
@@ -97,6 +101,7 @@ class State(enum.Enum):
     DIGESTING = enum.auto()
     GATHERING = enum.auto()
     GATHERED = enum.auto()
+    FOLLOWING = enum.auto()
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
     ATTACHING = enum.auto()
@@ -120,6 +125,7 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.TRANSFER, Role.CLIENT): {
         AskDigests: State.DIGESTING,
         Gather: State.GATHERING,
+        Follow: State.FOLLOWING,
         Fetch: State.TRANSFER,
         Done: State.CONFIRMING,
         Leave: State.ENDED,
@@ -130,17 +136,49 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.GATHERING, Role.SERVER): {Publish: State.GATHERING, End: State.ENDED},
     (State.GATHERED, Role.CLIENT): {Leave: State.ENDED},
     (State.GATHERED, Role.SERVER): {Publish: State.GATHERED, Gathered: State.TRANSFER, End: State.ENDED},
-    (State.CONFIRMING, Role.SERVER): {Confirm: State.ENDED, End: State.ENDED},
+    (State.FOLLOWING, Role.CLIENT): {
+        Follow: State.FOLLOWING,
+        Fetch: State.FOLLOWING,
+        Done: State.CONFIRMING,
+        Leave: State.ENDED,
+    },
+    (State.FOLLOWING, Role.SERVER): {News: State.FOLLOWING, End: State.ENDED},
+    (State.CONFIRMING, Role.SERVER): {News: State.CONFIRMING, Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
     (State.ATTACHING, Role.SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
 
 _ClientMessage = (
-    Hello | Prove | Join | AskDigests | Gather | Publish | Gathered | Done | Leave | Announce | Attach | Fetch | Inquire
+    Hello
+    | Prove
+    | Join
+    | AskDigests
+    | Gather
+    | Publish
+    | Gathered
+    | Follow
+    | Done
+    | Leave
+    | Announce
+    | Attach
+    | Fetch
+    | Inquire
 )
 _ServerMessage = (
-    Welcome | Challenge | Wait | Accept | Attached | Digests | Publish | Gathered | Refuse | Confirm | End | Status
+    Welcome
+    | Challenge
+    | Wait
+    | Accept
+    | Attached
+    | Digests
+    | Publish
+    | Gathered
+    | News
+    | Refuse
+    | Confirm
+    | End
+    | Status
 )
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),

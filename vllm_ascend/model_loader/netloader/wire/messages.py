@@ -16,19 +16,21 @@ import msgspec
 
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, ModelIdentity, RankCoordinates
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 REQUEST_LIMIT: Final = 64 << 10
 """Bytes of a frame to a server, which bounds what a stranger can make it hold. The largest, Join, is below 4 KiB."""
 REPLY_LIMIT: Final = 64 << 20
 """Bytes of a frame to a client. A refusal may carry the manifest of a model with 500,000 tensors."""
 STRANGER_REPLY_LIMIT: Final = 1 << 20
 """Bytes of a frame from a source that is not trusted: enough for everything but a manifest."""
-FETCH_LIMIT: Final = 16 << 20
+FETCH_LIMIT: Final = 4 << 20
 """Bytes that one Fetch may ask for: those of a chunk."""
-DIGESTS_LIMIT: Final = 64
+DIGESTS_LIMIT: Final = 256
 """Digests in one message. For these, a server may have to read 1 GiB in the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
 """Endpoints in one message."""
+NEWS_LIMIT: Final = 4096
+"""Chunks of one kind in one News. What a source has at first may take several."""
 DIFFERENCES_LIMIT: Final = 64
 """Differing fields in one refusal. Identity and coordinates have fewer."""
 ATTRIBUTES_LIMIT: Final = 1 << 16
@@ -43,6 +45,8 @@ ShortBytes = Annotated[bytes, msgspec.Meta(max_length=64)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Referrals = Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=REFERRALS_LIMIT)]
+Chunks = Annotated[tuple[Count, ...], msgspec.Meta(max_length=NEWS_LIMIT)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Parameters = Mapping[ShortText, ShortText | int]
 AttributeValue = bool | int | float | ShortText | None
 """A value that loading sets on a model beside its tensors, of a type that can travel."""
@@ -123,10 +127,10 @@ class Join(Message, frozen=True):
 class Wait(Message, frozen=True):
     """Server, in answer to Join while all turns are taken. Repeated until Accept or Refuse follows.
 
-    `served` clients have a turn, and `ahead` others come first. `referrals` are endpoints that took the same weights
-    from this server, written as in Refuse. The server vouches for none of them: they are to be believed only if what
-    they hold has the root digest `root`, which is empty until it is known. `fingerprint` is that of the checkpoint, on
-    the word of this server alone.
+    `served` clients have a turn, and `ahead` others come first. `referrals` are endpoints that take or took the same
+    weights from this server, written as in Refuse. The server vouches for none of them: they are to be believed only if
+    what they hold has the root digest `root`, which is empty until it is known. `fingerprint` is that of the
+    checkpoint, on the word of this server alone. `filling` says that the server itself still loads these weights.
     """
 
     ahead: Count
@@ -134,15 +138,19 @@ class Wait(Message, frozen=True):
     root: ShortText = ""
     fingerprint: ShortText = ""
     served: Count = 0
+    filling: bool = False
 
 
 class Accept(Message, frozen=True):
-    """Server, in answer to Join: opens the session. The client goes on with AskDigests, Gather, Fetch, Done or Leave.
+    """Server, in answer to Join: opens the session. The client goes on with AskDigests, Gather, Follow, Fetch, Done or
+    Leave.
 
     `transport` is the one of the client's offers that the server has chosen, and `parameters` are what the client's
     half of it must know. `digest` names the kind of the chunks' digests, empty where the server has none. `attributes`
     belong to the weights: what else loading has set on the model, by qualified name. `fingerprint` is that of the
-    server's checkpoint, for a client that has none and will serve these weights in turn.
+    server's checkpoint, for a client that has none and will serve these weights in turn. `root` is the root digest of
+    the contents, empty until it is known. `filling` says that the server itself still loads these weights: it has only
+    the chunks of which it tells in News.
     """
 
     session: SessionId
@@ -152,6 +160,8 @@ class Accept(Message, frozen=True):
     attributes: Annotated[Mapping[ShortText, AttributeValue], msgspec.Meta(max_length=ATTRIBUTES_LIMIT)] = {}
     fingerprint: ShortText = ""
     digest: ShortText = ""
+    root: ShortText = ""
+    filling: bool = False
 
 
 class Refuse(Message, frozen=True):
@@ -217,6 +227,32 @@ class Fetch(Message, frozen=True):
     length: Annotated[int, msgspec.Meta(gt=0, le=FETCH_LIMIT)]
 
 
+class Follow(Message, frozen=True):
+    """Client, within a session: wants to hear what is new here from now on. Answered by News, at once and ever again.
+
+    The client itself can be asked for these weights on `port` of its address from now on, even while it still loads
+    them; 0 means that it cannot. Digests and a process group are to be had before. Said again, it is a sign of life,
+    which is answered too.
+    """
+
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+
+
+class News(Message, frozen=True):
+    """Server, to a client that follows: what has become new since the last News. There is no answer.
+
+    `chunks` are those that can be fetched here, each of which is told once; a server that has all of them from the
+    beginning tells none. `sent` are chunks that were sent to some client, each told once. `peers` are endpoints that
+    hold or load the same weights, written as in Refuse, for none of which the server vouches. `whole` says that this
+    server has all chunks and has had them confirmed.
+    """
+
+    chunks: Chunks = ()
+    sent: Chunks = ()
+    peers: Referrals = ()
+    whole: bool = False
+
+
 class Done(Message, frozen=True):
     """Client, at the end of a session: it has all bytes. Answered by Confirm."""
 
@@ -225,17 +261,23 @@ class Confirm(Message, frozen=True):
     """Server, in answer to Done. Ends the session.
 
     `generation` is the one that the server holds now; if it is not the one of Accept, the bytes may be mixed. `root` is
-    the root digest of the contents, empty where the client has not asked for digests.
+    the root digest of the contents, empty where it is not known. `filling` says that this server still loads these
+    weights itself, so that it can confirm nothing.
     """
 
     generation: Count
     root: ShortText = ""
+    filling: bool = False
 
 
 class End(Message, frozen=True):
-    """Server, at any point of a session: it ends before the client has all bytes. There is no answer."""
+    """Server, at any point of a session: it ends before the client has all bytes. There is no answer.
+
+    `denies` says that the server has these weights no longer, or may have others by now; not so if it just goes away.
+    """
 
     reason: ShortText
+    denies: bool = True
 
 
 class Leave(Message, frozen=True):
@@ -264,7 +306,7 @@ class Announce(Message, frozen=True):
     """
 
     session: SessionId
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    port: Port
 
 
 class Inquire(Message, frozen=True):
@@ -274,7 +316,8 @@ class Inquire(Message, frozen=True):
 class Holding(msgspec.Struct, frozen=True):
     """One model that a server holds, as a part of Status.
 
-    `nbytes` are the bytes of its `tensors` tensors. `root` is the root digest in hexadecimal, empty until it is known.
+    `nbytes` are the bytes of its `tensors` tensors, of which it has `held` already. `root` is the root digest in
+    hexadecimal, empty until it is known.
     """
 
     role: str
@@ -284,6 +327,7 @@ class Holding(msgspec.Struct, frozen=True):
     nbytes: int
     generation: int
     root: str = ""
+    held: int = 0
 
 
 class Status(Message, frozen=True):

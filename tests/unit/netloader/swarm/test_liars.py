@@ -1,0 +1,185 @@
+"""Peers that are named by others and do not tell the truth: they cost time, and never change a byte."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from support.members import CHUNK, members
+from support.peers.impostor import Act, Impostor, Misbehaved, silent
+from support.sources import Tensors, client_for, serving
+from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.transport.registry import transports
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, News
+
+TCP = transports(["tcp"])
+WEIGHTS = Tensors({"w": torch.arange(64 * CHUNK // 4, dtype=torch.int32)})
+NBYTES = WEIGHTS.manifest.nbytes
+TIMEOUTS = Timeouts(connect=5.0, stall=5.0)
+EVERYTHING = tuple(range(64))
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@contextlib.contextmanager
+def relay(*, chunks: tuple[int, ...] = EVERYTHING, **acts: Act) -> Iterator[Impostor]:
+    """A relay that says that it has `chunks`, and behaves except where `acts` say otherwise."""
+    with Impostor(acts, WEIGHTS) as impostor:
+        first = [True]
+
+        def follow(line: Any, _: Any) -> None:
+            line.say(News(chunks if first else ()))
+            first.clear()
+
+        accept = Accept(bytes(16), 1, "tcp", {}, digest="blake3", root=impostor.root, filling=True)
+        impostor.acts["Join"] = acts.get("Join", lambda line, _: line.say(accept))
+        impostor.acts["Follow"] = acts.get("Follow", follow)
+        yield impostor
+
+
+def fetched_beside(*liars: Impostor, rate: int = NBYTES) -> tuple[Client, Fetched, str]:
+    """What a client gets from a source that names `liars`, and the address of the source."""
+    with serving(WEIGHTS, TCP, max_bandwidth=rate, timeouts=TIMEOUTS) as (server, source):
+        publication = server._publications.served("target")
+        assert publication is not None
+        for liar in liars:
+            copy = server_copy(publication.store.generation)
+            server._replicas.note_relaying(liar.endpoint, copy)
+        client = client_for(WEIGHTS, TCP, timeouts=TIMEOUTS)
+        fetched = client.fetch([source])
+    WEIGHTS.assert_in(fetched.memory)
+    assert fetched.source == source
+    return client, fetched, str(source)
+
+
+def server_copy(generation: int) -> Any:
+    from vllm_ascend.model_loader.netloader.server.replicas import Copy
+
+    return Copy("127.0.0.1", "target", generation)
+
+
+def garbage(line: Any, heard: Any) -> None:
+    line.send(bytes(heard["length"]))
+
+
+def stale(line: Any, heard: Any) -> None:
+    """Bytes of another chunk, as of weights that were replaced."""
+    line.send(bytes(WEIGHTS.store().bytes[: heard["length"]]))
+
+
+def half(line: Any, heard: Any) -> None:
+    line.send(bytes(heard["length"] // 2))
+    raise Misbehaved
+
+
+def vanish(_: Any, __: Any) -> None:
+    raise Misbehaved
+
+
+def twice(line: Any, _: Any) -> None:
+    line.say(News((1, 1)))
+
+
+def beyond(line: Any, _: Any) -> None:
+    line.say(News((64,)))
+
+
+def without_end(line: Any, _: Any) -> None:
+    while True:
+        line.say(News())
+
+
+@pytest.mark.parametrize("act", [garbage, stale, half, vanish], ids=lambda act: act.__name__)
+def test_a_relay_that_sends_what_it_does_not_have_is_left(act: Act) -> None:
+    with relay(Fetch=act) as liar:
+        client, fetched, source = fetched_beside(liar)
+    assert fetched.evidence is not None
+    assert client.received[source] >= NBYTES
+    assert {attempt.source for attempt in client.attempts} <= {str(liar.endpoint)}
+    assert liar.heard.count("Join") == 1
+    assert "Fetch" in liar.heard
+
+
+@pytest.mark.parametrize("act", [twice, beyond], ids=lambda act: act.__name__)
+def test_a_relay_that_tells_nonsense_is_left_by_name(act: Act) -> None:
+    with relay(Follow=act) as liar:
+        client, _, source = fetched_beside(liar)
+    assert client.received[source] >= NBYTES
+    (attempt,) = client.attempts
+    assert attempt.source == str(liar.endpoint)
+    assert "it tells of " in attempt.reason
+
+
+@pytest.mark.parametrize("act", [silent, without_end], ids=lambda act: act.__name__)
+def test_a_relay_that_brings_nothing_costs_nothing(act: Act) -> None:
+    with relay(chunks=(), Follow=act) as liar:
+        client, _, source = fetched_beside(liar)
+    assert client.received[source] == NBYTES
+
+
+def test_a_relay_that_falls_silent_holds_up_only_what_it_was_asked_for() -> None:
+    with relay(Fetch=silent) as liar:
+        begun = time.monotonic()
+        client, _, source = fetched_beside(liar, rate=4 * NBYTES)
+        assert time.monotonic() - begun < 4 * TIMEOUTS.stall
+    assert client.received[source] >= NBYTES
+    assert "Fetch" in liar.heard
+
+
+def test_a_relay_of_other_contents_is_left_before_anything_is_taken() -> None:
+    accept = Accept(bytes(16), 1, "tcp", {}, digest="blake3", root="5eed" * 16, filling=True)
+    with relay(Join=lambda line, _: line.say(accept), AskDigests=silent) as liar:
+        client, _, source = fetched_beside(liar)
+    assert client.received[source] == NBYTES
+    assert "Fetch" not in liar.heard
+
+
+def test_many_liars_at_once_change_nothing() -> None:
+    acts: list[Callable[[Any, Any], None]] = [garbage, stale, half, vanish, garbage, stale]
+    with contextlib.ExitStack() as scope:
+        liars = [scope.enter_context(relay(Fetch=act)) for act in acts]
+        fetched_beside(*liars, rate=NBYTES // 2)
+        assert all("Fetch" in liar.heard for liar in liars)
+
+
+def test_what_a_liar_sends_is_passed_on_to_nobody() -> None:
+    """A member that takes from a liar serves what has passed, and that is right."""
+    with (
+        relay(Fetch=garbage) as liar,
+        serving(WEIGHTS, TCP, max_bandwidth=NBYTES, timeouts=TIMEOUTS) as (server, source),
+        members(2, WEIGHTS, TCP, timeouts=TIMEOUTS) as loading,
+    ):
+        server._replicas.note_relaying(liar.endpoint, server_copy(1))
+        for member in loading:
+            member.start(source)
+        for member in loading:
+            member.join()
+            assert {attempt.source for attempt in member.client.attempts} <= {str(liar.endpoint)}
+
+
+def test_where_only_liars_are_left_there_are_no_weights() -> None:
+    with (
+        relay(Fetch=garbage) as liar,
+        serving(WEIGHTS, TCP, max_bandwidth=NBYTES, timeouts=TIMEOUTS) as (server, source),
+    ):
+        server._replicas.note_relaying(liar.endpoint, server_copy(1))
+
+        def close_halfway(nbytes: int) -> None:
+            moved.append(nbytes)
+            if sum(moved) > NBYTES // 2 and not closed:
+                closed.append(True)
+                server.close()
+
+        moved: list[int] = []
+        closed: list[bool] = []
+        client = client_for(WEIGHTS, TCP, timeouts=Timeouts(2.0, 1.0), progress=close_halfway)
+        with pytest.raises(SourcesExhausted):
+            client.fetch([source])

@@ -1,0 +1,134 @@
+"""What a source says on the control connection while its chunks are fetched: what it has, who else has it, and the end.
+
+A source that is there answers, so one that has been silent for too long is gone, even if nothing was asked of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from vllm_ascend.model_loader.netloader.client.pool import Share
+from vllm_ascend.model_loader.netloader.client.verification import not_ended
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, Stalled
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
+from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
+from vllm_ascend.model_loader.netloader.wire.messages import Follow, Message, News
+from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
+
+_AT_ONCE: Final = 64
+"""Messages that are heard before whoever listens looks for something else to do."""
+_SIGNS_OF_LIFE: Final = 3
+"""How many of them fit into STALL_TIMEOUT."""
+
+
+class Following:
+    """The control connection of a session after its beginning. For the session's own thread."""
+
+    def __init__(
+        self,
+        control: Channel,
+        timeouts: Timeouts,
+        *,
+        share: Share | None,
+        chunks: int,
+        has_all: bool,
+        port: int,
+        named: Callable[[Sequence[str]], object],
+        received: Callable[[], int],
+    ) -> None:
+        """`share` hears which of the `chunks` the source has, and `named` whom it names; None where nobody follows.
+
+        `has_all` says whether the source had all from the beginning. `port` is where this process relays, or 0.
+        `received` tells how many bytes of chunks have come from the source: those are a sign of life, too.
+        """
+        self.is_whole = has_all
+        """Whether the source has all chunks and has had them confirmed."""
+        self._control = control
+        self._timeouts = timeouts
+        self._share = share
+        self._chunks = chunks
+        self._has_all = has_all
+        self._port = port
+        self._named = named
+        self._received = received
+        self._received_before = 0
+        self._follows = False
+        self._told: set[int] = set()
+        self._told_sent: set[int] = set()
+        self._said_at = self._heard_at = time.monotonic()
+
+    def follow(self) -> None:
+        """Asks for news, if anybody wants them. Raises PeerError."""
+        if self._share is not None:
+            self._follows = True
+            self._say()
+
+    def attend(self, wakeup: Wakeup) -> None:
+        """Hears the source until `wakeup` is set, or until it has said a lot at once. Raises PeerError."""
+        for _ in range(_AT_ONCE):
+            message = self._hear(wakeup)
+            if message is None:
+                return
+            self.take(message)
+
+    def take(self, message: Message) -> None:
+        """Takes in what the source has said. Raises PeerError."""
+        news = not_ended(message)
+        assert isinstance(news, News)
+        assert self._share is not None
+        self._share.has(self._new(news.chunks, self._told))
+        self._share.sent(self._new(news.sent, self._told_sent))
+        self.is_whole = self.is_whole or news.whole
+        if news.peers:
+            self._named(news.peers)
+
+    def await_whole(self) -> None:
+        """Returns when the source has all chunks and has had them confirmed itself. Raises PeerError."""
+        deadline = Deadline(self._timeouts.stall)
+        with contextlib.closing(Wakeup()) as nothing_else:
+            while not self.is_whole:
+                message = self._hear(nothing_else, deadline)
+                if message is None:
+                    raise Stalled(f"it has all chunks and was not sure of them for {deadline.seconds:g} s")
+                self.take(message)
+
+    def _hear(self, wakeup: Wakeup, end: Deadline | None = None) -> Message | None:
+        """The next message; None as soon as `wakeup` is set, or after `end`. Shows the source that this client is here.
+
+        Raises PeerError.
+        """
+        stall = self._timeouts.stall
+        while end is None or end.remaining():
+            wait = self._said_at + stall / _SIGNS_OF_LIFE - time.monotonic() if self._follows else stall
+            wait = wait if end is None else min(wait, end.remaining())
+            try:
+                message = self._control.receive_unless(wakeup, Deadline(max(wait, 0.001)))
+            except Stalled as error:
+                if not self._follows:
+                    continue
+                if (received := self._received()) != self._received_before:
+                    self._received_before, self._heard_at = received, time.monotonic()
+                if time.monotonic() - self._heard_at >= stall:
+                    raise Stalled(f"the peer was silent for {stall:g} s") from error
+                self._say()
+            else:
+                self._heard_at = time.monotonic()
+                return message
+        return None
+
+    def _say(self) -> None:
+        self._said_at = time.monotonic()
+        self._control.send(Follow(self._port), self._timeouts.connect)
+
+    def _new(self, numbers: Iterable[int], told: set[int]) -> tuple[int, ...]:
+        new = tuple(numbers)
+        if any(number >= self._chunks for number in new):
+            raise ProtocolError(f"it tells of chunk {max(new)}: there are {self._chunks}")
+        before = len(told)
+        told.update(new)
+        if len(told) != before + len(new):
+            raise ProtocolError("it tells of a chunk twice")
+        return new

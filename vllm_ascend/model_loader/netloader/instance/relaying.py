@@ -1,0 +1,67 @@
+"""Serves weights to others while they are still being loaded, on the listener of this engine.
+
+Clients are told of this process by whoever it takes chunks from. What it has stays where it is: when the load is over,
+the same store is published and becomes a source like any other, without an end to the sessions of its clients.
+
+On an accelerator the weights lie in the parameters of the model, which post-processing changes. There relaying ends
+before that, and what is published afterwards is a new store.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from vllm_ascend.model_loader.netloader.client.options import Filling, Relay
+from vllm_ascend.model_loader.netloader.instance import serving
+from vllm_ascend.model_loader.netloader.instance.serving import ServeOptions
+from vllm_ascend.model_loader.netloader.server.publications import Publication
+from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
+from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
+
+logger = logging.getLogger(__name__)
+
+
+class StoreRelay(Relay):
+    """Offers what a load of the weights that `request` asks for has so far, as `options` say."""
+
+    def __init__(self, request: Request, options: ServeOptions) -> None:
+        self._request = request
+        self._options = options
+        self._server: WeightServer | None = None
+        self.publication: Publication | None = None
+        """What is offered now, if anything is."""
+
+    def begin(self, filling: Filling) -> int:
+        server = serving.listener_of(self._options)
+        if server is None:
+            return 0
+        identity = msgspec.structs.replace(self._request.identity, fingerprint=filling.fingerprint)
+        try:
+            digests = StoreDigests(filling.memory.reader(), filling.digests)
+        except OSError as error:
+            logger.warning("the %s weights are not passed on while they are loaded: %s", identity.role, error)
+            return 0
+        store = WeightStore(
+            self._request.manifest,
+            filling.memory,
+            server.next_generation(identity.role),
+            filling.attributes,
+            digests,
+            filling.passed,
+        )
+        self._server, self.publication = server, Publication(identity, self._request.coordinates, store, filling.joined)
+        server.fill(self.publication)
+        return server.port
+
+    def complete(self) -> None:
+        """Notes that the store is complete and confirmed, and that its memory is sealed."""
+        if self.publication is not None and self.publication.store.held is not None:
+            self.publication.store.held.close()
+
+    def end(self, reason: str) -> None:
+        publication, self.publication = self.publication, None
+        if publication is not None and self._server is not None:
+            self._server.stop_filling(publication, reason)
