@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.harness.links import Events, Link, Network, Transfer
-from vllm_ascend.model_loader.netloader.client.peering import DEGREE, SESSIONS, Peering
-from vllm_ascend.model_loader.netloader.client.swarm import WINDOW, Swarm
+from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE, SESSIONS, Peering
+from vllm_ascend.model_loader.netloader.client.swarm.policy import WINDOW, Swarm
 
 MEBIBYTE: Final = 1 << 20
 NAMED_AT_ONCE: Final = 64

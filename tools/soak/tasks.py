@@ -22,7 +22,7 @@ from tools.soak.servers import LISTENERS, NBYTES, SERVERS, TIMEOUTS, Setting, we
 from tools.soak.watching import NetloaderLog, SoakFailed
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.requests import Settings

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vllm_ascend.model_loader.netloader.client import search
+from vllm_ascend.model_loader.netloader.client.search import search
 
 
 @pytest.fixture(autouse=True)

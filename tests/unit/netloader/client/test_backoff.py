@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.client.backoff import FIRST, LONGEST, pauses
+from vllm_ascend.model_loader.netloader.client.search.backoff import FIRST, LONGEST, pauses
 
 BOUNDS = [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
 

@@ -13,7 +13,7 @@ from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.errors import PeerError, UnsupportedModel
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.arena import Arena

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.client.order import (
+from vllm_ascend.model_loader.netloader.client.search.order import (
     EXCUSED_RATE,
     REFERRALS_FOLLOWED,
     TRIES,
@@ -23,7 +23,7 @@ from vllm_ascend.model_loader.netloader.client.order import (
     SourceOrder,
     Step,
 )
-from vllm_ascend.model_loader.netloader.client.peering import DEGREE
+from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,

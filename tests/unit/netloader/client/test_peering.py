@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.client.peering import (
+from vllm_ascend.model_loader.netloader.client.swarm.peering import (
     DEGREE,
     NAMED_BY_ONE,
     NAMING,

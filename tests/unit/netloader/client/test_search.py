@@ -14,18 +14,19 @@ import torch
 
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client.backoff import FIRST
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
-from vllm_ascend.model_loader.netloader.client.order import REFERRALS_FOLLOWED, TRIES
-from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.search.backoff import FIRST
+from vllm_ascend.model_loader.netloader.client.search.order import REFERRALS_FOLLOWED, TRIES
+from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.publications import Publication
-from vllm_ascend.model_loader.netloader.transport import delivery, digests, rate
+from vllm_ascend.model_loader.netloader.transport import digests, rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of, root_of
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -50,7 +51,6 @@ pytestmark = pytest.mark.timeout(60)
 def small_chunks_and_nobody_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that is held without taking anything counts as slow after some seconds: not here."""
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(rate, "RATE_SECONDS", 1e9)
 
 

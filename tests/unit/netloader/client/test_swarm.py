@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.client.swarm import TWICE, WINDOW, Swarm
+from vllm_ascend.model_loader.netloader.client.swarm.policy import TWICE, WINDOW, Swarm
 
 CHUNKS = 40
 LENGTH = 1000

@@ -9,15 +9,14 @@ import pytest
 
 from support.peers.faults import CHUNK
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import connections
-from vllm_ascend.model_loader.netloader.transport import delivery, digests
+from vllm_ascend.model_loader.netloader.client.session import connections
+from vllm_ascend.model_loader.netloader.transport import digests
 
 
 @pytest.fixture
 def small_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, so that small weights have many, and a client that does not listen long for explanations."""
-    for module in (digests, delivery):
-        monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(connections, "EXPLANATION_SECONDS", 0.1)
 
 

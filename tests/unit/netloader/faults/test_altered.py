@@ -24,7 +24,7 @@ from support.peers.faults import (
 from support.peers.proxy import Effect, Fault, Stream, flip, insert, lose_a_byte, repeat_a_byte
 from support.sources import SMALL, fetch, serving
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.conversation import frame
 from vllm_ascend.model_loader.netloader.wire.messages import Challenge, Prove, Welcome

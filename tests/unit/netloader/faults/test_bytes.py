@@ -14,11 +14,12 @@ import pytest
 
 from support.sources import Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader.client.fetch import Client
-from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
-from vllm_ascend.model_loader.netloader.transport import delivery, digests
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK, Chunk
+from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.manifest import TensorSpec, chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
@@ -44,9 +45,8 @@ Damage = dict[int, bytes]
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (digests, delivery):
-        monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
-        monkeypatch.setattr(module, "PIECE_BYTES", CHUNK // 3)  # so that a chunk is digested in several steps
+    monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(digests, "PIECE_BYTES", CHUNK // 3)  # so that a chunk is digested in several steps
 
 
 def served_bytes(tensors: Tensors) -> bytes:

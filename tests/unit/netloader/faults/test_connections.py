@@ -24,8 +24,8 @@ from support.peers.faults import (
 from support.peers.proxy import Effect, Fault, Proxy, Stream, close, half_close, hold, kill, reset, silence, silence_all
 from support.sources import IDENTITY, SHORT, SMALL, fetch, serving
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import connections
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.client.session import connections
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.server import WeightServer

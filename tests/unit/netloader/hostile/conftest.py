@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_ascend.model_loader.netloader.client import connections
+from vllm_ascend.model_loader.netloader.client.session import connections
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates

@@ -14,7 +14,7 @@ from support.logs import assert_orderly
 from support.peers.impostor import Act, Impostor, Misbehaved, answering, outlives, saying
 from support.peers.strangers import Line
 from support.sources import SMALL
-from vllm_ascend.model_loader.netloader.client.order import REFERRALS_FOLLOWED, TRIES
+from vllm_ascend.model_loader.netloader.client.search.order import REFERRALS_FOLLOWED, TRIES
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.wire.messages import REFERRALS_LIMIT, Refuse, Wait
 

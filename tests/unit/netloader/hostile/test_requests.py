@@ -31,7 +31,7 @@ from vllm_ascend.model_loader.netloader.server.admission import waiting as waiti
 from vllm_ascend.model_loader.netloader.server.requests import MAX_INQUIRIES
 from vllm_ascend.model_loader.netloader.transport import rate
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.transport.tcp import MAX_DATA_CONNECTIONS

@@ -11,10 +11,10 @@ import pytest
 from support.loads import Checkpoint, Instance, Model
 from support.ports import free_port
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import search
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
+from vllm_ascend.model_loader.netloader.client.search import search
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.transport import delivery, digests
+from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.wire.messages import Holding
 
@@ -28,7 +28,6 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(search, "HELP_AFTER", 0.0)
 
 

@@ -15,7 +15,7 @@ from vllm_ascend.model_loader.netloader.errors import SourcesExhausted, Transpor
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.transport.base import Reception
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 

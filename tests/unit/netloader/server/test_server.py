@@ -33,7 +33,7 @@ from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import ServerState, WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Reception
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports

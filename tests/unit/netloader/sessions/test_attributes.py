@@ -23,7 +23,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.errors import SourceRefused, SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.transport.base import Reception
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.messages import (

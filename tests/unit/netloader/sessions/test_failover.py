@@ -15,7 +15,8 @@ from support.sources import IN_PROCESS, SHORT, SMALL, Tensors, client_for, fetch
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, TransportError
 from vllm_ascend.model_loader.netloader.transport.base import Reception
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.wire.conversation import frame

@@ -18,19 +18,19 @@ from support.peers.impostor import Act, Impostor, answering, hanging_up, silent
 from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
 from support.wait import wait_until
-from vllm_ascend.model_loader.netloader.client import session as client_session
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
-from vllm_ascend.model_loader.netloader.client.order import TRIES
-from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.search.order import TRIES
+from vllm_ascend.model_loader.netloader.client.session import session as client_session
+from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
-from vllm_ascend.model_loader.netloader.transport import delivery, digests
+from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.in_process import InProcessTransport
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -51,7 +51,6 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(delivery, "CHUNK_BYTES", CHUNK)
 
 
 def take_everything(source: Endpoint) -> bytes:

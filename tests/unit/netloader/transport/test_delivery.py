@@ -14,16 +14,11 @@ from hypothesis import strategies as st
 
 from support.clock import Clock
 from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, SourceTooSlow
-from vllm_ascend.model_loader.netloader.transport import delivery as module
-from vllm_ascend.model_loader.netloader.transport.delivery import (
-    TRIES_PER_CHUNK,
-    Arrival,
-    Chunk,
-    Delivery,
-    InOrder,
-    Inventory,
-    Progress,
-)
+from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.chunks.arrival import Arrival, Progress
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk, Inventory
+from vllm_ascend.model_loader.netloader.transport.chunks.requests import InOrder
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
@@ -35,8 +30,8 @@ CHUNK, PIECE = 64, 16
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK_BYTES", CHUNK)
-        patch.setattr(module, "PIECE_BYTES", PIECE)
+        patch.setattr(digests, "CHUNK_BYTES", CHUNK)
+        patch.setattr(digests, "PIECE_BYTES", PIECE)
         yield
 
 

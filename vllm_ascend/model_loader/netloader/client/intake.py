@@ -17,11 +17,14 @@ from collections.abc import Callable
 from typing import Self
 
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Filling
-from vllm_ascend.model_loader.netloader.client.pool import Pool, Share
+from vllm_ascend.model_loader.netloader.client.swarm.pool import Pool, Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceFailed
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery, InOrder, Inventory, Progress
+from vllm_ascend.model_loader.netloader.transport.chunks.arrival import Progress
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Inventory
+from vllm_ascend.model_loader.netloader.transport.chunks.requests import InOrder
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 

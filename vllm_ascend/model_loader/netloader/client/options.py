@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
-from vllm_ascend.model_loader.netloader.transport.chunk_log import ChunkLog
+from vllm_ascend.model_loader.netloader.transport.chunks.log import ChunkLog
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_ascend.model_loader.netloader.client.order import Candidate
+from vllm_ascend.model_loader.netloader.client.search.order import Candidate
 from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, SessionEnded, SourceRefused, one_line
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Memory

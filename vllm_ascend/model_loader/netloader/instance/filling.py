@@ -24,7 +24,7 @@ from vllm_ascend.model_loader.netloader.checkpoint.hub_cache import snapshot_in
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Relay
-from vllm_ascend.model_loader.netloader.client.session import Fetched
+from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank

@@ -19,7 +19,7 @@ from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.replicas import Replicas
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

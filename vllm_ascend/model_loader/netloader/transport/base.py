@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.traits import Traits
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena

@@ -12,7 +12,8 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost
 from vllm_ascend.model_loader.netloader.traits import ANY, Traits
 from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.messages import Fetch

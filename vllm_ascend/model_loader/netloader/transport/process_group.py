@@ -29,7 +29,9 @@ from vllm_ascend.model_loader.netloader.model.device_memory import chunk_in, lan
 from vllm_ascend.model_loader.netloader.model.streams import own_stream
 from vllm_ascend.model_loader.netloader.traits import traits_of
 from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import Arrival, Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.arrival import Arrival
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline

@@ -15,7 +15,7 @@ from typing import Self
 
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.transport import digests
-from vllm_ascend.model_loader.netloader.transport.delivery import TRIES_PER_CHUNK
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import TRIES_PER_CHUNK
 from vllm_ascend.model_loader.netloader.transport.rate import Rate
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.channel import Channel

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from vllm_ascend.model_loader.netloader.transport import digests as chunked
-from vllm_ascend.model_loader.netloader.transport.chunk_log import ChunkLog
+from vllm_ascend.model_loader.netloader.transport.chunks.log import ChunkLog
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests, root_of
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest

@@ -26,7 +26,8 @@ from vllm_ascend.model_loader.netloader.errors import (
 )
 from vllm_ascend.model_loader.netloader.traits import TCP
 from vllm_ascend.model_loader.netloader.transport.base import CopyingTransport, Reception, Timeouts
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.wire.bulk import FileRange, receive_into, send_range

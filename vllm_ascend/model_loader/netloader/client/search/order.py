@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.peering import Peering
+from vllm_ascend.model_loader.netloader.client.swarm.peering import Peering
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, SourceFailed, SourceTooSlow, TransportError
 

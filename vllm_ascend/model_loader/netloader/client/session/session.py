@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.connections import Connections
-from vllm_ascend.model_loader.netloader.client.following import Following
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.order import Candidate
-from vllm_ascend.model_loader.netloader.client.peering import DEGREE
-from vllm_ascend.model_loader.netloader.client.pool import Share
+from vllm_ascend.model_loader.netloader.client.search.order import Candidate
+from vllm_ascend.model_loader.netloader.client.session.connections import Connections
+from vllm_ascend.model_loader.netloader.client.session.following import Following
 from vllm_ascend.model_loader.netloader.client.stages import Stages
+from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE
+from vllm_ascend.model_loader.netloader.client.swarm.pool import Share
 from vllm_ascend.model_loader.netloader.client.verification import (
     Evidence,
     not_ended,
@@ -43,7 +43,7 @@ from vllm_ascend.model_loader.netloader.transport.base import (
     Reception,
     Transport,
 )
-from vllm_ascend.model_loader.netloader.transport.delivery import Delivery
+from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.rate import LeastRate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.weights.memory import Memory

@@ -7,8 +7,8 @@ import enum
 import threading
 from collections.abc import Callable
 
-from vllm_ascend.model_loader.netloader.client.order import Candidate
-from vllm_ascend.model_loader.netloader.client.session import ClientSession, Fetched
+from vllm_ascend.model_loader.netloader.client.search.order import Candidate
+from vllm_ascend.model_loader.netloader.client.session.session import ClientSession, Fetched
 from vllm_ascend.model_loader.netloader.errors import TransportError
 from vllm_ascend.model_loader.netloader.wire.messages import Wait
 

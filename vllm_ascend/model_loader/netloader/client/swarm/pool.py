@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.swarm import Swarm
+from vllm_ascend.model_loader.netloader.client.swarm.policy import Swarm
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
-from vllm_ascend.model_loader.netloader.transport.chunk_log import ChunkLog
-from vllm_ascend.model_loader.netloader.transport.delivery import Chunk, Inventory, Requests
+from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk, Inventory
+from vllm_ascend.model_loader.netloader.transport.chunks.log import ChunkLog
+from vllm_ascend.model_loader.netloader.transport.chunks.requests import Requests
 
 _LATE_SECONDS: Final = 0.25
 """How often a session without work looks whether another one is late: nothing but time tells."""

@@ -24,11 +24,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.attendance import Attendance, Stage
-from vllm_ascend.model_loader.netloader.client.backoff import pauses
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.order import (
+from vllm_ascend.model_loader.netloader.client.search.backoff import pauses
+from vllm_ascend.model_loader.netloader.client.search.order import (
     Ask,
     AwaitTurn,
     Contents,
@@ -37,7 +36,8 @@ from vllm_ascend.model_loader.netloader.client.order import (
     SourceOrder,
     Step,
 )
-from vllm_ascend.model_loader.netloader.client.session import ClientSession, Fetched
+from vllm_ascend.model_loader.netloader.client.session.attendance import Attendance, Stage
+from vllm_ascend.model_loader.netloader.client.session.session import ClientSession, Fetched
 from vllm_ascend.model_loader.netloader.client.stages import Stages
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.pool import Share
+from vllm_ascend.model_loader.netloader.client.swarm.pool import Share
 from vllm_ascend.model_loader.netloader.client.verification import not_ended
 from vllm_ascend.model_loader.netloader.errors import ProtocolError, Stalled
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts

@@ -1,0 +1,1 @@
+"""One source that is asked: the conversation with it, from the connection to the confirmation."""
