@@ -9,8 +9,8 @@ from typing import Any
 
 from support.sources import SHORT, Tensors, client_for
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import Filling, Relay
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.requests import Settings

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support.sources import Tensors, client_for, serving
 from vllm_ascend.model_loader.netloader.client.fetch import Client
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.report import write_whole
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in

@@ -21,8 +21,8 @@ from support.synthetic import IDENTITY, request_of
 from tools.soak.servers import LISTENERS, NBYTES, SERVERS, TIMEOUTS, Setting, weights
 from tools.soak.watching import NetloaderLog, SoakFailed
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.requests import Settings

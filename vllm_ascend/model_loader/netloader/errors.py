@@ -14,10 +14,12 @@
         Stalled              it neither sent nor took a byte for too long
         Unauthorized         it did not prove that it may talk to this process: note it against its address
         Damaged              it delivered bytes that are not those of its digests
+        Replaced             it has other weights now than those that it has begun to deliver
       SourceError            this source cannot be used now: try the next one
         SourceUnreachable    no conversation came about
         SourceRefused        it declined, or it holds something else: do not ask it again
         SourceFailed         it failed within a session: it may be asked again in a later round
+          OtherContents      it holds other weights than those that other sources deliver at this moment
         SourceTooSlow        it sends next to nothing: ask it again only if nobody else is left
       TransportError         this transport does not work here: try the next one with the same source
       SourcesExhausted       nobody is left to ask: load from disk, or stop where FALLBACK forbids it
@@ -92,6 +94,10 @@ class Damaged(PeerError):
     """The bytes that the source delivered, or shares, are not those of its digests."""
 
 
+class Replaced(PeerError):
+    """The source has other weights now than those that it accepted to deliver."""
+
+
 class SourceError(NetloaderError):
     """A source did not deliver the weights."""
 
@@ -113,6 +119,10 @@ class SourceRefused(SourceError):
 
 class SourceFailed(SourceError):
     """The source failed after the session had begun."""
+
+
+class OtherContents(SourceFailed):
+    """The source holds other contents than those that are being loaded, which others deliver at this moment."""
 
 
 class SourceTooSlow(SourceError):

@@ -10,19 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ascend.model_loader.netloader.client.search.order import (
-    EXCUSED_RATE,
-    REFERRALS_FOLLOWED,
-    TRIES,
-    Ask,
-    AwaitTurn,
-    Candidate,
-    Contents,
-    LeaveQueues,
-    Pause,
-    SourceOrder,
-    Step,
-)
+from vllm_ascend.model_loader.netloader.client.candidates import Candidate, Contents
+from vllm_ascend.model_loader.netloader.client.search.order import REFERRALS_FOLLOWED, TRIES, SourceOrder
+from vllm_ascend.model_loader.netloader.client.search.replicas import EXCUSED_RATE
+from vllm_ascend.model_loader.netloader.client.search.steps import Ask, AwaitTurn, LeaveQueues, Pause, Step
 from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
@@ -65,14 +56,14 @@ def all_asked(order: SourceOrder) -> list[Endpoint]:
 
 def replicas_of(order: SourceOrder, source: Candidate, *endpoints: Endpoint) -> list[Candidate]:
     """The replicas at `endpoints`, which `source` has named and which are being asked by now."""
-    assert order.replicas_named(source, source.endpoint, [str(each) for each in endpoints], HELD)
+    assert order.replicas.named(source, source.endpoint, [str(each) for each in endpoints], HELD)
     found = {candidate.endpoint: candidate for candidate in all_replicas(order)}
     return [found[endpoint] for endpoint in endpoints]
 
 
 def all_replicas(order: SourceOrder) -> list[Candidate]:
     """The replicas that may be asked now, by all transports."""
-    asks = list(iter(order.replica, None))
+    asks = list(iter(order.replicas.next, None))
     assert all(ask.transports == TRANSPORTS for ask in asks)
     return [ask.candidate for ask in asks]
 
@@ -222,12 +213,44 @@ def test_replicas_are_asked_beside_the_sources() -> None:
 def test_so_many_replicas_are_asked_at_once() -> None:
     order = order_of(A)
     source = asked(order)
-    assert order.replicas_named(source, A, [f"10.1.0.{n}:1" for n in range(3 * DEGREE)], HELD)
+    assert order.replicas.named(source, A, [f"10.1.0.{n}:1" for n in range(3 * DEGREE)], HELD)
     first = all_replicas(order)
     assert len(first) == DEGREE
-    order.ended(first[0])
+    order.replicas.ended(first[0])
     order.failed(first[1], FAILED)
     assert len(all_replicas(order)) == 2
+
+
+def test_while_only_replicas_deliver_the_next_round_begins_beside_them() -> None:
+    order = order_of(A, B)
+    order.failed(asked(order), FAILED)
+    assert order.pause_beside_replicas() == 1.0
+    assert asked(order).endpoint == B
+    order.begin_round()
+    helper = order.helper()
+    assert helper is not None
+    assert helper.candidate.endpoint == A
+    assert order.pause_beside_replicas() is None
+
+
+def test_a_source_that_can_deliver_after_all_comes_next() -> None:
+    order = order_of(A, B)
+    source = asked(order)
+    order.retry(source)
+    assert all_asked(order) == [A, B]
+
+
+def test_when_other_weights_are_to_be_loaded_those_who_have_the_old_ones_are_forgotten() -> None:
+    order = order_of(A)
+    source = asked(order)
+    order.replicas.agreed(HELD.root)
+    failed, _ = replicas_of(order, source, B, C)
+    order.failed(failed, FAILED)
+    order.replicas.agreed("other")
+    assert all_replicas(order) == []
+    assert not order.replicas.named(source, A, [str(C)], HELD)
+    assert order.replicas.named(source, A, [str(B), str(C)], Contents("other", ""))
+    assert [each.endpoint for each in all_replicas(order)] == [C], "it has failed once"
 
 
 def test_a_source_that_helps_is_the_next_of_this_round() -> None:
@@ -242,10 +265,10 @@ def test_a_source_that_helps_is_the_next_of_this_round() -> None:
 def test_whoever_is_to_follow_nobody_asks_no_replica() -> None:
     order = order_of(A)
     source = asked(order)
-    assert order.replicas_named(source, A, [str(B)], HELD)
-    order.follow_nobody()
+    assert order.replicas.named(source, A, [str(B)], HELD)
+    order.replicas.follow_nobody()
     assert all_replicas(order) == []
-    assert not order.replicas_named(source, A, [str(C)], HELD)
+    assert not order.replicas.named(source, A, [str(C)], HELD)
 
 
 def test_a_replica_without_anything_new_is_left_only_for_another_one() -> None:
@@ -253,9 +276,9 @@ def test_a_replica_without_anything_new_is_left_only_for_another_one() -> None:
     source = asked(order)
     replicas = replicas_of(order, source, *(Endpoint("10.0.1.1", port) for port in range(1, DEGREE + 1)))
     idle = {replica.endpoint: 60.0 for replica in replicas}
-    assert order.useless(idle) is None
-    assert order.replicas_named(source, A, [str(C)], HELD)
-    assert order.useless(idle) in idle
+    assert order.replicas.useless(idle) is None
+    assert order.replicas.named(source, A, [str(C)], HELD)
+    assert order.replicas.useless(idle) in idle
 
 
 @pytest.mark.parametrize(
@@ -267,14 +290,14 @@ def test_replicas_that_nobody_can_tell_from_strangers_are_not_asked(
     settings: dict[str, bool], contents: Contents
 ) -> None:
     order = order_of(A, **settings)
-    assert not order.replicas_named(asked(order), A, [str(B)], contents)
+    assert not order.replicas.named(asked(order), A, [str(B)], contents)
     assert all_replicas(order) == []
 
 
 def test_a_replica_names_others_that_have_the_same_and_no_ranks() -> None:
     order = order_of(A)
     (replica,) = replicas_of(order, asked(order), B)
-    assert order.replicas_named(replica, B, [str(C)], HELD)
+    assert order.replicas.named(replica, B, [str(C)], HELD)
     assert all_replicas(order) == [Candidate(C, B, HELD)]
     assert not order.referred(replica, B, [str(C)])
     assert order.next() is None
@@ -284,7 +307,7 @@ def test_who_was_named_before_is_not_asked_again() -> None:
     order = order_of(A, B)
     source = asked(order)
     replicas_of(order, source, C)
-    order.replicas_named(source, A, [str(A), str(B), str(C)], HELD)
+    order.replicas.named(source, A, [str(A), str(B), str(C)], HELD)
     assert all_replicas(order) == []
 
 
@@ -305,45 +328,36 @@ def test_a_busy_replica_is_asked_again_only_if_it_is_named_again() -> None:
     for _ in range(1, TRIES):
         assert replicas_of(order, source, C) == [replica]
         assert not order.busy(replica)
-    order.replicas_named(source, A, [str(C)], HELD)
+    order.replicas.named(source, A, [str(C)], HELD)
     assert all_replicas(order) == []
 
 
 def test_who_joins_here_is_asked_too() -> None:
     order = order_of(A)
-    assert order.joined_here(B, HELD)
+    assert order.replicas.joined_here(B, HELD)
     assert all_replicas(order) == [Candidate(B, B, HELD)]
 
 
 def test_replicas_are_forgotten_when_they_have_wasted_too_much_time_together() -> None:
     order = order_of(A, B, replica_seconds=30.0)
-    first, second, _ = replicas_of(order, asked(order), *(Endpoint("10.0.1.1", port) for port in (1, 2, 3)))
-    order.spent(first, 20.0, 0)
-    order.spent(second, 10.0, 0)
-    assert order.replicas_named(Candidate(A), A, [str(C)], HELD), "so far they may"
-    order.spent(second, 0.5, 0)
+    replicas_of(order, asked(order), *(Endpoint("10.0.1.1", port) for port in (1, 2, 3)))
+    order.replicas.spent(20.0, 0)
+    order.replicas.spent(10.0, 0)
+    assert order.replicas.named(Candidate(A), A, [str(C)], HELD), "so far they may"
+    order.replicas.spent(0.5, 0)
     assert all_replicas(order) == []
     assert all_asked(order) == [B]
 
 
 def test_the_time_in_which_a_replica_brings_something_is_not_wasted() -> None:
     order = order_of(A, replica_seconds=30.0)
-    (replica,) = replicas_of(order, asked(order), B)
-    order.spent(replica, 100.0, 80 * EXCUSED_RATE)
-    order.spent(replica, 1.0, 80 * EXCUSED_RATE)  # what it brings in one session excuses no other
-    order.spent(replica, 10.0, 0)
-    assert order.replicas_named(Candidate(A), A, [str(C)], HELD)
-    order.spent(replica, 0.5, 0)
+    replicas_of(order, asked(order), B)
+    order.replicas.spent(100.0, 80 * EXCUSED_RATE)
+    order.replicas.spent(1.0, 80 * EXCUSED_RATE)  # what it brings in one session excuses no other
+    order.replicas.spent(10.0, 0)
+    assert order.replicas.named(Candidate(A), A, [str(C)], HELD)
+    order.replicas.spent(0.5, 0)
     assert all_replicas(order) == []
-
-
-def test_a_configured_source_may_take_whatever_time_it_needs() -> None:
-    order = order_of(A, B, replica_seconds=30.0)
-    source = asked(order)
-    assert order.replicas_named(source, A, [str(C)], HELD)
-    order.spent(source, 1000.0, 0)
-    assert [each.endpoint for each in all_replicas(order)] == [C]
-    assert all_asked(order) == [B]
 
 
 def test_other_ranks_of_a_configured_source_are_asked_next() -> None:
@@ -470,7 +484,7 @@ class Driver:
                 self.order.failed(candidate, TransportError("not here"), transports[1:])
             case 4:
                 name = f"10.2.0.{next(self._next_host)}:1"
-                self.order.replicas_named(candidate, candidate.endpoint, [name], HELD)
+                self.order.replicas.named(candidate, candidate.endpoint, [name], HELD)
                 self._fail(candidate)
 
     def _fail(self, candidate: Candidate) -> None:
@@ -484,7 +498,7 @@ def test_whatever_sources_do_the_search_comes_to_its_end(outcomes: list[int], co
     for outcome in outcomes:
         driver.do(driver.order.next(), outcome)
     for _ in range(1000):
-        if (step := driver.order.replica() or driver.order.next()) is None:
+        if (step := driver.order.replicas.next() or driver.order.next()) is None:
             break
         driver.do(step, 1)
     assert driver.order.next() is None

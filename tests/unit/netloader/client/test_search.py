@@ -15,10 +15,10 @@ import torch
 from support.sources import IDENTITY, SMALL, Tensors, client_for, fetch, fetching, serving
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.client.search.backoff import FIRST
 from vllm_ascend.model_loader.netloader.client.search.order import REFERRALS_FOLLOWED, TRIES
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConnectionLost, SourcesExhausted, Stalled
 from vllm_ascend.model_loader.netloader.server.answers import Peer

@@ -14,7 +14,7 @@ import pytest
 
 from support.sources import Tensors, client_for, fetch, serving
 from vllm_ascend.model_loader.netloader.client.fetch import Client
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport import digests

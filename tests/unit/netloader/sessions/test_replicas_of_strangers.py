@@ -18,11 +18,11 @@ from support.peers.impostor import Act, Impostor, answering, hanging_up, silent
 from support.peers.strangers import Intruder, is_idle
 from support.sources import IDENTITY, Tensors, client_for, fetch, fetching, serving
 from support.wait import wait_until
+from vllm_ascend.model_loader.netloader.client import verification
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.inquiry import announce, inquire
 from vllm_ascend.model_loader.netloader.client.search.order import TRIES
-from vllm_ascend.model_loader.netloader.client.session import session as client_session
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.server.publications import Publication
@@ -317,7 +317,7 @@ def test_one_chunk_does_not_buy_a_replica_the_time_of_a_stall() -> None:
 
 def test_a_replica_has_made_its_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that has just loaded may need its time for them."""
-    monkeypatch.setattr(client_session, "LEAST_DIGEST_RATE", 1)
+    monkeypatch.setattr(verification, "LEAST_DIGEST_RATE", 1)
     with Impostor({"AskDigests": silent}, WEIGHTS) as replica, Impostor({}, WEIGHTS) as source:
         source.acts["Join"] = lambda line, _: (
             line.say(Wait(1, (str(replica.endpoint),), replica.root)),

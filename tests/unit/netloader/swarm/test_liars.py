@@ -14,7 +14,7 @@ from support.members import CHUNK, members
 from support.peers.impostor import Act, Impostor, Misbehaved, silent
 from support.sources import Tensors, client_for, serving
 from vllm_ascend.model_loader.netloader.client.fetch import Client
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.errors import SourcesExhausted
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.registry import transports

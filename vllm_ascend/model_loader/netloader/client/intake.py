@@ -20,7 +20,7 @@ from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Fill
 from vllm_ascend.model_loader.netloader.client.swarm.pool import Pool, Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceFailed
+from vllm_ascend.model_loader.netloader.errors import OtherContents, SourceFailed
 from vllm_ascend.model_loader.netloader.transport.chunks.arrival import Progress
 from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Inventory
@@ -119,7 +119,7 @@ class Intake:
     def share(self, evidence: Evidence, fingerprint: str, *, has_all: bool) -> Share:
         """What a session has to bring, whose source has all chunks or none yet. A delivery takes it over.
 
-        Call it after `make_memory`. Raises SourceFailed where other sources deliver other contents.
+        Call it after `make_memory`. Raises OtherContents where other sources deliver other contents.
         """
         with self._setup:
             self._require_unsettled()
@@ -180,7 +180,7 @@ class Intake:
     def _agree(self, evidence: Evidence, fingerprint: str) -> Pool:
         """Makes `evidence` what counts from now on. Chunks that have passed by other digests are dropped."""
         if self._pool is not None and self._pool.sessions:
-            raise SourceFailed(
+            raise OtherContents(
                 f"it holds other contents than those that are being loaded: its root digest is "
                 f"{evidence.root[:16]}..., expected {self._pool.evidence.root[:16]}..."
             )

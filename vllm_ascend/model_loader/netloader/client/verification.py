@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.search.order import Candidate
+from vllm_ascend.model_loader.netloader.client.candidates import Candidate
 from vllm_ascend.model_loader.netloader.errors import Damaged, ProtocolError, SessionEnded, SourceRefused, one_line
+from vllm_ascend.model_loader.netloader.transport import digests
+from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3, DIGEST_BYTES, digest_of, root_of
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest, chunks
@@ -22,6 +25,12 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Message,
 )
 
+LEAST_DIGEST_RATE: Final = 100 << 20
+"""Bytes per second that a source digests at the very least, in the little time that inference leaves it.
+
+A replica has made its digests before it was named, so it gets no such time.
+"""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -35,19 +44,48 @@ class Evidence:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
-def obtain(
-    control: Channel, accept: Accept, manifest: Manifest, *, count: int, send_timeout: float, deadline: Deadline
+def evidence_of(
+    candidate: Candidate,
+    control: Channel,
+    accept: Accept,
+    manifest: Manifest,
+    timeouts: Timeouts,
+    *,
+    known: Evidence | None,
 ) -> Evidence:
-    """Asks the source for the digests of its `count` chunks, all of which have to come before `deadline`.
+    """What the chunks of `candidate` are verified by. Raises SourceRefused where it has nothing or not what it has
+    promised, PeerError where it fails.
 
-    `send_timeout` is how many seconds one request may take. Raises SourceRefused where the source has no digests of the
-    kind that is wanted, PeerError where it fails.
+    It is told once by any source, and holds for all that have the same root digest: `known` is what another has told.
+    """
+    promised = candidate.contents
+    if known is not None and accept.root == known.root and (promised is None or promised.root == known.root):
+        return known
+
+    making = 0.0 if candidate.is_replica else manifest.nbytes / LEAST_DIGEST_RATE
+    told = _ask_for_digests(control, accept, manifest, timeouts.connect, Deadline(timeouts.stall + making))
+    evidence = Evidence(tuple(told), root_of(manifest.digest, accept.attributes, told), accept.attributes)
+    if promised is not None and promised.root != evidence.root:
+        raise SourceRefused(
+            f"it holds other contents than those for which {candidate.referrer} named it: its root digest is "
+            f"{evidence.root[:16]}..., expected {promised.root[:16]}..."
+        )
+    return evidence
+
+
+def _ask_for_digests(
+    control: Channel, accept: Accept, manifest: Manifest, send_timeout: float, deadline: Deadline
+) -> list[bytes]:
+    """The digests of all chunks, all of which have to come before `deadline`.
+
+    `send_timeout` is how many seconds one request may take.
     """
     if accept.digest != BLAKE3:
         kind = f"its digests are {accept.digest!r}" if accept.digest else 'it has no digests (its VERIFY is "off")'
         raise SourceRefused(f'{one_line(kind)}, and VERIFY is "on" here')
 
-    digests: list[bytes] = []
+    told: list[bytes] = []
+    count = -(-manifest.nbytes // digests.CHUNK_BYTES)
     for first, number in chunks(count, DIGESTS_LIMIT):
         control.send(AskDigests(first, number), send_timeout)
         answer = not_ended(control.receive(deadline))
@@ -56,18 +94,8 @@ def obtain(
             raise ProtocolError(
                 f"the source sent {len(answer.digests)} digests: expected {number} of {DIGEST_BYTES} bytes each"
             )
-        digests += answer.digests
-    return Evidence(tuple(digests), root_of(manifest.digest, accept.attributes, digests), accept.attributes)
-
-
-def require_promised(evidence: Evidence, candidate: Candidate) -> None:
-    """Raises SourceRefused where the replica `candidate` holds something else than its referrer has promised."""
-    promised = candidate.contents
-    if promised is not None and promised.root != evidence.root:
-        raise SourceRefused(
-            f"it holds other contents than those for which {candidate.referrer} named it: its root digest is "
-            f"{evidence.root[:16]}..., expected {promised.root[:16]}..."
-        )
+        told += answer.digests
+    return told
 
 
 def verify(memory: Memory, parts: Sequence[Chunk], evidence: Evidence) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.inquiry import announce
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
 from vllm_ascend.model_loader.netloader.wire.access import Access
 

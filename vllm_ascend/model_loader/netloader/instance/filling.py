@@ -23,8 +23,8 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.checkpoint.hub_cache import snapshot_in
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
 from vllm_ascend.model_loader.netloader.client.fetch import Client
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Relay
-from vllm_ascend.model_loader.netloader.client.session.session import Fetched
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank

@@ -16,42 +16,34 @@ other error is a fault of this process and ends the search.
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
+from vllm_ascend.model_loader.netloader.client.candidates import Candidate
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
+from vllm_ascend.model_loader.netloader.client.search.attempts import Attempts
+from vllm_ascend.model_loader.netloader.client.search.attendances import Attendances
 from vllm_ascend.model_loader.netloader.client.search.backoff import pauses
-from vllm_ascend.model_loader.netloader.client.search.order import (
-    Ask,
-    AwaitTurn,
-    Contents,
-    LeaveQueues,
-    Pause,
-    SourceOrder,
-    Step,
-)
+from vllm_ascend.model_loader.netloader.client.search.order import SourceOrder
+from vllm_ascend.model_loader.netloader.client.search.steps import Ask, AwaitTurn, LeaveQueues, Pause, Step
+from vllm_ascend.model_loader.netloader.client.search.vouchers import Vouchers
 from vllm_ascend.model_loader.netloader.client.session.attendance import Attendance, Stage
-from vllm_ascend.model_loader.netloader.client.session.session import ClientSession, Fetched
+from vllm_ascend.model_loader.netloader.client.session.session import ClientSession
 from vllm_ascend.model_loader.netloader.client.stages import Stages
-from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
+    OtherContents,
     SourceError,
     SourceFailed,
     SourceRefused,
-    SourcesExhausted,
     TransportError,
-    one_line,
 )
 from vllm_ascend.model_loader.netloader.report import Attempt
 from vllm_ascend.model_loader.netloader.transport.base import Transport
-from vllm_ascend.model_loader.netloader.wire.messages import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +51,8 @@ HELP_AFTER: Final = 0.25
 """Seconds for which a source delivers alone. Most of what takes longer is worth the connections to others."""
 SOURCES_AT_ONCE: Final = 4
 """Configured sources that are asked beside each other."""
-FRESH_SECONDS: Final = 2.0
-"""For how long the word of a source about its contents holds, which repeats it every second to those who wait."""
-_REASON_LIMIT: Final = 10_000
-"""Characters of a reason; a refusal names eight tensors, and says of each what differs."""
 _LOOK_SECONDS: Final = 0.25
 """How often it is looked whether more sources are to be asked, while nothing else happens."""
-_LAST_WORD_SECONDS: Final = 1.0
-"""For how long sessions may take leave, once one of their sources has confirmed everything."""
 
 
 class Search:
@@ -89,12 +75,10 @@ class Search:
         sleep: Callable[[float], None],
     ) -> None:
         self._options = options
-        self._transports = transports
         self._intake = intake
-        self._stages = stages
-        self._attempts = attempts
-        self._received = received
         self._sleep = sleep
+        self._attempts = Attempts(intake, attempts, received)
+        self._vouchers = Vouchers()
         self._order = SourceOrder(
             sources,
             [transport.name for transport in transports],
@@ -104,21 +88,12 @@ class Search:
             follows_replicas=options.verify,  # without verification, a replica is no better than a stranger
             disk_remains=options.disk_remains,
         )
-        self._changed = threading.Condition()
-        self._has_news = False
-        self._attended: list[Attendance] = []
-        self._alone: ClientSession | None = None
-        """The latest session that may bring something; without verification, the only one."""
+        self._attended = Attendances(
+            options, transports, intake=intake, stages=stages, order=self._order, vouchers=self._vouchers
+        )
         self._taking_since: float | None = None
-        self._vouched: dict[Endpoint, tuple[str, float]] = {}
-        """The root digest that a source has told which is trusted and has everything, and when it was said to those who
-        wait. Those that have denied it since are left out.
-        """
-        self._best: tuple[int, Fetched] | None = None
-        """The session that has brought most, and how much."""
-        intake.on_joined = self._note_joined
-        self._referrals: list[str] = []
-        """What sources have said that only referred to others."""
+        self._round_due: float | None = None
+        """When sources that failed are asked again while only replicas deliver."""
 
     def run(self) -> Fetched:
         """The weights, once they are complete and confirmed. Raises SourcesExhausted with every attempt's reason."""
@@ -127,58 +102,61 @@ class Search:
                 if (fetched := self._settle_those_that_are_over() or self._go_on()) is not None:
                     return fetched
         finally:
-            self._end_all()
+            self._order.replicas.follow_nobody()
+            for attendance in self._attended.end_all():
+                self._attempts.over(attendance.session)
+            self._attempts.forget_the_best()
 
     def _go_on(self) -> Fetched | None:
         """Does what is to be done next, or waits until something happens."""
         if self._intake.is_complete:
-            self._order.follow_nobody()
-        busy = [each for each in self._attended if each.is_busy]
-        trusted = [each for each in busy if not each.candidate.is_replica]
-
+            self._order.replicas.follow_nobody()
+        trusted = [each for each in self._attended.busy if not each.candidate.is_replica]
         if self._wants_replicas(trusted):
-            while (ask := self._order.replica()) is not None:
-                self._attend(ask)
-                busy.append(self._attended[-1])
+            self._ask_replicas()
 
+        busy = self._attended.busy
         if not busy:
             return self._confirmed_in_a_queue() or self._do(self._order.next())
+        self._ask_again_beside_replicas(trusted)
         if self._wants_help(trusted) and (ask := self._order.helper()) is not None:
-            self._attend(ask)
+            self._attended.begin(ask)
             return None
 
-        self._leave_the_useless()
+        self._leave_the_useless(busy)
         self._watch(busy)
-        self._await_news(_LOOK_SECONDS)
+        self._attended.await_news(_LOOK_SECONDS)
         return None
+
+    def _ask_replicas(self) -> None:
+        if (evidence := self._intake.evidence) is not None:
+            self._order.replicas.agreed(evidence.root)
+        while (ask := self._order.replicas.next()) is not None:
+            self._attended.begin(ask)
+
+    def _ask_again_beside_replicas(self, trusted: Sequence[Attendance]) -> None:
+        """Sources that failed are not left alone because replicas deliver: these may lack what only a source has."""
+        now = time.monotonic()
+        if trusted or self._attended.is_waiting:
+            self._round_due = None
+        elif self._round_due is None:
+            pause = self._order.pause_beside_replicas()
+            self._round_due = None if pause is None else now + pause
+        elif now >= self._round_due:
+            self._round_due = None
+            self._order.begin_round()
 
     def _confirmed_in_a_queue(self) -> Fetched | None:
         """The complete weights, if a source that lets this client wait says that it has just these."""
         evidence = self._intake.evidence
-        if not self._intake.is_complete or evidence is None or self._best is None:
+        if not self._intake.is_complete or evidence is None or not self._attended.is_waiting:
             return None
-        is_waiting = any(each.stage is Stage.WAITING and not each.candidate.is_replica for each in self._attended)
-        said_at = max((at for root, at in list(self._vouched.values()) if root == evidence.root), default=-math.inf)
-        if not is_waiting or time.monotonic() - said_at >= FRESH_SECONDS:
-            return None
-        return self._settled(evidence)
-
-    def _settled(self, evidence: Evidence) -> Fetched | None:
-        """The weights that are described by `evidence`, which nobody replaces any more; None if they were replaced."""
-        best = self._best
-        if best is None or best[1].evidence is None or best[1].evidence.root != evidence.root:
-            return None
-        try:
-            self._intake.settle(evidence)
-        except SourceFailed:  # a source whose turn has just come has others
-            return None
-        return best[1]
+        return self._attempts.settled(evidence) if self._vouchers.knows_now(evidence.root) else None
 
     def _wants_replicas(self, trusted: Sequence[Attendance]) -> bool:
         if not self._options.verify or self._intake.is_complete:
             return False
-        is_waiting = any(each.stage is Stage.WAITING for each in self._attended)
-        return is_waiting or not trusted or self._has_lasted()
+        return self._attended.is_waiting or not trusted or self._has_lasted()
 
     def _wants_help(self, trusted: Sequence[Attendance]) -> bool:
         """Whether another source that is trusted is to be asked, beside those that are."""
@@ -189,7 +167,7 @@ class Search:
 
     def _has_lasted(self) -> bool:
         """Whether chunks have been coming for a while."""
-        if self._intake.evidence is None or not any(each.stage is Stage.TAKING for each in self._attended):
+        if self._intake.evidence is None or not self._attended.is_taking:
             self._taking_since = None
             return False
         self._taking_since = self._taking_since or time.monotonic()
@@ -198,105 +176,26 @@ class Search:
     def _do(self, step: Step | None) -> Fetched | None:
         match step:
             case Ask():
-                self._attend(step)
+                self._attended.begin(step)
             case AwaitTurn(seconds):
                 begun = time.monotonic()
-                self._await_news(seconds)
+                self._attended.await_news(seconds)
                 self._order.waited(time.monotonic() - begun)
             case LeaveQueues():
                 refusal = SourceRefused(f"its turns were taken for WAIT_TIMEOUT, {self._options.wait_timeout:g} s")
                 for attendance in self._attended:
+                    self._attempts.failed(attendance.session, refusal)
                     attendance.end()
                     attendance.join()
-                    self._note(attendance.session, refusal)
-                self._attended.clear()
             case Pause(seconds):
                 self._sleep(seconds)
             case None:
                 return self._without_confirmation()
         return None
 
-    def _attend(self, ask: Ask) -> None:
-        candidate = ask.candidate
-        offered = [transport for transport in self._transports if transport.name in ask.transports]
-        session = ClientSession(
-            self._options,
-            candidate,
-            transports=offered,
-            intake=self._intake,
-            may_leave=partial(self._order.may_leave, candidate),
-            stages=self._stages,
-            named=self._note_replicas,
-        )
-        attendance = Attendance(
-            session, may_wait=self._may_wait, may_take=self._may_take, told=self._told, changed=self._tell
-        )
-        self._attended.append(attendance)
-        try:
-            attendance.start()
-        except RuntimeError as error:  # no thread can be had, and one source at a time needs none
-            attendance.run_here(error)
-
-    def _may_wait(self, session: ClientSession, wait: Wait) -> bool:
-        self._told(session, wait)
-        if not self._order.busy(session.candidate):
-            return False
-        text = "waiting for a turn at %s: %d served now, %d more come first"
-        logger.info(text, session.candidate.endpoint, wait.served, wait.ahead)
-        return True
-
-    def _may_take(self, session: ClientSession) -> bool:
-        """Whether `session` may bring anything. Without verification only one may at a time, and others ask again."""
-        with self._changed:
-            may_take = self._options.verify or self._alone is None
-            if may_take:
-                self._alone = session
-        if not may_take:
-            self._order.postponed(session.candidate)
-        return may_take
-
-    def _told(self, session: ClientSession, wait: Wait) -> None:
-        """Takes in what a busy source says to those who wait. A replica is not believed about contents."""
-        candidate = session.candidate
-        if candidate.is_replica:
-            return
-        if wait.root and not wait.filling:
-            self._vouched[candidate.endpoint] = wait.root, time.monotonic()
-        contents = Contents(wait.root, wait.fingerprint)
-        if self._order.replicas_named(candidate, session.address, wait.referrals, contents):
-            self._tell()
-
-    def _note_replicas(self, session: ClientSession, endpoints: Sequence[str]) -> None:
-        """Takes in whom a source names while it delivers: they have to have what is being loaded."""
-        evidence = self._intake.evidence
-        if evidence is not None:
-            contents = Contents(evidence.root, self._intake.fingerprint)
-            if self._order.replicas_named(session.candidate, session.address, endpoints, contents):
-                self._tell()
-
-    def _note_joined(self, endpoint: Endpoint) -> None:
-        """Takes in that a client of this process relays the same weights."""
-        evidence = self._intake.evidence
-        if evidence is not None and self._order.joined_here(
-            endpoint, Contents(evidence.root, self._intake.fingerprint)
-        ):
-            self._tell()
-
-    def _tell(self) -> None:
-        with self._changed:
-            self._has_news = True
-            self._changed.notify_all()
-
-    def _await_news(self, seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_news, seconds)
-            self._has_news = False
-
     def _settle_those_that_are_over(self) -> Fetched | None:
         """The weights, if one of the sessions that are over has confirmed them."""
-        while over := [each for each in self._attended if each.stage is Stage.OVER]:
-            attendance = over[0]
-            self._attended.remove(attendance)
+        while (attendance := self._attended.take_over()) is not None:
             if (fetched := self._settle(attendance)) is not None:
                 return fetched
         for each in self._attended:
@@ -306,21 +205,20 @@ class Search:
 
     def _settle(self, attendance: Attendance) -> Fetched | None:
         """Takes in what has become of a session: the weights, if they are complete and confirmed."""
-        attendance.join()
         session, candidate = attendance.session, attendance.candidate
         failure = attendance.take_failure()
-        self._received[str(candidate.endpoint)] += session.received
+        self._attempts.over(session)
         self._order.left_queue(candidate)
-        self._order.spent(candidate, session.owing_seconds, session.brought)
-        self._note_contents(session)
+        if candidate.is_replica:
+            self._order.replicas.spent(session.owing_seconds, session.brought)
+        else:
+            self._note_contents(session)
 
         if attendance.fetched is not None:
             return attendance.fetched
-        with self._changed:
-            self._alone = None if self._alone is session else self._alone
         if failure is None:
             if not attendance.gave_up_its_place:
-                self._order.ended(candidate)
+                self._order.replicas.ended(candidate)
             return None
         if not isinstance(failure, SourceError | TransportError):
             try:
@@ -328,73 +226,84 @@ class Search:
             finally:
                 del failure  # its traceback holds this frame
         if session.broken_off:
-            self._order.ended(candidate)
+            self._order.replicas.ended(candidate)
         elif not (candidate.is_replica and self._intake.is_complete):
             self._failed(session, failure)
         return None
 
     def _note_contents(self, session: ClientSession) -> None:
-        """What a session has shown of the contents, and how much it has brought."""
-        evidence = self._intake.evidence
-        if session.accepted and evidence is not None:
-            if not (session.candidate.is_replica or session.fills or session.has_denied):
-                self._vouched[session.candidate.endpoint] = evidence.root, -math.inf
-            if self._best is None or session.brought > self._best[0]:
-                self._best = session.brought, session.fetched(self._intake.memory, evidence)
+        """What a source that is trusted has shown of its contents."""
+        evidence, endpoint = session.evidence, session.candidate.endpoint
         if session.has_denied:
-            self._vouched.pop(session.candidate.endpoint, None)
+            self._vouchers.denies(endpoint)
+        elif evidence is not None and not session.fills:
+            self._vouchers.holds(endpoint, evidence.root)
 
     def _failed(self, session: ClientSession, error: SourceError | TransportError) -> None:
         candidate = session.candidate
         if isinstance(error, SourceRefused) and self._order.referred(candidate, session.address, error.referrals):
-            logger.info("%s refers to %s: %s", candidate.endpoint, one_line(", ".join(error.referrals)), error)
-            self._referrals.append(f"{candidate.endpoint}: {error}")
+            self._attempts.referred(session, error.referrals, error)
             return
-        if isinstance(error, SourceRefused):
-            self._vouched.pop(candidate.endpoint, None)  # it has no longer what it has told before
+        if isinstance(error, SourceRefused) and not candidate.is_replica:
+            self._vouchers.denies(candidate.endpoint)  # it has no longer what it has told before
+        self._attempts.failed(session, error)
+        if isinstance(error, OtherContents) and not session.fills and self._give_up_what_nobody_has(candidate):
+            return
         self._order.failed(candidate, error, session.untried_transports)
-        self._note(session, error)
 
-    def _note(self, session: ClientSession, error: Exception) -> None:
-        transport = session.transport.name if session.transport is not None else None
-        reason = one_line(str(error), _REASON_LIMIT)
-        attempt = Attempt(str(session.candidate.endpoint), transport, reason, session.age, session.received)
-        self._attempts.append(attempt)
-        logger.warning("could not load from %s", attempt)
+    def _give_up_what_nobody_has(self, candidate: Candidate) -> bool:
+        """Gives up contents that no source has any more, for the sake of those that `candidate` has. Whether it does.
 
-    def _leave_the_useless(self) -> None:
+        It is asked again at once. Whatever is left to bring the old contents would bring them in vain.
+        """
+        evidence = self._intake.evidence
+        if candidate.is_replica or evidence is None or self._vouchers.knows(evidence.root):
+            return False
+        left = [each for each in self._attended if each.stage is not Stage.WAITING]
+        if any(not each.candidate.is_replica and not each.session.fills for each in left):
+            return False  # these may be the ones that have them
+        for attendance in left:
+            attendance.end()
+        for attendance in left:
+            attendance.join(None if attendance.session.accepted else 0.0)
+        self._order.retry(candidate)
+        return True
+
+    def _leave_the_useless(self, busy: Sequence[Attendance]) -> None:
         """Leaves a replica that has long had nothing new, if there is another one to try."""
         now = time.monotonic()
-        idle = {each.candidate.endpoint: now - each.session.useful_at for each in self._attended if each.is_busy}
-        endpoint = self._order.useless(idle)
-        for attendance in self._attended:
+        endpoint = self._order.replicas.useless(
+            {each.candidate.endpoint: now - each.session.useful_at for each in busy}
+        )
+        for attendance in busy:
             if attendance.candidate.endpoint == endpoint:
                 attendance.session.break_off()
 
     def _watch(self, busy: Sequence[Attendance]) -> None:
-        """Leaves all replicas where nobody else delivers and nothing has come for too long: for STALL_TIMEOUT, or for
-        WAIT_TIMEOUT while a source lets this client wait, since the replicas may wait for the same.
+        """Leaves all that load the weights themselves, and all replicas, where nobody else delivers and nothing has
+        come for too long: for STALL_TIMEOUT, or for WAIT_TIMEOUT while a source lets this client wait, since these may
+        wait for the same, or for each other.
         """
-        is_waiting = any(each.stage is Stage.WAITING for each in self._attended)
-        limit = self._options.wait_timeout if is_waiting else self._options.timeouts.stall
+        limit = self._options.wait_timeout if self._attended.is_waiting else self._options.timeouts.stall
         passed_at = self._intake.passed_at
         if not passed_at or time.monotonic() - passed_at < limit or self._intake.is_complete:
             return
         left = [each for each in busy if not each.session.broken_off]
-        if all(each.candidate.is_replica and each.session.age >= limit for each in left):
-            self._order.follow_nobody()
-            failure = SourceFailed(f"no replica has brought a chunk for {limit:g} s")
-            for attendance in left:
-                attendance.end()
-                self._note(attendance.session, failure)
+        if not all(_may_wait_for_others(each.session) and each.session.age >= limit for each in left):
+            return
+        self._order.replicas.follow_nobody()
+        for attendance in left:
+            who = "no replica" if attendance.candidate.is_replica else "it still loads these weights itself, and nobody"
+            self._attempts.failed(attendance.session, SourceFailed(f"{who} has brought a chunk for {limit:g} s"))
+            attendance.end()
 
     def _without_confirmation(self) -> Fetched:
         """The weights where nobody is left to confirm them. Raises SourcesExhausted unless they are good anyway."""
         evidence = self._intake.evidence
-        is_known = evidence is not None and any(root == evidence.root for root, _ in list(self._vouched.values()))
-        fetched = self._settled(evidence) if evidence is not None and is_known and self._intake.is_complete else None
+        is_known = evidence is not None and self._intake.is_complete and self._vouchers.knows(evidence.root)
+        fetched = self._attempts.settled(evidence) if evidence is not None and is_known else None
         if evidence is None or fetched is None:
-            raise SourcesExhausted([str(attempt) for attempt in self._attempts] or self._referrals)
+            raise self._attempts.exhausted()
         logger.warning(
             "nobody is left to confirm that the weights have not been replaced since: they are, byte for byte, those "
             "with the root digest %s, which a source had",
@@ -402,24 +311,7 @@ class Search:
         )
         return fetched
 
-    def _end_all(self) -> None:
-        """Ends all sessions. Nobody writes into the memory any more when this returns."""
-        self._order.follow_nobody()
-        self._intake.on_joined = lambda _: None
-        patience = time.monotonic() + _LAST_WORD_SECONDS
-        for attendance in self._attended:
-            if attendance.stage is not Stage.TAKING or not self._intake.is_complete:
-                attendance.end()
-        for attendance in self._attended:
-            if attendance.stage is Stage.TAKING and not attendance.join(max(patience - time.monotonic(), 0.0)):
-                attendance.end()
-        for attendance in self._attended:
-            session = attendance.session
-            # Whoever still connects has no part of the memory, and ends by itself.
-            attendance.join(None if session.accepted else _LAST_WORD_SECONDS)
-            self._received[str(attendance.candidate.endpoint)] += session.received
-            if attendance.fetched is not None and not self._intake.holds(attendance.fetched.memory):
-                attendance.fetched.memory.close()
-        self._attended.clear()
-        self._alone = None
-        self._best = None  # an error that leaves this search keeps it alive, and it would keep the memory alive
+
+def _may_wait_for_others(session: ClientSession) -> bool:
+    """Whether the other side of `session` may be unable to deliver, without any fault."""
+    return session.candidate.is_replica or session.fills

@@ -7,8 +7,9 @@ import enum
 import threading
 from collections.abc import Callable
 
-from vllm_ascend.model_loader.netloader.client.search.order import Candidate
-from vllm_ascend.model_loader.netloader.client.session.session import ClientSession, Fetched
+from vllm_ascend.model_loader.netloader.client.candidates import Candidate
+from vllm_ascend.model_loader.netloader.client.fetched import Fetched
+from vllm_ascend.model_loader.netloader.client.session.session import ClientSession
 from vllm_ascend.model_loader.netloader.errors import TransportError
 from vllm_ascend.model_loader.netloader.wire.messages import Wait
 

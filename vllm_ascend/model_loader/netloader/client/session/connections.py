@@ -14,8 +14,10 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     ConnectionLost,
+    OtherContents,
     PeerError,
     ProtocolError,
+    Replaced,
     SessionEnded,
     SourceError,
     SourceFailed,
@@ -39,8 +41,8 @@ class Connections:
         self._access = access
         self._timeout = timeout
         self.was_denied = False
-        """Whether the source has ended the session because it may have other weights by now, or has said what it may
-        not say, so that nothing it has said before counts either.
+        """Whether the source has other contents than those that are being loaded, may have others by now, or has said
+        what it may not say, so that nothing it has said before counts either.
         """
         self._control: Channel | None = None
         self._address = source
@@ -103,6 +105,7 @@ class Connections:
             self._leave(error)
             raise TransportError(f"this process cannot go on: {error}") from error
         except (SourceError, TransportError) as error:
+            self.was_denied = self.was_denied or isinstance(error, OtherContents)
             self._leave(error)
             raise
 
@@ -126,7 +129,7 @@ class Connections:
         if isinstance(error, SessionEnded):
             self.was_denied = self.was_denied or error.denies
             return str(error)
-        self.was_denied = self.was_denied or isinstance(error, ProtocolError)
+        self.was_denied = self.was_denied or isinstance(error, ProtocolError | Replaced)
         if not isinstance(error, ConnectionLost):
             self._leave(error)
             return str(error)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from vllm_ascend.model_loader.netloader.client.swarm.pool import Share
-from vllm_ascend.model_loader.netloader.client.verification import not_ended
-from vllm_ascend.model_loader.netloader.errors import ProtocolError, Stalled
+from vllm_ascend.model_loader.netloader.client.verification import Evidence, not_ended
+from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Replaced, Stalled
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
-from vllm_ascend.model_loader.netloader.wire.messages import Follow, Message, News
+from vllm_ascend.model_loader.netloader.wire.messages import Accept, Confirm, Done, Follow, Message, News
 from vllm_ascend.model_loader.netloader.wire.wakeup import Wakeup
 
 _AT_ONCE: Final = 64
@@ -94,6 +94,26 @@ class Following:
                 if message is None:
                     raise Stalled(f"it has all chunks and was not sure of them for {deadline.seconds:g} s")
                 self.take(message)
+
+    def confirm(self, accept: Accept, evidence: Evidence | None) -> None:
+        """Ends the session that began with `accept`.
+
+        Raises PeerError where the source cannot say that it still has the weights of `evidence`.
+        """
+        self._control.send(Done(), self._timeouts.connect)
+        deadline = Deadline(self._timeouts.stall)
+        while isinstance(answer := not_ended(self._control.receive(deadline)), News):
+            self.take(answer)
+
+        assert isinstance(answer, Confirm)
+        if answer.generation != accept.generation:
+            raise Replaced(
+                f"its weights changed during the transfer (generation {accept.generation} -> {answer.generation})"
+            )
+        if evidence is not None and evidence.digests and answer.root != evidence.root:
+            raise ProtocolError("the root digest that it confirms is not the one of its chunks")
+        if answer.filling:
+            raise PeerError("it still loads these weights itself, and can confirm nothing")
 
     def _hear(self, wakeup: Wakeup, end: Deadline | None = None) -> Message | None:
         """The next message; None as soon as `wakeup` is set, or after `end`. Shows the source that this client is here.

@@ -141,7 +141,8 @@ class Share(Requests):
     def begin(self, chunk: Chunk) -> bool:
         pool = self._pool
         with pool._changed:
-            is_alone = pool.sessions == 1 and not self._is_closed
+            is_there = chunk.number in pool._claimed or chunk.number in pool.passed
+            is_alone = pool.sessions == 1 and not self._is_closed and not is_there
             if is_alone:
                 pool._arriving_in_place[chunk.number] = self
             return is_alone
