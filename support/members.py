@@ -18,6 +18,7 @@ from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts, Transport
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
 from vllm_ascend.model_loader.netloader.transport.store import Request, WeightStore
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 CHUNK = 16 << 10
 
@@ -99,14 +100,21 @@ class Member:
 
 @contextlib.contextmanager
 def members(
-    count: int, tensors: Tensors, kinds: Sequence[Transport], *, timeouts: Timeouts = SHORT, **options: Any
+    count: int,
+    tensors: Tensors,
+    kinds: Sequence[Transport],
+    *,
+    timeouts: Timeouts = SHORT,
+    access: Access | None = None,
+    **options: Any,
 ) -> Iterator[list[Member]]:
     """So many members, none of which has begun. `options` are fields of `FetchOptions`."""
     with contextlib.ExitStack() as servers:
+        access = access or Access()
         made = []
         for _ in range(count):
-            server = servers.enter_context(WeightServer("127.0.0.1", 0, Settings(kinds, timeouts)))
+            server = servers.enter_context(WeightServer("127.0.0.1", 0, Settings(kinds, timeouts, access)))
             relay = ServerRelay(tensors.request(), server)
-            client = client_for(tensors, kinds, timeouts=timeouts, relay=relay, **options)
+            client = client_for(tensors, kinds, timeouts=timeouts, access=access, relay=relay, **options)
             made.append(Member(tensors, server, client, relay))
         yield made

@@ -97,6 +97,20 @@ def without_end(line: Any, _: Any) -> None:
         line.say(News())
 
 
+def without_end_that_it_is_whole(line: Any, _: Any) -> None:
+    while True:
+        line.say(News(whole=True))
+
+
+def the_same_peer_twice(line: Any, _: Any) -> None:
+    line.say(News(peers=(":1", ":2", ":1")))
+
+
+def more_peers_than_there_are(line: Any, _: Any) -> None:
+    for port in range(1, 4200, 60):
+        line.say(News(peers=tuple(f"[fd00::1]:{each}" for each in range(port, port + 60))))
+
+
 @pytest.mark.parametrize("act", [garbage, stale, half, vanish], ids=lambda act: act.__name__)
 def test_a_relay_that_sends_what_it_does_not_have_is_left(act: Act) -> None:
     with relay(Fetch=act) as liar:
@@ -118,7 +132,24 @@ def test_a_relay_that_tells_nonsense_is_left_by_name(act: Act) -> None:
     assert "it tells of " in attempt.reason
 
 
-@pytest.mark.parametrize("act", [silent, without_end], ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (without_end, "it says that there is nothing new without being asked"),
+        (without_end_that_it_is_whole, "it says that there is nothing new without being asked"),
+        (the_same_peer_twice, "it names a peer twice"),
+        (more_peers_than_there_are, "it names more than 4096 peers"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_relay_that_only_keeps_its_clients_busy_is_left_by_name(act: Act, reason: str) -> None:
+    with relay(chunks=(), Follow=act) as liar:
+        client, _, source = fetched_beside(liar)
+    assert client.received[source] == NBYTES
+    assert (str(liar.endpoint), reason) in [(attempt.source, attempt.reason) for attempt in client.attempts]
+
+
+@pytest.mark.parametrize("act", [silent], ids=lambda act: act.__name__)
 def test_a_relay_that_brings_nothing_costs_nothing(act: Act) -> None:
     with relay(chunks=(), Follow=act) as liar:
         client, _, source = fetched_beside(liar)
@@ -134,12 +165,65 @@ def test_a_relay_that_falls_silent_holds_up_only_what_it_was_asked_for() -> None
     assert "Fetch" in liar.heard
 
 
+@pytest.mark.parametrize("step", ["Hello", "Join", "Attach", "Follow", "Fetch", "Done"])
+def test_nobody_waits_for_a_relay_that_is_silent_from_some_point_on(step: str) -> None:
+    with relay(**{step: silent}) as liar:  # type: ignore[arg-type]
+        begun = time.monotonic()
+        fetched_beside(liar)
+        assert time.monotonic() - begun < 4 * TIMEOUTS.stall
+    assert step in (*liar.heard, "Done")  # the source may have brought everything before
+
+
 def test_a_relay_of_other_contents_is_left_before_anything_is_taken() -> None:
     accept = Accept(bytes(16), 1, "tcp", {}, digest="blake3", root="5eed" * 16, filling=True)
     with relay(Join=lambda line, _: line.say(accept), AskDigests=silent) as liar:
         client, _, source = fetched_beside(liar)
     assert client.received[source] == NBYTES
     assert "Fetch" not in liar.heard
+
+
+ABSURD = (
+    "",
+    ":0",
+    ":99999",
+    "no port",
+    "0.0.0.0:1",
+    "[::]:1",
+    "255.255.255.255:1",
+    "224.0.0.1:1",
+    "a.name.that.nobody.has.invalid:1",
+    "x" * 4000 + ":1",
+    "user@host:1",
+    "-:1",
+)
+
+
+def test_absurd_addresses_of_peers_cost_little() -> None:
+    def name_them(line: Any, _: Any) -> None:
+        line.say(News(peers=ABSURD))
+
+    with relay(chunks=(), Follow=name_them) as liar:
+        begun = time.monotonic()
+        client, _, source = fetched_beside(liar)
+        assert time.monotonic() - begun < 4 * TIMEOUTS.stall
+    assert client.received[source] == NBYTES
+    assert len({attempt.source for attempt in client.attempts}) == len(client.attempts), "nobody is asked twice"
+
+
+def test_a_relay_that_names_the_client_itself_gains_nothing() -> None:
+    with (
+        serving(WEIGHTS, TCP, max_bandwidth=NBYTES, timeouts=TIMEOUTS) as (server, source),
+        members(1, WEIGHTS, TCP, timeouts=TIMEOUTS) as (member,),
+    ):
+
+        def name_it(line: Any, _: Any) -> None:
+            line.say(News(peers=(str(member.endpoint), f"localhost:{member.endpoint.port}")))
+
+        with relay(chunks=(), Follow=name_it) as liar:
+            server._replicas.note_relaying(liar.endpoint, server_copy(1))
+            member.start(source)
+            member.join()
+        assert member.client.received[str(source)] == NBYTES
 
 
 def test_many_liars_at_once_change_nothing() -> None:

@@ -37,7 +37,7 @@ class Subscription:
         self._relay: Endpoint | None = None
         self._is_named = False
         self._told_chunks = self._told_sent = 0
-        self._told_peers: set[Endpoint] = set()
+        self._told_peers: set[str] = set()
         self._told_whole = False
         self._told_at = 0.0
 
@@ -61,7 +61,7 @@ class Subscription:
         """Notes where the client itself can be asked for these weights; 0 for nowhere."""
         if port and self._relay is None:
             self._relay = Endpoint(self._host, port)
-            self._told_peers.add(self._relay)
+            self._told_peers.add(self._replicas.written(self._relay))
             self._publication.joined(self._relay)
 
     def drop(self) -> None:
@@ -106,11 +106,11 @@ class Subscription:
         sent = store.sent.since(self._told_sent, NEWS_LIMIT)
         self._told_sent += len(sent)
 
-        known = self._replicas.known(self._publication.role, store.generation)
-        peers = [each for each in known if each not in self._told_peers][:REFERRALS_LIMIT]
+        known = map(self._replicas.written, self._replicas.known(self._publication.role, store.generation))
+        peers = [each for each in dict.fromkeys(known) if each not in self._told_peers][:REFERRALS_LIMIT]
         self._told_peers.update(peers)
 
         tells_whole = is_whole and not self._told_whole
         self._told_whole = is_whole
         others = tuple(number for number in sent if not self._sender.was_asked_for(number))
-        return News(chunks, others, tuple(map(self._replicas.written, peers)), tells_whole)
+        return News(chunks, others, tuple(peers), tells_whole)

@@ -22,6 +22,8 @@ _AT_ONCE: Final = 64
 """Messages that are heard before whoever listens looks for something else to do."""
 _SIGNS_OF_LIFE: Final = 3
 """How many of them fit into STALL_TIMEOUT."""
+PEERS_NAMED: Final = 4096
+"""How many peers one source may name."""
 
 
 class Following:
@@ -58,6 +60,9 @@ class Following:
         self._follows = False
         self._told: set[int] = set()
         self._told_sent: set[int] = set()
+        self._told_peers: set[str] = set()
+        self._told_whole = False
+        self._follows_said = self._empty_heard = 0
         self._said_at = self._heard_at = time.monotonic()
 
     def follow(self) -> None:
@@ -79,6 +84,7 @@ class Following:
         news = not_ended(message)
         assert isinstance(news, News)
         assert self._share is not None
+        self._require_news(news)
         self._share.has(self._new(news.chunks, self._told))
         self._share.sent(self._new(news.sent, self._told_sent))
         self.is_whole = self.is_whole or news.whole
@@ -141,7 +147,26 @@ class Following:
 
     def _say(self) -> None:
         self._said_at = time.monotonic()
+        self._follows_said += 1
         self._control.send(Follow(self._port), self._timeouts.connect)
+
+    def _require_news(self, news: News) -> None:
+        """Raises ProtocolError for what keeps this client busy and says nothing.
+
+        A source may say only once for each Follow that there is nothing new.
+        """
+        before = len(self._told_peers)
+        self._told_peers.update(news.peers)
+        if len(self._told_peers) != before + len(news.peers):
+            raise ProtocolError("it names a peer twice")
+        if len(self._told_peers) > PEERS_NAMED:
+            raise ProtocolError(f"it names more than {PEERS_NAMED} peers")
+
+        is_empty = not (news.chunks or news.sent or news.peers or (news.whole and not self._told_whole))
+        self._told_whole = self._told_whole or news.whole
+        self._empty_heard += is_empty
+        if self._empty_heard > self._follows_said:
+            raise ProtocolError("it says that there is nothing new without being asked")
 
     def _new(self, numbers: Iterable[int], told: set[int]) -> tuple[int, ...]:
         new = tuple(numbers)
