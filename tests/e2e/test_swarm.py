@@ -54,10 +54,8 @@ def finished(starting: Sequence[Starting]) -> list[Loader]:
 
 def test_engines_that_start_together_bring_the_weights_to_one_another(smollm2: str, untied: str, load: Load) -> None:
     """Four from one server; then two more, and the server dies when they have half."""
-    warm = [load(untied, {"SERVE": False}) for _ in range(4)]
-    server = load(smollm2, {"MAX_BANDWIDTH": SLOWLY}, prompts=PROMPTS)
-    for loader in (*warm, server):
-        loader.finish_loading()
+    warm = [load(untied, {"SERVE": False}).finish_loading() for _ in range(4)]
+    server = load(smollm2, {"MAX_BANDWIDTH": SLOWLY}, prompts=PROMPTS).finish_loading()
     for loader in warm:
         loader.end()
 
