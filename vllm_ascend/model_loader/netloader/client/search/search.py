@@ -293,8 +293,10 @@ class Search:
             return
         self._order.replicas.follow_nobody()
         for attendance in left:
-            who = "no replica" if attendance.candidate.is_replica else "it still loads these weights itself, and nobody"
-            self._attempts.failed(attendance.session, SourceFailed(f"{who} has brought a chunk for {limit:g} s"))
+            reason = f"it still loads these weights itself, and nobody has brought a chunk for {limit:g} s"
+            if attendance.candidate.is_replica:
+                reason = f"no replica has brought a chunk for {limit:g} s"
+            self._attempts.failed(attendance.session, SourceFailed(reason))
             attendance.end()
 
     def _without_confirmation(self) -> Fetched:
