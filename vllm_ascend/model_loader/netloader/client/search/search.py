@@ -151,7 +151,7 @@ class Search:
         evidence = self._intake.evidence
         if not self._intake.is_complete or evidence is None or not self._attended.is_waiting:
             return None
-        return self._attempts.settled(evidence) if self._vouchers.knows_now(evidence.root) else None
+        return self._attempts.settled(evidence) if self._vouchers.know_now(evidence.root) else None
 
     def _wants_replicas(self, trusted: Sequence[Attendance]) -> bool:
         if not self._options.verify or self._intake.is_complete:
@@ -212,7 +212,7 @@ class Search:
         if candidate.is_replica:
             self._order.replicas.spent(session.owing_seconds, session.brought)
         else:
-            self._note_contents(session)
+            self._note_contents(session, failure)
 
         if attendance.fetched is not None:
             return attendance.fetched
@@ -231,10 +231,10 @@ class Search:
             self._failed(session, failure)
         return None
 
-    def _note_contents(self, session: ClientSession) -> None:
+    def _note_contents(self, session: ClientSession, failure: BaseException | None) -> None:
         """What a source that is trusted has shown of its contents."""
         evidence, endpoint = session.evidence, session.candidate.endpoint
-        if session.has_denied:
+        if session.has_denied and not isinstance(failure, OtherContents):
             self._vouchers.denies(endpoint)
         elif evidence is not None and not session.fills:
             self._vouchers.holds(endpoint, evidence.root)
@@ -252,12 +252,11 @@ class Search:
         self._order.failed(candidate, error, session.untried_transports)
 
     def _give_up_what_nobody_has(self, candidate: Candidate) -> bool:
-        """Gives up contents that no source has any more, for the sake of those that `candidate` has. Whether it does.
-
-        It is asked again at once. Whatever is left to bring the old contents would bring them in vain.
+        """Gives up contents that no source is left to confirm, for the sake of those that `candidate` has. Whether it
+        does. It is asked again at once.
         """
         evidence = self._intake.evidence
-        if candidate.is_replica or evidence is None or self._vouchers.knows(evidence.root):
+        if candidate.is_replica or evidence is None or self._vouchers.know_now(evidence.root):
             return False
         left = [each for each in self._attended if each.stage is not Stage.WAITING]
         if any(not each.candidate.is_replica and not each.session.fills for each in left):
@@ -302,7 +301,7 @@ class Search:
     def _without_confirmation(self) -> Fetched:
         """The weights where nobody is left to confirm them. Raises SourcesExhausted unless they are good anyway."""
         evidence = self._intake.evidence
-        is_known = evidence is not None and self._intake.is_complete and self._vouchers.knows(evidence.root)
+        is_known = evidence is not None and self._intake.is_complete and self._vouchers.agree_on(evidence.root)
         fetched = self._attempts.settled(evidence) if evidence is not None and is_known else None
         if evidence is None or fetched is None:
             raise self._attempts.exhausted()

@@ -38,13 +38,15 @@ class Vouchers:
         with self._lock:
             self._roots.pop(source, None)
 
-    def knows(self, root: str) -> bool:
-        """Whether any of them had contents with the root digest `root`, and has not denied it since."""
+    def agree_on(self, root: str) -> bool:
+        """Whether any of them had contents with the root digest `root` and has not denied it since, and none has
+        others.
+        """
         with self._lock:
-            return any(each == root for each, _ in self._roots.values())
+            return {each for each, _ in self._roots.values()} == {root}
 
-    def knows_now(self, root: str) -> bool:
-        """Whether any of them has said so just now."""
+    def know_now(self, root: str) -> bool:
+        """Whether any of them has said just now that it has contents with the root digest `root`."""
         with self._lock:
             fresh = self._clock() - FRESH_SECONDS
             return any(each == root and at > fresh for each, at in self._roots.values())
