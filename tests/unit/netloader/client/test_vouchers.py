@@ -35,6 +35,6 @@ def test_only_what_was_said_just_now_stands_for_a_confirmation() -> None:
     assert not vouchers.know_now("c0ffee")
     vouchers.holds_now(A, "c0ffee")
     assert vouchers.know_now("c0ffee")
-    clock.now += FRESH_SECONDS
+    clock.passes(FRESH_SECONDS)
     assert not vouchers.know_now("c0ffee")
     assert vouchers.agree_on("c0ffee")
