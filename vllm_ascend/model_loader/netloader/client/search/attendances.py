@@ -72,6 +72,11 @@ class Attendances:
         """Whether anybody delivers."""
         return any(each.stage is Stage.TAKING for each in self._all)
 
+    @property
+    def is_any_over(self) -> bool:
+        """Whether there is any to take over."""
+        return any(each.stage is Stage.OVER for each in self._all)
+
     def begin(self, ask: Ask) -> None:
         """Asks somebody."""
         candidate = ask.candidate

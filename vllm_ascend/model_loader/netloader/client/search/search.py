@@ -116,6 +116,8 @@ class Search:
             self._ask_replicas()
 
         busy = self._attended.busy
+        if not busy and self._attended.is_any_over:  # some are done that quickly, and what they have brought may be all
+            return None
         if not busy:
             return self._confirmed_in_a_queue() or self._do(self._order.next())
         self._ask_again_beside_replicas(trusted)
