@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_ascend.model_loader.netloader.client.swarm.pool import Pool, Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
@@ -81,3 +83,91 @@ def test_who_waits_for_a_chunk_is_told_when_all_have_passed(pool: Pool) -> None:
         assert brought(first, chunk)
     assert heard[-1]
     assert empty.next(wait=True) is None
+
+
+class Transfer(RuleBasedStateMachine):
+    """Sessions come, take chunks, bring them right or damaged, and go, in any order."""
+
+    CHUNKS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        inventory = Inventory(self.CHUNKS * digests.CHUNK_BYTES)
+        evidence = Evidence(tuple(bytes([number]) for number in range(self.CHUNKS)), "c0ffee")
+        self.now = 0.0
+        self.pool = Pool(inventory, evidence, random.Random(1), clock=lambda: self.now)
+        self.open: list[Share] = []
+        self.asked: list[tuple[Share, Chunk]] = []
+        self.in_place: list[tuple[Share, Chunk]] = []
+        self.apart: list[tuple[Share, Chunk]] = []
+        self.settled: list[int] = []
+
+    @rule(has_all=st.sampled_from([True, True, False]))
+    def join(self, has_all: bool) -> None:
+        self.open.append(self.pool.join(has_all=has_all))
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), number=st.integers(0, CHUNKS - 1))
+    def hear(self, data: st.DataObject, number: int) -> None:
+        data.draw(st.sampled_from(self.open)).has([number])
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), seconds=st.floats(0.0, 100.0))
+    def take(self, data: st.DataObject, seconds: float) -> None:
+        self.now += seconds
+        share = data.draw(st.sampled_from(self.open))
+        if (chunk := share.next(wait=False)) is not None:
+            assert (share, chunk) not in [*self.asked, *self.in_place, *self.apart]
+            self.asked.append((share, chunk))
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        share, chunk = self.asked.pop(data.draw(st.integers(0, len(self.asked) - 1)))
+        if share.begin(chunk):
+            assert chunk.number not in self.settled, "what has passed would be written again"
+            assert all(other != chunk for _, other in self.in_place), "two would write to one place"
+            self.in_place.append((share, chunk))
+        else:
+            self.apart.append((share, chunk))
+
+    @precondition(lambda self: self.in_place or self.apart)
+    @rule(data=st.data(), passes=st.booleans())
+    def finish(self, data: st.DataObject, passes: bool) -> None:
+        arriving = self.in_place if not self.apart or (self.in_place and data.draw(st.booleans())) else self.apart
+        share, chunk = arriving.pop(data.draw(st.integers(0, len(arriving) - 1)))
+        if not passes:
+            share.damaged(chunk)
+        elif share.claim(chunk):
+            assert all(other != chunk for _, other in self.in_place), "another one writes to this place"
+            self.settled.append(chunk.number)
+            share.arrived(chunk, b"")
+        else:
+            assert arriving is self.apart, "what arrived in its place is what counts"
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        share = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
+        share.close()
+        for each in (self.asked, self.in_place, self.apart):
+            each[:] = [(other, chunk) for other, chunk in each if other is not share]
+
+    @invariant()
+    def each_chunk_settles_once(self) -> None:
+        assert len(set(self.settled)) == len(self.settled)
+        assert set(self.settled) == set(self.pool.passed.since(0, self.CHUNKS))
+        assert self.pool.is_complete == (len(self.settled) == self.CHUNKS)
+
+    def teardown(self) -> None:
+        """Whatever has happened, one that has everything brings the rest."""
+        while self.open:
+            self.open.pop().close()
+        last = self.pool.join(has_all=True)
+        while (chunk := last.next(wait=False)) is not None:
+            last.begin(chunk)
+            assert brought(last, chunk)
+        assert self.pool.is_complete
+
+
+TestTransfer = Transfer.TestCase
