@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from vllm_ascend.model_loader.netloader.client.swarm import policy
 from vllm_ascend.model_loader.netloader.client.swarm.pool import Pool, Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk, Inventory
 
 CHUNK = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _much_is_asked_for_twice() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "TWICE", 1)
+        yield
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_who_waits_for_a_chunk_is_told_when_all_have_passed(pool: Pool) -> None:
 class Transfer(RuleBasedStateMachine):
     """Sessions come, take chunks, bring them right or damaged, and go, in any order."""
 
-    CHUNKS = 3
+    CHUNKS = 6
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +110,19 @@ class Transfer(RuleBasedStateMachine):
         self.in_place: list[tuple[Share, Chunk]] = []
         self.apart: list[tuple[Share, Chunk]] = []
         self.settled: list[int] = []
+        self._bring_the_first()
 
+    def _bring_the_first(self) -> None:
+        """Quickly, so that whatever is asked for next is soon late."""
+        share = self.pool.join(has_all=True)
+        chunk = taken(share)
+        self.now += 0.001
+        assert share.begin(chunk)
+        assert brought(share, chunk)
+        self.settled.append(chunk.number)
+        self.open.append(share)
+
+    @precondition(lambda self: len(self.open) < 3)
     @rule(has_all=st.sampled_from([True, True, False]))
     def join(self, has_all: bool) -> None:
         self.open.append(self.pool.join(has_all=has_all))
@@ -116,7 +137,7 @@ class Transfer(RuleBasedStateMachine):
     def take(self, data: st.DataObject, seconds: float) -> None:
         self.now += seconds
         share = data.draw(st.sampled_from(self.open))
-        if (chunk := share.next(wait=False)) is not None:
+        while (chunk := share.next(wait=False)) is not None:
             assert (share, chunk) not in [*self.asked, *self.in_place, *self.apart]
             self.asked.append((share, chunk))
 
