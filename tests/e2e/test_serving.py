@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from support.ports import free_port, two_free_ports
+from support.ports import two_free_ports
 from support.vllm.instance import START_TIMEOUT, Instance
 from support.vllm.loaders import Pool
 from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
 from vllm_ascend.model_loader.netloader.transport.digests import CHUNK_BYTES
 from vllm_ascend.model_loader.netloader.transport.tcp import CONNECTIONS
 
@@ -96,51 +95,3 @@ def test_a_chain_of_instances_gives_equal_answers(smollm2: str, tmp_path: Path, 
 def assert_came_from(source: Instance, client: Instance, transport: str, rank: int = 0) -> None:
     report = client.report(rank)
     assert (report["outcome"], report["source"], report["transport"]) == ("p2p", source.address, transport)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_instances_that_start_together_bring_the_weights_to_one_another(
-    smollm2: str, tmp_path: Path, instances: ExitStack
-) -> None:
-    """Four start at once from one server, which takes a minute for one copy; then two more, and the server is killed
-    when they have half. What it has not sent is nowhere, so these two load from disk.
-    """
-
-    def start(name: str, fallback: str) -> tuple[Instance, Endpoint]:
-        port = free_port()
-        extra = {"SOURCE": [first.address], "TRANSPORT": ["tcp"], "FALLBACK": fallback, "LISTEN_PORT": port}
-        return instances.enter_context(Instance(name, smollm2, tmp_path, extra)), Endpoint("127.0.0.1", port)
-
-    def held(address: Endpoint) -> float:
-        """Which part of the weights an instance has that still loads."""
-        try:
-            (holding,) = inquire(address, 10).holdings
-        except (SourceError, TransportError, ValueError):  # it does not listen, or has not begun
-            return 0.0
-        return holding.held / holding.nbytes
-
-    first = instances.enter_context(Instance("A", smollm2, tmp_path, {"MAX_BANDWIDTH": 4_500_000}))
-    first.wait_until_ready()
-    expected = answers(first)
-
-    together = [start(name, "error") for name in "BCDE"]
-    for instance, _ in together:
-        instance.wait_until_ready()
-    reports = [instance.report() for instance, _ in together]
-    assert {report["outcome"] for report in reports} == {"p2p"}
-    assert len({report["root"] for report in reports}) == 1
-    assert sum(report["received"].get(first.address, 0) for report in reports) < 2.5 * reports[0]["bytes"]
-    others = {str(address) for _, address in together}
-    assert any(others & report["received"].keys() for report in reports)
-    for instance, _ in together:
-        assert answers(instance) == expected
-        instance.terminate()
-
-    last = [start(name, "disk") for name in "FG"]
-    wait_until(lambda: max(held(address) for _, address in last) > 0.5, START_TIMEOUT, interval=0.2)
-    first.kill()
-    for instance, _ in last:
-        instance.wait_until_ready()
-        assert instance.report()["outcome"] == "disk"
-        assert answers(instance) == expected
