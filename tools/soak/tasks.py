@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 import numpy
 
-from support.members import ServerRelay
 from support.peers.proxy import Fault, Proxy, Stream, close, flip, reset, throttle
+from support.relay import ServerRelay
 from support.synthetic import IDENTITY, request_of
 from tools.soak.servers import LISTENERS, NBYTES, SERVERS, TIMEOUTS, Setting, weights
 from tools.soak.watching import NetloaderLog, SoakFailed
