@@ -249,7 +249,7 @@ def test_silent_replicas_of_a_source_that_is_gone_cost_no_more_than_one_stall() 
 
     with silent_replicas() as replicas, Impostor({"Join": join}, WEIGHTS) as source:
         with serving(WEIGHTS, TCP) as (_, healthy):
-            _, fetched = fetch(WEIGHTS, TCP, source.endpoint, healthy, timeouts=Timeouts(connect=0.25, stall=0.6))
+            _, fetched = fetch(WEIGHTS, TCP, source.endpoint, healthy, timeouts=Timeouts(connect=2.0, stall=2.0))
     assert fetched.source == healthy
     assert all(each.heard.count("Join") <= 1 for each in replicas)
 

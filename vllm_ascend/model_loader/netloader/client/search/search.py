@@ -217,7 +217,7 @@ class Search:
             self._note_contents(session, failure)
 
         if attendance.fetched is not None:
-            return attendance.fetched
+            return self._believed(session, attendance.fetched)
         if failure is None:
             if not attendance.gave_up_its_place:
                 self._order.replicas.ended(candidate)
@@ -231,6 +231,15 @@ class Search:
             self._order.replicas.ended(candidate)
         elif not (candidate.is_replica and self._intake.is_complete):
             self._failed(session, failure)
+        return None
+
+    def _believed(self, session: ClientSession, fetched: Fetched) -> Fetched | None:
+        """`fetched`, if it comes from a source, or a source has these weights too. A replica's own word is nobody's."""
+        evidence = fetched.evidence
+        if not session.candidate.is_replica or (evidence is not None and self._vouchers.agree_on(evidence.root)):
+            return fetched
+        fetched.memory.close()
+        self._failed(session, SourceFailed("no source says any more that these weights are the right ones"))
         return None
 
     def _note_contents(self, session: ClientSession, failure: BaseException | None) -> None:
