@@ -458,3 +458,24 @@ def test_the_memory_that_a_client_fills_is_its_own_whoever_it_is_referred_to() -
     assert fetched.memory.descriptor is not None
     with pytest.raises(PermissionError):
         os.pwrite(fetched.memory.descriptor, b"?", 0)
+
+
+def test_what_a_replica_shares_counts_only_if_the_source_has_not_got_other_weights_since() -> None:
+    asked = threading.Event()
+
+    def name_it_and_refuse(line: Any, _: Any) -> None:
+        line.say(Wait(1, (f":{replica.port}",), source.root))
+        asked.wait(60)
+        line.say(Refuse("it has other weights now"))
+
+    def accepted(_: object) -> None:
+        asked.set()
+        wait_until(lambda: len(client.attempts) == 1)
+
+    with (
+        serving(WEIGHTS, SHARED, timeouts=PATIENT) as (_, replica),
+        Impostor({"Join": name_it_and_refuse}, WEIGHTS) as source,
+    ):
+        client = client_for(WEIGHTS, [*SHARED, *TCP], timeouts=PATIENT, check_attributes=accepted)
+        with pytest.raises(SourcesExhausted, match="no source says any more that these weights are the right ones"):
+            client.fetch([source.endpoint])
