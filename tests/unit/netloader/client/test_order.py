@@ -303,6 +303,19 @@ def test_a_replica_names_others_that_have_the_same_and_no_ranks() -> None:
     assert order.next() is None
 
 
+def test_one_who_names_very_many_pushes_out_nobody_whom_others_name() -> None:
+    order = order_of(A)
+    source = asked(order)
+    (liar,) = replicas_of(order, source, B)
+    many = [f"10.{n // 60}.1.{n % 60}:1" for n in range(4200)]
+    for begin in range(0, 4200, 60):
+        order.replicas.named(liar, B, many[begin : begin + 60], HELD)
+    assert order.replicas.named(source, A, [str(C)], HELD)
+    while (ask := order.replicas.next()) is not None and ask.candidate.endpoint != C:
+        order.replicas.failed(ask.candidate, FAILED)
+    assert ask is not None
+
+
 def test_who_was_named_before_is_not_asked_again() -> None:
     order = order_of(A, B)
     source = asked(order)

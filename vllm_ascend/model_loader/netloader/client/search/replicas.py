@@ -22,8 +22,6 @@ from vllm_ascend.model_loader.netloader.errors import SourceError, TransportErro
 
 TRIES: Final = 3
 """How often a replica may be busy before it is asked no more."""
-REPLICAS_REMEMBERED: Final = 4096
-"""How many endpoints of replicas are remembered."""
 EXCUSED_RATE: Final = 1 << 20
 """Bytes per second of chunks that have passed, at which the time that a replica takes is not wasted."""
 
@@ -80,22 +78,18 @@ class ReplicaOrder:
         with self._lock:
             if not self._wants(contents):
                 return False
-            endpoints = list(endpoints_in(referrals, address))
-            for each in endpoints:
-                self._remember(Candidate(each, by.endpoint, contents))
-            known = [each for each in endpoints if each in self._known]
-            self._peering.named(by.endpoint, known)
+            known = self._peering.named(by.endpoint, endpoints_in(referrals, address))
+            for each in known:
+                self._known.setdefault(each, Candidate(each, by.endpoint, contents))
             return bool(known)
 
     def joined_here(self, endpoint: Endpoint, contents: Contents) -> bool:
         """Notes that a client of this process relays `contents` at `endpoint`. Whether it can be asked."""
         with self._lock:
-            if not self._wants(contents):
+            if not self._wants(contents) or not self._peering.joined_here(endpoint):
                 return False
-            self._remember(Candidate(endpoint, endpoint, contents))
-            if endpoint in self._known:
-                self._peering.joined_here(endpoint)
-            return endpoint in self._known
+            self._known.setdefault(endpoint, Candidate(endpoint, endpoint, contents))
+            return True
 
     def agreed(self, root: str) -> None:
         """Notes that the weights to load are those with the root digest `root`, and forgets who has others."""
@@ -152,10 +146,6 @@ class ReplicaOrder:
 
     def _wants(self, contents: Contents) -> bool:
         return self._follows and bool(contents.root) and self._root in ("", contents.root)
-
-    def _remember(self, replica: Candidate) -> None:
-        if len(self._known) < REPLICAS_REMEMBERED:
-            self._known.setdefault(replica.endpoint, replica)
 
 
 def _holds(replica: Candidate, root: str) -> bool:

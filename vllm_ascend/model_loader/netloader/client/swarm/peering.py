@@ -64,21 +64,25 @@ class Peering(Generic[Peer]):
         """Those that were handed out by `choose` and are not lost."""
         return frozenset(self._chosen)
 
-    def named(self, by: Peer, peers: Iterable[Peer]) -> None:
-        """Notes that `by` has named `peers`. What is too many is forgotten."""
+    def named(self, by: Peer, peers: Iterable[Peer]) -> list[Peer]:
+        """Notes that `by` has named `peers`. Returns those that are remembered; what is too many is forgotten."""
         if by not in self._named and len(self._named) >= NAMING:
-            return
+            return []
         known = self._named.setdefault(by, [])
+        remembered = []
         for peer in peers:
-            if len(known) >= NAMED_BY_ONE:
-                return
-            if peer not in known:
+            if peer not in known and len(known) < NAMED_BY_ONE:
                 known.append(peer)
+            if peer in known:
+                remembered.append(peer)
+        return remembered
 
-    def joined_here(self, peer: Peer) -> None:
-        """Notes that `peer`, which relays, has joined this process as a client."""
-        if peer not in self._tried and len(self._joined_here) < self._sessions:
+    def joined_here(self, peer: Peer) -> bool:
+        """Notes that `peer`, which relays, has joined this process as a client. Whether it is remembered."""
+        is_new = peer not in self._tried and len(self._joined_here) < self._sessions
+        if is_new:
             self._joined_here.append(peer)
+        return is_new
 
     def choose(self) -> Peer | None:
         """A peer to connect to now, which counts as chosen from then on; None where there are enough, or none is left.
