@@ -42,9 +42,9 @@ class Starting:
         return holdings[0].held / holdings[0].nbytes if holdings else 0.0
 
 
-def start(load: Load, model: str, server: Loader, fallback: str) -> Starting:
+def start(load: Load, model: str, server: Loader, **extra: object) -> Starting:
     address = Endpoint("127.0.0.1", free_port())
-    extra = {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "FALLBACK": fallback, "LISTEN_PORT": address.port}
+    extra = {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "LISTEN_PORT": address.port, **extra}
     return Starting(load(model, extra, prompts=PROMPTS), address)
 
 
@@ -59,7 +59,7 @@ def test_engines_that_start_together_bring_the_weights_to_one_another(smollm2: s
     for loader in warm:
         loader.end()
 
-    together = [start(load, smollm2, server, "error") for _ in range(4)]
+    together = [start(load, smollm2, server, FALLBACK="error") for _ in range(4)]
     loaders = finished(together)
     reports = [loader.report for loader in loaders]
     nbytes, source = reports[0]["bytes"], server.address
@@ -77,7 +77,7 @@ def test_engines_that_start_together_bring_the_weights_to_one_another(smollm2: s
         loader.end()
     for loader in [load(untied, {"SERVE": False}) for _ in range(2)]:  # only those that begin anew had everything
         loader.finish_loading()
-    last = [start(load, smollm2, server, "disk") for _ in range(2)]
+    last = [start(load, smollm2, server, STALL_TIMEOUT=5) for _ in range(2)]
     wait_until(lambda: min(each.held for each in last) > 0.5, 180, interval=0.1)
     server.process.process.kill()
     for loader in finished(last):
