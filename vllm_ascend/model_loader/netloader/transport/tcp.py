@@ -208,7 +208,7 @@ class _Pull:
                 self._reception.attend(wakeup)
                 wakeup.clear()
         except BaseException as error:
-            self._fail(error)
+            self._fail(error, counts=True)
         self._cut()
 
     def _cut(self) -> None:
@@ -257,11 +257,14 @@ class _Pull:
             receive_into(channel.socket, arrival.landing.host, timeout, arrival.advance)
             self._delivery.finish(arrival)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, *, counts: bool = False) -> None:
         """Keeps the first failure, or what the source says about it, and ends the other connections, which may wait for
         bytes or for a chunk to take.
+
+        When all chunks are here, whoever brought them, a failure means nothing, unless it `counts` because the source
+        can confirm nothing any more.
         """
-        if self._delivery.is_complete:
+        if self._delivery.is_complete and not counts:
             return
         self._delivery.break_off()
         with self._lock:
