@@ -93,6 +93,8 @@ class Following:
 
     def await_whole(self) -> None:
         """Returns when the source has all chunks and has had them confirmed itself. Raises PeerError."""
+        if not self._follows:  # because there was nothing to fetch
+            self.follow()
         deadline = Deadline(self._timeouts.stall)
         with contextlib.closing(Wakeup()) as nothing_else:
             while not self.is_whole:
