@@ -32,6 +32,7 @@ class Traits:
 
     `name` is what TRANSPORT calls it, and `device` the type of device, as torch names it, that computes with the
     weights. `copies` says whether bytes move, so that they need memory of their own, a turn, time, and verification.
+    `peers` is from how many peers beside its sources a client takes at once at most, None where that is up to it.
     `descriptors` is how many a session takes on the server, beside its connections to the listener. `library` is the
     communication library that opens the ports by which it is exposed.
     """
@@ -39,6 +40,7 @@ class Traits:
     name: str
     device: str
     copies: bool = True
+    peers: int | None = None
     descriptors: int = 0
     exposure: Exposure = Exposure.NOTHING
     library: str = ""
@@ -56,8 +58,10 @@ class Traits:
 
 SHARED_MEMORY: Final = Traits("shared_memory", "cpu", copies=False, descriptors=3)
 """A session takes its socket, the connection, and a duplicate of the arena's descriptor."""
-HCCL: Final = Traits("process_group", "npu", descriptors=9, exposure=Exposure.BYTES, library="hccl")
-"""Its ports are on the NPUs' own network."""
+HCCL: Final = Traits("process_group", "npu", peers=3, descriptors=9, exposure=Exposure.BYTES, library="hccl")
+"""Its ports are on the NPUs' own network. Each session takes buffers on the device, and one of HCCL's 16 host ports: 4
+sources, 3 peers and MAX_CLIENTS clients, 8 by default, leave one.
+"""
 TCP: Final = Traits("tcp", ANY, descriptors=2)
 """Moves bytes by way of host memory. A session takes a duplicate of the arena's descriptor, and one to be woken by."""
 GLOO: Final = Traits("process_group", "cpu", descriptors=9, exposure=Exposure.PROCESS, library="gloo")

@@ -253,6 +253,18 @@ def test_when_other_weights_are_to_be_loaded_those_who_have_the_old_ones_are_for
     assert [each.endpoint for each in all_replicas(order)] == [C], "it has failed once"
 
 
+def test_no_more_replicas_are_asked_at_once_than_their_transport_allows() -> None:
+    order = order_of(A, peers=3)
+    source = asked(order)
+    assert order.replicas.named(source, A, [f"10.1.0.{n}:1" for n in range(9)], HELD)
+    assert order.replicas.joined_here(B, HELD)
+    assert len(all_replicas(order)) == 3
+    order.replicas.agreed("other")
+    order.replicas.agreed(HELD.root)
+    assert order.replicas.named(source, A, [f"10.2.0.{n}:1" for n in range(9)], HELD)
+    assert len(all_replicas(order)) == 3
+
+
 def test_a_source_that_helps_is_the_next_of_this_round() -> None:
     order = order_of(A, B)
     order.failed(asked(order), FAILED)

@@ -21,6 +21,7 @@ from typing import Final
 from vllm_ascend.model_loader.netloader.client.candidates import Candidate, endpoints_in
 from vllm_ascend.model_loader.netloader.client.search.replicas import ReplicaOrder
 from vllm_ascend.model_loader.netloader.client.search.steps import Ask, AwaitTurn, LeaveQueues, Pause, Step
+from vllm_ascend.model_loader.netloader.client.swarm.peering import SESSIONS
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     SourceError,
@@ -52,21 +53,22 @@ class SourceOrder:
         replica_seconds: float = 30.0,
         follows_replicas: bool = True,
         disk_remains: bool = True,
+        peers: int = SESSIONS,
         chance: random.Random | None = None,
     ) -> None:
         """`configured` are the endpoints in their order and `transports` the names of all that may be offered.
 
         `pauses` gives the seconds before each further round. `wait_timeout` is how many seconds may be spent in queues,
         and `replica_seconds` how many replicas may waste, all together. `follows_replicas` says whether replicas are
-        asked at all, and `disk_remains` that there is another way if no source delivers. `chance` chooses among
-        replicas.
+        asked at all, `peers` how many of them at once at most, and `disk_remains` that there is another way if no
+        source delivers. `chance` chooses among replicas.
         """
         self._transports = tuple(transports)
         self._pauses = pauses
         self._wait_left = wait_timeout
         self._disk_remains = disk_remains
         self.replicas = ReplicaOrder(
-            configured, transports, seconds=replica_seconds, follows=follows_replicas, chance=chance
+            configured, transports, seconds=replica_seconds, follows=follows_replicas, peers=peers, chance=chance
         )
         """Those that are asked beside the sources."""
         self._lock = threading.Lock()

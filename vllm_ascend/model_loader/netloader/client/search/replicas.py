@@ -16,7 +16,7 @@ from typing import Final
 
 from vllm_ascend.model_loader.netloader.client.candidates import Candidate, Contents, endpoints_in
 from vllm_ascend.model_loader.netloader.client.search.steps import Ask
-from vllm_ascend.model_loader.netloader.client.swarm.peering import Peering
+from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE, SESSIONS, Peering
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
 
@@ -36,11 +36,12 @@ class ReplicaOrder:
         *,
         seconds: float,
         follows: bool,
+        peers: int = SESSIONS,
         chance: random.Random | None = None,
     ) -> None:
         """`configured` are sources and never count as replicas, and `transports` are the names of all that may be
         offered. `seconds` is how much time replicas may waste, all together; `follows` says whether they are asked at
-        all. `chance` chooses among them.
+        all, and `peers` how many at once at most. `chance` chooses among them.
         """
         self._configured = tuple(configured)
         self._transports = tuple(transports)
@@ -49,15 +50,16 @@ class ReplicaOrder:
         self._chance = chance or random.Random()
         self._lock = threading.Lock()
 
+        self._given_up: set[Endpoint] = set()
         self._root = ""
         """What they have to hold, as far as that is known."""
-        self._peering: Peering[Endpoint] = Peering(self._chance, itself=configured)
+        self._peers = peers
+        self._peering = self._new_peering()
         self._known: dict[Endpoint, Candidate] = {}
         """Those that the peering knows."""
         self._again: deque[Ask] = deque()
         """Those to ask by another transport."""
         self._busy: Counter[Endpoint] = Counter()
-        self._given_up: set[Endpoint] = set()
 
     def next(self) -> Ask | None:
         """A replica to ask now, beside all others. None where there is none, or where enough are being asked."""
@@ -98,7 +100,7 @@ class ReplicaOrder:
                 return
             if self._root:
                 self._known = {each: replica for each, replica in self._known.items() if _holds(replica, root)}
-                self._peering = Peering(self._chance, itself=(*self._configured, *self._given_up))
+                self._peering = self._new_peering()
             self._root = root
 
     def failed(self, candidate: Candidate, error: SourceError | TransportError, untried: Sequence[str] = ()) -> None:
@@ -143,6 +145,14 @@ class ReplicaOrder:
         """Asks no replica any more."""
         with self._lock:
             self._follows = False
+
+    def _new_peering(self) -> Peering[Endpoint]:
+        return Peering(
+            self._chance,
+            itself=(*self._configured, *self._given_up),
+            degree=min(DEGREE, self._peers),
+            sessions=min(SESSIONS, self._peers),
+        )
 
     def _wants(self, contents: Contents) -> bool:
         return self._follows and bool(contents.root) and self._root in ("", contents.root)

@@ -34,6 +34,7 @@ from vllm_ascend.model_loader.netloader.client.search.vouchers import Vouchers
 from vllm_ascend.model_loader.netloader.client.session.attendance import Attendance, Stage
 from vllm_ascend.model_loader.netloader.client.session.session import ClientSession
 from vllm_ascend.model_loader.netloader.client.stages import Stages
+from vllm_ascend.model_loader.netloader.client.swarm.peering import SESSIONS
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import (
     OtherContents,
@@ -87,6 +88,7 @@ class Search:
             replica_seconds=options.timeouts.stall,
             follows_replicas=options.verify,  # without verification, a replica is no better than a stranger
             disk_remains=options.disk_remains,
+            peers=min((each.traits.peers or SESSIONS for each in transports), default=SESSIONS),
         )
         self._attended = Attendances(
             options, transports, intake=intake, stages=stages, order=self._order, vouchers=self._vouchers
