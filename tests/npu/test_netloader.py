@@ -223,6 +223,21 @@ def clinging_to(server: Loader) -> Iterator[None]:
         reader.join()
 
 
+def test_npus_that_load_at_once_bring_the_weights_to_each_other(start: Load) -> None:
+    model = fetch_model()
+    engine, slow = {"max_model_len": 256}, {"MAX_BANDWIDTH": 8 * SLOW}
+    server = start("0", model, slow, engine=engine).finish_loading()
+    extra = {"SOURCE": [server.address], **FROM_PEERS}
+    loaders = [start(where, model, extra, engine=engine) for where in ("1", "2")]
+    reports = [loader.finish_loading().report for loader in loaders]
+    assert [report["transport"] for report in reports] == ["process_group"] * 2
+    assert [report["attempts"] for report in reports] == [[]] * 2
+    assert [loader.digests for loader in loaders] == [server.digests] * 2
+    assert sum(report["received"][server.address] for report in reports) < 1.9 * reports[0]["bytes"]
+    for loader in (*loaders, server):
+        loader.end()
+
+
 def test_when_a_server_dies_midway_the_next_one_or_the_disk_brings_the_rest(start: Load) -> None:
     """A transfer that ends within HCCL leaves a device that goes on working (vllm-ascend #14483)."""
     model = fetch_model()
