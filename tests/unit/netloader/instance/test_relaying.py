@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,3 +160,20 @@ def test_a_reload_relays_the_new_weights_beside_the_old_ones(source: Instance, t
         load.publish(instance.model, filled[0])  # type: ignore[arg-type]
     (published,) = inquire(old, 5).holdings
     assert (published.generation, published.root) == (loading.generation, loading.root)
+
+
+def test_a_reload_that_nobody_goes_on_with_leaves_nothing(source: Instance, tmp_path: Path) -> None:
+    """vLLM has asked for new weights and then does something else."""
+    instance = Instance(Checkpoint(tmp_path / "here").holding(1.0), transports=TCP).start()
+    address = instance.address
+    instance.checkpoint.file.unlink()
+    load = instance.begin(source.address)
+    loaded = load.fill(Model())
+    assert loaded.kept is not None
+    memory = weakref.ref(loaded.kept.contents.memory)
+    assert len(inquire(address, 5).holdings) == 2
+    del load, loaded
+    instance.loads.clear()
+    gc.collect()
+    assert len(inquire(address, 5).holdings) == 1
+    wait_until(lambda: memory() is None)

@@ -10,6 +10,7 @@ before that, and what is published afterwards is a new store.
 from __future__ import annotations
 
 import logging
+import weakref
 
 import msgspec
 
@@ -33,6 +34,8 @@ class StoreRelay(Relay):
         self._server: WeightServer | None = None
         self.publication: Publication | None = None
         """What is offered now, if anything is."""
+        self._finalizer: weakref.finalize[..., StoreRelay] | None = None
+        """Keeps what is offered from outliving this object, if nobody goes on with the load."""
 
     def begin(self, filling: Filling) -> int:
         server = serving.listener_of(self._options)
@@ -53,6 +56,8 @@ class StoreRelay(Relay):
             filling.passed,
         )
         self._server, self.publication = server, Publication(identity, self._request.coordinates, store, filling.joined)
+        self._finalizer = weakref.finalize(self, server.forget_filling, self.publication)
+        self._finalizer.atexit = False
         server.fill(self.publication)
         return server.port
 
@@ -63,5 +68,7 @@ class StoreRelay(Relay):
 
     def end(self, reason: str) -> None:
         publication, self.publication = self.publication, None
+        if self._finalizer is not None:
+            self._finalizer.detach()
         if publication is not None and self._server is not None:
             self._server.stop_filling(publication, reason)

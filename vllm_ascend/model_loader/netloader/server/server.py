@@ -193,6 +193,11 @@ class WeightServer:
         self.sessions.end(sessions, reason, denies=False)
         self._are_over(sessions)
 
+    def forget_filling(self, publication: Publication) -> None:
+        """Offers `publication` no more and closes it, unless it was published: nobody is left who would publish it."""
+        if self._publications.stop_filling(publication):
+            self._retire(publication, _NOT_ANY_MORE)
+
     def decline(self, role: str, reason: str) -> None:
         """Refuses clients that want `role` with `reason`. What was served in that role is ended and closed."""
         dropped = self._publications.decline(role, reason)
