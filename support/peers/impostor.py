@@ -115,7 +115,7 @@ class Impostor:
             "Join": Accept(SESSION, 1, "tcp", {}, digest=BLAKE3),
             "Attach": Attached(),
             "AskDigests": Digests(self.digests),
-            "Follow": News(),
+            "Follow": News(whole=True),
             "Done": Confirm(1, self.root),
         }.get(kind)
 

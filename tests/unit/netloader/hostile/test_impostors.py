@@ -39,6 +39,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Digests,
     End,
     Message,
+    News,
     Refuse,
     Welcome,
 )
@@ -227,3 +228,13 @@ def test_a_client_tells_in_short_of_differences_without_end(step: str, caplog: p
     with Impostor({step: answering(Refuse("no", (difference,) * DIFFERENCES_LIMIT))}) as impostor:
         assert "it refused: no" in outlives(impostor)
     assert_orderly(caplog)
+
+
+def test_a_source_that_is_not_sure_of_its_digests_and_goes_has_vouched_for_nothing() -> None:
+    """It tells digests, but neither the root nor that it is whole: it may still find that its weights were changed."""
+    unsure: dict[str, Act] = {"Follow": saying(News())}
+    gone: dict[str, Act] = {"Done": hanging_up}
+    with Impostor(gone) as impostor:
+        assert outlives(impostor, timeouts=IMPATIENT) == ""
+    with Impostor(unsure | gone) as impostor:
+        assert outlives(impostor, timeouts=IMPATIENT)

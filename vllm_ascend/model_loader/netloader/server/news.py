@@ -98,7 +98,8 @@ class Subscription:
     def _news(self) -> News:
         """What is new, and counts as told from now on."""
         store = self._publication.store
-        is_whole = not store.is_filling  # before anything is read of what might still be added
+        is_proven = store.digests is None or store.digests.complete
+        is_whole = is_proven and not store.is_filling  # before anything is read of what might still be added
         chunks = store.held.since(self._told_chunks, NEWS_LIMIT) if store.held is not None else ()
         self._told_chunks += len(chunks)
         is_whole = is_whole and (store.held is None or self._told_chunks == len(store.held))

@@ -244,7 +244,7 @@ class News(Message, frozen=True):
     `chunks` are those that can be fetched here, each of which is told once; a server that has all of them from the
     beginning tells none. `sent` are chunks that were sent to some client, each told once. `peers` are endpoints that
     hold or load the same weights, written as in Refuse, for none of which the server vouches. `whole` says that this
-    server has all chunks and has had them confirmed.
+    server has all chunks, has had them confirmed, and knows that the digests are those of what it has loaded.
     """
 
     chunks: Chunks = ()

@@ -164,7 +164,7 @@ class Attendances:
 
     def _note_replicas(self, session: ClientSession, endpoints: Sequence[str]) -> None:
         """Takes in whom a source names while it delivers: they have to have what is being loaded."""
-        if session.evidence is not None and not (session.candidate.is_replica or session.fills):
+        if session.evidence is not None and session.vouches and not session.candidate.is_replica:
             self._vouchers.holds(session.candidate.endpoint, session.evidence.root)
         contents = self._contents()
         if contents is not None and self._order.replicas.named(session.candidate, session.address, endpoints, contents):

@@ -249,7 +249,7 @@ class Search:
         evidence, endpoint = session.evidence, session.candidate.endpoint
         if session.has_denied and not isinstance(failure, OtherContents):
             self._vouchers.denies(endpoint)
-        elif evidence is not None and not session.fills:
+        elif evidence is not None and (session.vouches or isinstance(failure, OtherContents)):
             self._vouchers.holds(endpoint, evidence.root)
 
     def _failed(self, session: ClientSession, error: SourceError | TransportError) -> None:

@@ -61,7 +61,8 @@ class Following:
         self._told: set[int] = set()
         self._told_sent: set[int] = set()
         self._told_peers: set[str] = set()
-        self._told_whole = False
+        self.has_said_so = False
+        """Whether the source has said in News that it is whole."""
         self._follows_said = self._empty_heard = 0
         self._said_at = self._heard_at = time.monotonic()
 
@@ -164,8 +165,8 @@ class Following:
         if len(self._told_peers) > PEERS_NAMED:
             raise ProtocolError(f"it names more than {PEERS_NAMED} peers")
 
-        is_empty = not (news.chunks or news.sent or news.peers or (news.whole and not self._told_whole))
-        self._told_whole = self._told_whole or news.whole
+        is_empty = not (news.chunks or news.sent or news.peers or (news.whole and not self.has_said_so))
+        self.has_said_so = self.has_said_so or news.whole
         self._empty_heard += is_empty
         if self._empty_heard > self._follows_said:
             raise ProtocolError("it says that there is nothing new without being asked")

@@ -78,6 +78,8 @@ class ClientSession:
         self._connections = Connections(candidate.endpoint, options.access, options.timeouts.connect)
         self._joining = Joining(options, candidate, transports)
         self._delivery: Delivery | None = None
+        self._follows: Following | None = None
+        self._has_said_so = False
         self._begun = time.perf_counter()
         self._useful_at = time.monotonic()
 
@@ -137,6 +139,18 @@ class ClientSession:
     def fills(self) -> bool:
         """Whether the source has said that it still loads the weights itself."""
         return self.accepted and self._joining.accept.filling
+
+    @property
+    def vouches(self) -> bool:
+        """Whether the source has told the root digest of `evidence`, or has said that it is sure of what it has.
+
+        Digests alone say nothing: it may still find that they are not those of what it has loaded.
+        """
+        if self.evidence is None or self.fills:
+            return False
+        following = self._follows
+        is_sure = self._has_said_so or (following is not None and following.has_said_so)
+        return is_sure or self._joining.accept.root == self.evidence.root
 
     @property
     def untried_transports(self) -> tuple[str, ...]:
@@ -206,6 +220,8 @@ class ClientSession:
 
     def close(self) -> None:
         """Gives up the turn, or the place in the queue. Idempotent."""
+        following, self._follows = self._follows, None  # it refers to this session, which has the memory
+        self._has_said_so = self._has_said_so or (following is not None and following.has_said_so)
         self._connections.close()
 
     def _copy(self, transport: CopyingTransport) -> Fetched | None:
@@ -221,7 +237,7 @@ class ClientSession:
             self._intake.make_memory()
 
         with contextlib.closing(self._open_delivery(evidence)) as delivery:
-            following = self._following(delivery)
+            following = self._follows = self._following(delivery)
             with self._stages(self, "transfer"):
                 transport.receive(self._reception(following), delivery)
             if not delivery.is_complete:
