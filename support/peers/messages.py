@@ -22,6 +22,8 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     AttributeValue,
     Challenge,
     Confirm,
+    Describe,
+    Description,
     Digests,
     Done,
     End,
@@ -39,6 +41,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Offer,
     Prove,
     Publish,
+    RankPlace,
     Refuse,
     Status,
     Wait,
@@ -85,6 +88,7 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
         Attach(SESSION),
         Fetch(1 << 33, 4096),
         Inquire(),
+        Describe(ROOT),
     ),
     SERVER: (
         Challenge(CHALLENGE),
@@ -114,12 +118,14 @@ SAID_BY: dict[Role, tuple[Message, ...]] = {
         Confirm(3, ROOT),
         End("its weights were replaced by new ones"),
         Status(
-            (Holding("target", IDENTITY, RANK, 291, 1 << 34, 3),),
+            (Holding("target", IDENTITY, RANK, 291, 1 << 34, 3, ROOT, 1 << 34, "d1835"),),
             2,
             ("shared_memory", "tcp"),
             {"draft": "loading set table, which cannot be told to another process"},
             7,
+            (RankPlace(RANK, ":19001"),),
         ),
+        Description(b"\x92\x90\x90"),
     ),
 }
 EXAMPLES: dict[type[Message], Message] = {type(each): each for each in SAID_BY[CLIENT] + SAID_BY[SERVER]}

@@ -15,14 +15,20 @@ def inquire(source: Endpoint, timeout: float, access: Access | None = None) -> S
 
     Raises SourceError, or TransportError where this process cannot connect.
     """
+    return inquire_where(source, timeout, access)[0]
+
+
+def inquire_where(source: Endpoint, timeout: float, access: Access | None = None) -> tuple[Status, Endpoint]:
+    """As `inquire`, with the address at which `source` was reached: its name may stand for several."""
     with greet(source, access or Access(), timeout) as channel:
         try:
+            address = channel.peer
             channel.send(Inquire(), timeout)
             status = channel.receive(Deadline(timeout))
         except PeerError as error:
             raise SourceFailed(str(error)) from error
     assert isinstance(status, Status)
-    return status
+    return status, address
 
 
 def announce(source: Endpoint, session: bytes, port: int, timeout: float, access: Access) -> None:

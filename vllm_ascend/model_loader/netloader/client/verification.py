@@ -52,9 +52,10 @@ def evidence_of(
     timeouts: Timeouts,
     *,
     known: Evidence | None,
+    wanted_root: str = "",
 ) -> Evidence:
-    """What the chunks of `candidate` are verified by. Raises SourceRefused where it has nothing or not what it has
-    promised, PeerError where it fails.
+    """What the chunks of `candidate` are verified by. Raises SourceRefused where it has nothing, or not what it has
+    promised or what is wanted, PeerError where it fails. `wanted_root` is as `FetchOptions.root`.
 
     It is told once by any source, and holds for all that have the same root digest: `known` is what another has told.
     """
@@ -70,7 +71,17 @@ def evidence_of(
             f"it holds other contents than those for which {candidate.referrer} named it: its root digest is "
             f"{evidence.root[:16]}..., expected {promised.root[:16]}..."
         )
+    if wanted_root and evidence.root != wanted_root:
+        raise SourceRefused(other_root(evidence.root, wanted_root))
     return evidence
+
+
+def other_root(found: str, wanted: str) -> str:
+    """What is to be said of a source whose contents have the root digest `found`."""
+    return (
+        f"it holds other contents than those that were asked for: its root digest is {one_line(found[:16])}..., "
+        f"expected {wanted[:16]}..."
+    )
 
 
 def _ask_for_digests(

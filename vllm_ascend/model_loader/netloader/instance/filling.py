@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +28,9 @@ from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Relay
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.holding.relaying import StoreRelay
+from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank
-from vllm_ascend.model_loader.netloader.instance.relaying import StoreRelay
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights, ServeOptions
 from vllm_ascend.model_loader.netloader.model import attributes
 from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
@@ -144,7 +146,7 @@ class Filler:
 
     def _fill_from_sources(self, order: _Order) -> Loaded:
         """Raises SourcesExhausted, UnsupportedModel or NoRoom. The model has nothing then that the disk has to keep."""
-        relay = None if self.relays is None else StoreRelay(order.request, self.relays)
+        relay = self._relay(order)
         with self.rank.progress_bar(order.nbytes) as progress:
             client = Client(self._fetch_options(order, progress, relay), self.transports, self.phases, self.attempts)
             fetched = client.fetch(self.config.sources_for(self.rank.number))
@@ -163,6 +165,11 @@ class Filler:
 
         received = {source: count for source, count in client.received.items() if count}
         return Loaded(order.nbytes, fetched.fingerprint, kept, not_served, fetched, received)
+
+    def _relay(self, order: _Order) -> StoreRelay | None:
+        if self.relays is None:
+            return None
+        return StoreRelay(order.request, functools.partial(serving.listener_of, self.relays))
 
     def _fetch_options(self, order: _Order, progress: Progress, relay: Relay | None) -> FetchOptions:
         return FetchOptions(

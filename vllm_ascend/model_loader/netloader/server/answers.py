@@ -18,7 +18,17 @@ from vllm_ascend.model_loader.netloader.errors import one_line
 from vllm_ascend.model_loader.netloader.server.publications import Publication, Publications
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, RankCoordinates
-from vllm_ascend.model_loader.netloader.wire.messages import REFERRALS_LIMIT, Holding, Join, Offer, Refuse, Status
+from vllm_ascend.model_loader.netloader.wire.messages import (
+    RANKS_LIMIT,
+    REFERRALS_LIMIT,
+    Description,
+    Holding,
+    Join,
+    Offer,
+    RankPlace,
+    Refuse,
+    Status,
+)
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -75,8 +85,12 @@ def _answer_with(
     return Acceptance(publication, transport)
 
 
-def status(publications: Publications, transports: Sequence[Transport], sessions: int, waiting: int) -> Status:
-    """The answer to Inquire. `sessions` and `waiting` are how many clients take weights, and wait for a turn."""
+def status(
+    publications: Publications, transports: Sequence[Transport], sessions: int, waiting: int, peers: Iterable[Peer] = ()
+) -> Status:
+    """The answer to Inquire. `sessions` and `waiting` are how many clients take weights, and wait for a turn; `peers`
+    are all ranks of the instance.
+    """
     everything = (*publications.all_served(), *publications.all_filling())
     holdings = tuple(
         Holding(
@@ -88,10 +102,25 @@ def status(publications: Publications, transports: Sequence[Transport], sessions
             generation=publication.store.generation,
             root=publication.store.root_if_known(),
             held=publication.store.nbytes_held,
+            manifest=publication.store.manifest.digest,
         )
         for publication in everything
     )
-    return Status(holdings, sessions, _names(transports), publications.reasons(), waiting)
+    ranks = tuple(
+        RankPlace(peer.coordinates, str(Endpoint(peer.host, peer.port)))
+        for peer in itertools.islice(peers, RANKS_LIMIT)
+    )
+    return Status(holdings, sessions, _names(transports), publications.reasons(), waiting, ranks)
+
+
+def description(digest: str, publications: Publications) -> Description | Refuse:
+    """The answer to Describe: the manifest with this `digest`, if anything that is served or loaded has it."""
+    everything = (*publications.all_served(), *publications.all_filling())
+    manifests = (publication.store.manifest for publication in everything)
+    found = next((manifest for manifest in manifests if manifest.digest == digest), None)
+    if found is None:
+        return Refuse("this server does not hold weights with that manifest, or not any more")
+    return Description(found.encoded)
 
 
 def _not_held(role: str, publications: Publications) -> Refuse:

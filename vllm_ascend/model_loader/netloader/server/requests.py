@@ -36,6 +36,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Announce,
     Attach,
     Attached,
+    Describe,
     Inquire,
     Join,
     Refuse,
@@ -44,7 +45,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
 )
 
 MAX_INQUIRIES: Final = 64
-"""Status messages on one connection; whoever wants more connects again."""
+"""Questions on one connection before it says what it is for; whoever has more connects again."""
 _UNKNOWN_SESSION: Final = (
     "this server has no such session: it is over, or this connection reached another server than the one before, as "
     "behind a load balancer, where each instance needs an address of its own"
@@ -103,6 +104,12 @@ class RequestHandler:
             if isinstance(request, Inquire):
                 channel.send(self._status(), timeout)
                 continue
+            if isinstance(request, Describe):
+                answer = answers.description(request.digest, self.publications)
+                channel.send(answer, timeout)
+                if isinstance(answer, Refuse):
+                    return False
+                continue
 
             connection.is_stranger = False
             match request:
@@ -116,7 +123,8 @@ class RequestHandler:
         return False
 
     def _status(self) -> Status:
-        return answers.status(self.publications, self.settings.transports, len(self.sessions), self.turns.waiting)
+        waiting, transports = self.turns.waiting, self.settings.transports
+        return answers.status(self.publications, transports, len(self.sessions), waiting, self.peers)
 
     def _attach(self, channel: Channel, session_id: bytes) -> None:
         session = self.sessions.find(session_id)

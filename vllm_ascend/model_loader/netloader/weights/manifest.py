@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -26,6 +26,14 @@ ALIGNMENT: Final = 64
 MAX_DIMENSIONS: Final = 64
 """The number that torch allows. It also bounds the arithmetic on a manifest from a peer."""
 
+TENSORS_LIMIT: Final = 1 << 20
+"""Tensors, and aliases, of one rank."""
+
+NBYTES_LIMIT: Final = 4 << 40
+"""Bytes of all weights of one rank. Whoever has no model prepares for as much as a manifest from a peer says."""
+
+_Sizes = Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A tensor and its place: `shape` and `strides` in elements, `offset` in bytes from the start of the manifest.
@@ -35,8 +43,8 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    shape: _Sizes
+    strides: _Sizes
     offset: int
 
     @property
@@ -60,13 +68,13 @@ class Alias(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     base: int
     start: int
     dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    shape: _Sizes
+    strides: _Sizes
 
 
 class _Wire(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    tensors: tuple[TensorSpec, ...]
-    aliases: tuple[Alias, ...]
+    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(max_length=TENSORS_LIMIT)]
+    aliases: Annotated[tuple[Alias, ...], msgspec.Meta(max_length=TENSORS_LIMIT)]
 
 
 _wire_decoder = msgspec.msgpack.Decoder(_Wire)
@@ -147,6 +155,8 @@ class Manifest:
             if spec.offset != expected_offset:
                 raise ProtocolError(f"tensor {spec.name!r} lies at byte {spec.offset}: expected {expected_offset}")
             expected_offset = _align(spec.end)
+            if expected_offset > NBYTES_LIMIT:
+                raise ProtocolError(f"tensor {spec.name!r} ends at byte {spec.end}: at most {NBYTES_LIMIT}")
         for alias in self.aliases:
             _validate_description(alias, names)
             if not 0 <= alias.base < len(self.tensors):

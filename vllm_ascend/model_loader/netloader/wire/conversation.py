@@ -55,6 +55,8 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Attached,
     Challenge,
     Confirm,
+    Describe,
+    Description,
     Digests,
     Done,
     End,
@@ -104,6 +106,7 @@ class State(enum.Enum):
     FOLLOWING = enum.auto()
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
+    DESCRIBING = enum.auto()
     ATTACHING = enum.auto()
     DATA = enum.auto()
     ENDED = enum.auto()
@@ -119,6 +122,7 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
         Join: State.JOINING,
         Attach: State.ATTACHING,
         Inquire: State.INQUIRING,
+        Describe: State.DESCRIBING,
         Announce: State.ENDED,
     },
     (State.JOINING, Role.SERVER): {Wait: State.JOINING, Accept: State.TRANSFER, Refuse: State.ENDED},
@@ -145,6 +149,7 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.FOLLOWING, Role.SERVER): {News: State.FOLLOWING, End: State.ENDED},
     (State.CONFIRMING, Role.SERVER): {News: State.CONFIRMING, Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
+    (State.DESCRIBING, Role.SERVER): {Description: State.READY, Refuse: State.ENDED},
     (State.ATTACHING, Role.SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
@@ -164,6 +169,7 @@ _ClientMessage = (
     | Attach
     | Fetch
     | Inquire
+    | Describe
 )
 _ServerMessage = (
     Welcome
@@ -179,6 +185,7 @@ _ServerMessage = (
     | Confirm
     | End
     | Status
+    | Description
 )
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),

@@ -29,6 +29,8 @@ DIGESTS_LIMIT: Final = 256
 """Digests in one message. For these, a server may have to read 1 GiB in the little time that inference leaves it."""
 REFERRALS_LIMIT: Final = 64
 """Endpoints in one message."""
+RANKS_LIMIT: Final = 4096
+"""Ranks of one instance in one Status."""
 NEWS_LIMIT: Final = 4096
 """Chunks of one kind in one News. What a source has at first may take several."""
 DIFFERENCES_LIMIT: Final = 64
@@ -90,7 +92,7 @@ class Prove(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Server, at the end of the greeting. The client goes on with Join, Attach, Inquire or Announce.
+    """Server, at the end of the greeting. The client goes on with Join, Attach, Inquire, Describe or Announce.
 
     After a Challenge, `proof` shows that the server knows the token too; otherwise it is empty.
     """
@@ -314,27 +316,36 @@ class Inquire(Message, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """One model that a server holds, as a part of Status.
+    """One model that a server holds, as a part of Status. Who has no model of its own joins by what is in here.
 
     `nbytes` are the bytes of its `tensors` tensors, of which it has `held` already. `root` is the root digest in
-    hexadecimal, empty until it is known.
+    hexadecimal, empty until it is known. `manifest` is the digest of the manifest, by which Describe asks for it.
     """
 
     role: str
     identity: ModelIdentity
     coordinates: RankCoordinates
-    tensors: int
-    nbytes: int
-    generation: int
+    tensors: Count
+    nbytes: Count
+    generation: Count
     root: str = ""
-    held: int = 0
+    held: Count = 0
+    manifest: str = ""
+
+
+class RankPlace(msgspec.Struct, frozen=True):
+    """Where a rank of an instance serves, as a part of Status. `endpoint` is written as in Refuse."""
+
+    coordinates: RankCoordinates
+    endpoint: ShortText
 
 
 class Status(Message, frozen=True):
     """Server, in answer to Inquire.
 
     `sessions` clients take weights now, and `waiting` others have not had their turn yet. `declined` says, by role, why
-    this process cannot serve it.
+    this process cannot serve it. `ranks` are all ranks of the instance that serve, this one included, as far as they
+    have met.
     """
 
     holdings: tuple[Holding, ...]
@@ -342,3 +353,19 @@ class Status(Message, frozen=True):
     transports: tuple[str, ...]
     declined: Mapping[str, str] = {}
     waiting: int = 0
+    ranks: Annotated[tuple[RankPlace, ...], msgspec.Meta(max_length=RANKS_LIMIT)] = ()
+
+
+class Describe(Message, frozen=True):
+    """Client: asks for the manifest that has this `digest`, of something that Status has named.
+
+    Answered by Description, after which the client may go on as after Status, or by Refuse where it is not held.
+    """
+
+    digest: ShortText
+
+
+class Description(Message, frozen=True):
+    """Server, in answer to Describe: the manifest in its encoded form."""
+
+    manifest: bytes

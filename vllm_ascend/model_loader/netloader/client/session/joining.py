@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vllm_ascend.model_loader.netloader.client.candidates import Candidate
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
-from vllm_ascend.model_loader.netloader.errors import ProtocolError
+from vllm_ascend.model_loader.netloader.client.verification import other_root
+from vllm_ascend.model_loader.netloader.errors import ProtocolError, SourceRefused
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
@@ -78,6 +79,8 @@ class Joining:
         ours = self._options.request.identity.fingerprint
         if ours and accept.fingerprint not in ("", ours):
             raise ProtocolError(f"it accepted, but serves a checkpoint with the fingerprint {accept.fingerprint}")
+        if self._options.root and accept.root not in ("", self._options.root):
+            raise SourceRefused(other_root(accept.root, self._options.root))
         self._options.check_attributes(accept.attributes)
 
         self._accept = accept

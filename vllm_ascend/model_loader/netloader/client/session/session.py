@@ -231,6 +231,8 @@ class ClientSession:
         if self._options.verify or self.candidate.is_replica:
             with self._stages(self, "join"):
                 evidence = self._obtain_evidence()
+        elif self._options.root and not accept.root:
+            raise SourceRefused('it cannot say which contents it has, and VERIFY is "off" here')
         elif accept.filling:
             raise SourceRefused('it still loads these weights itself, and VERIFY is "off" here')
         with self._stages(self, "allocate"):
@@ -266,7 +268,7 @@ class ClientSession:
         evidence: Evidence | None = None
         with self._stages(self, "verify"), _closed_on_failure(memory):
             self._intake.progress.set(memory.nbytes)
-            if self.candidate.is_replica:
+            if self.candidate.is_replica or (self._options.root and not self._joining.accept.root):
                 evidence = self._obtain_evidence()
                 verify(memory, self._intake.inventory.chunks, evidence)
             self._following(None).confirm(self._joining.accept, evidence)
@@ -316,7 +318,9 @@ class ClientSession:
     def _obtain_evidence(self) -> Evidence:
         control, accept, timeouts = self._connections.control, self._joining.accept, self._options.timeouts
         manifest, known = self._options.request.manifest, self._intake.evidence
-        self.evidence = evidence_of(self.candidate, control, accept, manifest, timeouts, known=known)
+        self.evidence = evidence_of(
+            self.candidate, control, accept, manifest, timeouts, known=known, wanted_root=self._options.root
+        )
         return self.evidence
 
 

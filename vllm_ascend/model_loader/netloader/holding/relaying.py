@@ -1,4 +1,4 @@
-"""Serves weights to others while they are still being loaded, on the listener of this engine.
+"""Serves weights to others while they are still being loaded, on a server of this process.
 
 Clients are told of this process by whoever it takes chunks from. What it has stays where it is: when the load is over,
 the same store is published and becomes a source like any other, without an end to the sessions of its clients.
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 
 import msgspec
 
 from vllm_ascend.model_loader.netloader.client.options import Filling, Relay
-from vllm_ascend.model_loader.netloader.instance import serving
-from vllm_ascend.model_loader.netloader.instance.serving import ServeOptions
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests
@@ -26,11 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 class StoreRelay(Relay):
-    """Offers what a load of the weights that `request` asks for has so far, as `options` say."""
+    """Offers what a load of the weights that `request` asks for has so far.
 
-    def __init__(self, request: Request, options: ServeOptions) -> None:
+    `listener` gives the server, which is started, by the time when there is something to offer; None for none.
+    """
+
+    def __init__(self, request: Request, listener: Callable[[], WeightServer | None]) -> None:
         self._request = request
-        self._options = options
+        self._listener = listener
         self._server: WeightServer | None = None
         self.publication: Publication | None = None
         """What is offered now, if anything is."""
@@ -38,7 +40,7 @@ class StoreRelay(Relay):
         """Keeps what is offered from outliving this object, if nobody goes on with the load."""
 
     def begin(self, filling: Filling) -> int:
-        server = serving.listener_of(self._options)
+        server = self._listener()
         if server is None:
             return 0
         identity = msgspec.structs.replace(self._request.identity, fingerprint=filling.fingerprint)
