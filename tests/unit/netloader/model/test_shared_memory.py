@@ -27,12 +27,31 @@ from vllm_ascend.model_loader.netloader.weights.manifest import Alias
 def test_one_parameter_under_two_names_travels_once_and_stays_one() -> None:
     source = Tied()
     store = loaded_from_disk(source)
-    assert [spec.name for spec in store.manifest.tensors] == ["embed.weight"]
-    assert store.manifest.aliases == ()
+    (spec,) = store.manifest.tensors
+    assert spec.name == "embed.weight"
+    assert store.manifest.aliases == (Alias("head.weight", 0, 0, spec.dtype, spec.shape, spec.strides),)
     client = Tied()
     bound_to(client, store)
     assert client.head.weight is client.embed.weight
     assert torch.equal(client.head.weight, source.embed.weight)
+
+
+def test_a_buffer_under_two_names_is_shared() -> None:
+    model = Tied()
+    shared = torch.arange(4.0)
+    model.embed.register_buffer("one", shared)
+    model.embed.register_buffer("two", shared)
+    manifest = ArenaWeights(model).manifest
+    assert [alias.name for alias in manifest.aliases] == ["embed.two", "head.weight"]
+    assert {spec.name for spec in manifest.tensors} | {"embed.two", "head.weight"} == set(model.state_dict())
+
+
+def test_a_module_under_two_names_is_shared() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3))
+    model[1] = model[0]
+    manifest = ArenaWeights(model).manifest
+    assert [spec.name for spec in manifest.tensors] == ["0.weight", "0.bias"]
+    assert [(alias.name, alias.base) for alias in manifest.aliases] == [("1.bias", 1), ("1.weight", 0)]
 
 
 def test_parameters_within_the_memory_of_another_travel_once() -> None:

@@ -9,8 +9,9 @@ moves to other memory.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -106,6 +107,33 @@ def separate_aliases(tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[
     index = {name: number for number, name in enumerate(bases)}
     aliases = (name for name in tensors if name in inside)
     return bases, [_alias(name, tensors[name], index[inside[name]], tensors[inside[name]]) for name in aliases]
+
+
+def further_names(
+    model: nn.Module, bases: Sequence[str], aliases: Sequence[Alias], tensors: Mapping[str, torch.Tensor]
+) -> list[Alias]:
+    """The further names of weights that `model` has under several, as when embedding and head are one module.
+
+    Nothing has to be done for them in a model. But what reads a state dict, like vLLM's sharded format, may know a
+    weight by any of its names.
+    """
+    places = {id(tensor): name for name, tensor in current_tensors(model).items()}
+    index = {name: number for number, name in enumerate(bases)}
+    inside = {alias.name: alias for alias in aliases}
+
+    further: list[Alias] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        saved = {**module._parameters, **module._buffers}
+        for short in saved.keys() - module._non_persistent_buffers_set:
+            name, tensor = qualified(prefix, short), saved[short]
+            if tensor is None or name in tensors:
+                continue
+            first = places[id(tensor)]
+            if first in inside:
+                further.append(msgspec.structs.replace(inside[first], name=name))
+            else:
+                further.append(_alias(name, tensors[first], index[first], tensors[first]))
+    return sorted(further, key=lambda alias: alias.name)
 
 
 def views_of(

@@ -28,6 +28,7 @@ from vllm_ascend.model_loader.netloader.model.originals import Int8Cache
 from vllm_ascend.model_loader.netloader.model.pages import copy_touched, mapped_files
 from vllm_ascend.model_loader.netloader.model.tensors import (
     current_tensors,
+    further_names,
     held_tensors,
     persistent_buffers,
     require_plain_memory,
@@ -62,13 +63,14 @@ class ModelWeights(ABC):
         for name, tensor in tensors.items():
             require_plain_memory(name, self._parameters.get(name, tensor), device)
 
-        bases, aliases = separate_aliases(tensors)
-        self.manifest = manifest_of(((name, tensors[name]) for name in bases), aliases)
+        bases, self._aliases = separate_aliases(tensors)
+        further = further_names(model, bases, self._aliases, tensors)
+        self.manifest = manifest_of(((name, tensors[name]) for name in bases), [*self._aliases, *further])
 
         travelling = {id(tensor) for tensor in self._tensors.values()}
         others = [(name, tensor) for name, tensor in held_tensors(model) if id(tensor) not in travelling]
         self._followers: list[tuple[torch.Tensor, Alias]] = [
-            *((self._tensors[alias.name], alias) for alias in aliases),
+            *((self._tensors[alias.name], alias) for alias in self._aliases),
             *views_of([tensors[name] for name in bases], others),
         ]
 
@@ -120,7 +122,7 @@ class ModelWeights(ABC):
             if tensors.get(name) is not loaded.get(name):
                 raise UnsupportedModel(f"loading replaced, added or removed {name}")
 
-        for alias in self.manifest.aliases:
+        for alias in self._aliases:
             base = tensors[self.manifest.tensors[alias.base].name]
             if tensors[alias.name].data_ptr() != base.data_ptr() + alias.start:
                 raise UnsupportedModel(f"loading parted {alias.name} from the memory that it shared")
