@@ -39,6 +39,7 @@ VALID: dict[str, dict[str, tuple[Any, Any]]] = {
     "LISTEN_PORT": {"lowest": (1, 1), "highest": (65535, 65535), "text": ("19000", 19000), "null": (None, None)},
     "SERVE": {"true": (True, True), "false": (False, False)},
     "RELAY": {"true": (True, True), "false": (False, False)},
+    "CACHE": {"any": ("auto", "auto"), "none": ("off", "off"), "path": ("/run/n/cache.sock", "/run/n/cache.sock")},
     "TRANSPORT": {
         "one": (["tcp"], ("tcp",)),
         "all in an order of one's own": (
@@ -136,6 +137,13 @@ INVALID: dict[str, dict[str, tuple[Any, str]]] = {
         "null": (None, "true or false"),
         "text": ("false", "true or false"),
         "number": (0, "true or false"),
+    },
+    "CACHE": {
+        "null": (None, "the absolute path"),
+        "boolean": (False, "the absolute path"),
+        "relative": ("cache.sock", "the absolute path"),
+        "empty": ("", "the absolute path"),
+        "other case": ("Auto", '"auto", "off"'),
     },
     "SERVE": {
         "null": (None, "true or false"),

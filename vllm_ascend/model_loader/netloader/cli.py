@@ -1,4 +1,4 @@
-"""The command `netloader`, which looks at running instances from outside.
+"""The command `netloader`, which looks at running instances from outside and holds weights without one.
 
 It needs no vLLM and loads no model. It exits with 0 when it is done, with 1 when the source refused or did not answer,
 and with 2 when its arguments are wrong.
@@ -11,6 +11,7 @@ import sys
 
 import msgspec
 
+from vllm_ascend.model_loader.netloader.cache import command
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
@@ -21,6 +22,8 @@ from vllm_ascend.model_loader.netloader.wire.messages import Holding, Status
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command with `arguments`, by default those of this process. Returns the exit status."""
     options = _parser().parse_args(arguments)
+    if options.command == "cache":
+        return command.run(options)
     try:
         access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
     except ConfigError as error:
@@ -75,7 +78,9 @@ def _size(holding: Holding) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="netloader", description="Looks at vLLM instances that serve their weights.")
+    parser = argparse.ArgumentParser(
+        prog="netloader", description="Weights of vLLM instances: what they serve, and a cache of them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="what a source holds and for which partition")
     status.add_argument("source", type=_endpoint, help="host:port")
@@ -84,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("cert", "key", "ca"):
         status.add_argument(f"--tls-{name}", help=f"a TLS_{name.upper()} that the instance accepts; all three or none")
     status.add_argument("--json", action="store_true", help="for programs")
+    command.add_parser(commands)
     return parser
 
 

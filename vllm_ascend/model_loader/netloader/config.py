@@ -47,6 +47,7 @@ class NetLoaderConfig:
     listen_port: int | None = None
     serve: bool = True
     relay: bool = True
+    cache: str = "auto"
     transport: tuple[str, ...] | None = None
     connect_timeout: float = 10.0
     stall_timeout: float = 30.0
@@ -216,6 +217,12 @@ def _one_of(*allowed: str) -> Callable[[object], str]:
     return parse
 
 
+def _cache(value: object) -> str:
+    if value not in ("auto", "off") and not (isinstance(value, str) and value.startswith("/")):
+        raise ValueError('expected "auto", "off", or the absolute path of the socket of a cache')
+    return str(value)
+
+
 def _cache_place(value: object) -> str:
     return _one_of("hbm", "dram", "no")(value.lower() if isinstance(value, str) else value)
 
@@ -263,6 +270,7 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "LISTEN_PORT": _port,
     "SERVE": _boolean,
     "RELAY": _boolean,
+    "CACHE": _cache,
     "TRANSPORT": _transports,
     "CONNECT_TIMEOUT": _seconds,
     "STALL_TIMEOUT": _seconds,

@@ -99,7 +99,7 @@ class NetLoader(BaseModelLoader):
         told, or what `load_model` raises.
         """
         vllm_config = get_current_vllm_config()
-        load = self._begin(vllm_config, model_config, on_host=True)
+        load = self._begin(vllm_config, model_config, reloads=True)
         with load.failure_reported():
             with all_or_none():
                 require_reloadable(model)
@@ -123,11 +123,11 @@ class NetLoader(BaseModelLoader):
 
         return hand_over(weights, model, model_config.dtype, replacing, load.abandon)
 
-    def _begin(self, vllm_config: VllmConfig, model_config: ModelConfig, *, on_host: bool = False) -> ModelLoad:
+    def _begin(self, vllm_config: VllmConfig, model_config: ModelConfig, *, reloads: bool = False) -> ModelLoad:
         """Raises ConfigError."""
-        rank = rank_of(vllm_config, model_config, self.load_config, self._config.model, on_host=on_host)
+        rank = rank_of(vllm_config, model_config, self.load_config, self._config.model, on_host=reloads)
         names = self._config.transports_for(rank.computes_on.type)
-        return ModelLoad(self._config, rank, transports(names, str(rank.computes_on)))
+        return ModelLoad(self._config, rank, transports(names, str(rank.computes_on)), reloads=reloads)
 
     def _reload(self, model: nn.Module, model_config: ModelConfig) -> None:
         weights = self.get_all_weights(model_config, model)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-Outcome = Literal["p2p", "disk", "failed"]
+Outcome = Literal["p2p", "cache", "disk", "failed"]
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -35,10 +35,11 @@ class Attempt(msgspec.Struct, frozen=True):
 class LoadReport(msgspec.Struct):
     """One load of the weights of one role by one rank. What does not apply is None, 0 or empty.
 
-    `bytes` is the size of the weights. `source` and `transport` are those that brought them in the end, and `attempts`
-    are the sources that failed before. `received` maps each source to the bytes that came from it over the network;
-    together they exceed `bytes` by what had to be fetched again. `verified` names the kind of digest by which every
-    byte was checked, and `root` is the root digest of the contents in hexadecimal.
+    `bytes` is the size of the weights. `source` and `transport` are those that brought them in the end; the cache of
+    this host is named by the path of its socket. `attempts` are the sources that failed before. `received` maps each
+    source to the bytes that came from it over the network; together they exceed `bytes` by what had to be fetched
+    again. `verified` names the kind of digest by which every byte was checked, and `root` is the root digest of the
+    contents in hexadecimal.
 
     `seconds` maps each phase to its time: connect, join, allocate, transfer, verify, disk, serve. While a phase
     runs within another one, only the inner one counts. `listening` is where the weights are served now; otherwise

@@ -27,9 +27,15 @@ from vllm_ascend.model_loader.netloader.client.fetch import Client
 from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Relay
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
-from vllm_ascend.model_loader.netloader.errors import CheckpointChanged, SourcesExhausted, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import (
+    CheckpointChanged,
+    SourceRefused,
+    SourcesExhausted,
+    UnsupportedModel,
+)
 from vllm_ascend.model_loader.netloader.holding.relaying import StoreRelay
 from vllm_ascend.model_loader.netloader.instance import serving
+from vllm_ascend.model_loader.netloader.instance.caching import Cached, HostCache
 from vllm_ascend.model_loader.netloader.instance.rank import Progress, Rank
 from vllm_ascend.model_loader.netloader.instance.serving import LoadedWeights, ServeOptions
 from vllm_ascend.model_loader.netloader.model import attributes
@@ -70,6 +76,7 @@ class Loaded:
     """What a load has brought into a model.
 
     `fingerprint` is that of the checkpoint which the weights are from, empty if there is none or it is unknown.
+    `cached` tells of the cache from which they came, None if they did not.
     `kept` is what can be served, None if nothing is; then `not_served` may say why. `fetched` and `received`, the bytes
     by source, are those of the transfer; `fetched` is None after a load from disk. `nbytes` is the size of the weights,
     0 if it was never needed. `mixture` says why the model may have weights of two checkpoints, and is empty otherwise.
@@ -77,6 +84,7 @@ class Loaded:
 
     nbytes: int = 0
     fingerprint: str = ""
+    cached: Cached | None = None
     kept: Kept | None = None
     not_served: str = ""
     fetched: Fetched | None = None
@@ -93,7 +101,8 @@ class Loaded:
 class Filler:
     """Fills models of one rank as the configuration says.
 
-    `keep` says whether the weights are to be served, so that memory is kept for it; `relays` are the options by which
+    `cache` is the one of this host, None if it is not to be asked. `keep` says whether the weights are to be served, so
+    that memory is kept for it; `relays` are the options by which
     they are served already while they come from a source, None if they are not. `phases` and `attempts` grow as it
     goes, and `note_not_served` is told a reason as soon as there is one, so that a report of a failure has them too.
     """
@@ -103,6 +112,7 @@ class Filler:
     access: Access
     transports: tuple[Transport, ...]
     keep: bool
+    cache: HostCache | None = None
     relays: ServeOptions | None = None
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
@@ -118,7 +128,7 @@ class Filler:
         not_served = ""
         try:
             order = self._order_for(model)
-            return self._fill_from_sources(order)
+            return self._fill_from_cache(order) or self._fill_from_sources(order)
         except (SourcesExhausted, UnsupportedModel) as error:
             if isinstance(error, UnsupportedModel):  # what no source can fill cannot be served after the disk either
                 order, not_served = None, str(error)
@@ -140,9 +150,39 @@ class Filler:
         weights = weights_of(model, self.rank.loads_on, cache)
         with self.phases("join"):
             identity = self.rank.identify()
-            if self.config.sources_for(self.rank.number):
+            if self.config.sources_for(self.rank.number) or (self.cache is not None and self.cache.is_there):
                 identity = msgspec.structs.replace(identity, fingerprint=self.rank.fingerprint(model))
         return _Order(model, weights, Request(identity, self.rank.coordinates, weights.manifest))
+
+    def _fill_from_cache(self, order: _Order) -> Loaded | None:
+        """Takes what the cache of this host has. None if that is nothing: the model has nothing then that matters."""
+        if self.cache is None:
+            return None
+        with self.phases("join"):
+            given = self.cache.ask(order.request)
+        if given is None:
+            return None
+        try:
+            attributes.require_settable(order.model, given.evidence.attributes)
+        except SourceRefused as error:
+            logger.warning("what the cache at %s has is not used: %s", given.path, error)
+            given.pages.close()
+            return None
+
+        with self.phases("transfer"):
+            try:
+                memory = order.weights.memory_from(given.pages)
+            except UnsupportedModel as error:
+                logger.warning("what the cache at %s has is not used: %s", given.path, error)
+                return None
+            with _released_on_failure(memory):
+                order.weights.bind(memory)
+                attributes.apply(order.model, given.evidence.attributes)
+                digests, told = given.evidence.digests, given.evidence.attributes
+                contents = LoadedWeights(order.request_for(given.fingerprint), memory, told, digests)
+                kept, not_served = self._kept(order, contents)
+        cached = Cached(str(given.path), given.evidence.root)
+        return Loaded(order.nbytes, given.fingerprint, cached, kept, not_served)
 
     def _fill_from_sources(self, order: _Order) -> Loaded:
         """Raises SourcesExhausted, UnsupportedModel or NoRoom. The model has nothing then that the disk has to keep."""
@@ -164,7 +204,7 @@ class Filler:
             kept, not_served = self._kept(order, contents, relay)
 
         received = {source: count for source, count in client.received.items() if count}
-        return Loaded(order.nbytes, fetched.fingerprint, kept, not_served, fetched, received)
+        return Loaded(order.nbytes, fetched.fingerprint, None, kept, not_served, fetched, received)
 
     def _relay(self, order: _Order) -> StoreRelay | None:
         if self.relays is None:
@@ -226,7 +266,7 @@ class Filler:
         else:
             request = order.request_as_read(record, fingerprint)
             kept, reason = self._kept(order, LoadedWeights(request, memory, changes))
-        return Loaded(order.nbytes, fingerprint, kept, reason, mixture=mixture)
+        return Loaded(order.nbytes, fingerprint, None, kept, reason, mixture=mixture)
 
     def _kept(self, order: _Order, contents: LoadedWeights, relay: StoreRelay | None = None) -> tuple[Kept | None, str]:
         """Makes the memory servable. What can be served, or None with the reason; none is needed if nobody wants it."""

@@ -17,12 +17,14 @@ from torch import nn
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig
 from vllm_ascend.model_loader.netloader.errors import ReloadRefused
 from vllm_ascend.model_loader.netloader.instance import serving
+from vllm_ascend.model_loader.netloader.instance.caching import HostCache
 from vllm_ascend.model_loader.netloader.instance.filling import Filler, Loaded
 from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
 from vllm_ascend.model_loader.netloader.instance.publishing import Published, Publisher
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
 from vllm_ascend.model_loader.netloader.instance.ranks import meet_ranks
 from vllm_ascend.model_loader.netloader.report import LoadReport, Phases
+from vllm_ascend.model_loader.netloader.traits import SHARED_MEMORY
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.transport.digests import BLAKE3
 from vllm_ascend.model_loader.netloader.wire.access import Access
@@ -35,10 +37,13 @@ _MIXTURE: Final = "a reload failed halfway, so this instance may have old weight
 class ModelLoad:
     """Brings weights into a model of `rank` and serves them. Its steps run within `failure_reported`."""
 
-    def __init__(self, config: NetLoaderConfig, rank: Rank, transports: tuple[Transport, ...]) -> None:
+    def __init__(
+        self, config: NetLoaderConfig, rank: Rank, transports: tuple[Transport, ...], *, reloads: bool = False
+    ) -> None:
         """Opens the listener. Raises ConfigError for what cannot be as it is configured.
 
-        `transports` are those by which weights may come and go, best first.
+        `transports` are those by which weights may come and go, best first. `reloads` says that a model in use is to
+        get the weights that there are now, whatever there was before.
         """
         self._rank = rank
         self._phases = Phases()
@@ -54,12 +59,14 @@ class ModelLoad:
             not_served=self._publisher.not_served or None,
         )
         keep = not self._publisher.not_served
+        cache = HostCache.of(config, rank.number, access)
         self._filler = Filler(
             config,
             rank,
             access,
             transports,
             keep,
+            None if reloads else cache,
             self._publisher.options if keep and config.relay else None,
             self._phases,
             self.summary.attempts,
@@ -79,7 +86,7 @@ class ModelLoad:
         if loaded.kept is not None:
             self._undo.callback(loaded.kept.release)
 
-        self.summary.outcome = "disk" if loaded.fetched is None else "p2p"
+        self.summary.outcome = "cache" if loaded.cached is not None else "disk" if loaded.fetched is None else "p2p"
         self.summary.bytes = loaded.nbytes
         self._note_not_served(loaded.not_served)
         self._note_transfer(loaded)
@@ -152,6 +159,9 @@ class ModelLoad:
         self.summary.not_served = self._publisher.not_served or reason or self.summary.not_served
 
     def _note_transfer(self, loaded: Loaded) -> None:
+        if loaded.cached is not None:
+            self.summary.source, self.summary.transport = loaded.cached.path, SHARED_MEMORY.name
+            self.summary.verified, self.summary.root = BLAKE3, loaded.cached.root
         fetched = loaded.fetched
         if fetched is None:
             return

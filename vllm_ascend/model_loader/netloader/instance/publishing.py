@@ -16,6 +16,7 @@ from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import UnsupportedModel
 from vllm_ascend.model_loader.netloader.instance import serving
 from vllm_ascend.model_loader.netloader.instance.announcing import tell_source
+from vllm_ascend.model_loader.netloader.instance.caching import HostCache
 from vllm_ascend.model_loader.netloader.instance.filling import Kept, Loaded
 from vllm_ascend.model_loader.netloader.instance.output import OutputFiles
 from vllm_ascend.model_loader.netloader.instance.rank import Rank
@@ -131,6 +132,8 @@ class Publisher:
         # those who took everything from it.
         if fetched is not None and self._config.verify and not fetched.port and not loaded.came_from_several:
             tell_source(fetched, server.port, timeout=self._config.connect_timeout, access=self._access)
+        if loaded.cached is None:
+            HostCache.of(self._config, self._rank.number, self._access).hand(kept.contents)
         return Published(server, address, changed=changed)
 
     def _decline(self, model: nn.Module, reason: str) -> Published:

@@ -36,10 +36,12 @@ from vllm_ascend.model_loader.netloader.model.tensors import (
     views_of,
 )
 from vllm_ascend.model_loader.netloader.model.views import DTYPES, bind_alias, dtype_name, flat, manifest_of
-from vllm_ascend.model_loader.netloader.weights.arena import allocate
-from vllm_ascend.model_loader.netloader.weights.manifest import Alias, TensorSpec
+from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
+from vllm_ascend.model_loader.netloader.weights.manifest import Alias, TensorSpec, chunks
 from vllm_ascend.model_loader.netloader.weights.memory import Memory
 
+PIECE_BYTES: Final = 4 << 20
+"""Bytes that are copied to an accelerator at a time, by way of a bucket of that size."""
 _CPU: Final = torch.device("cpu")
 _NO_CACHE: Final = Int8Cache()
 
@@ -83,6 +85,13 @@ class ModelWeights(ABC):
         """Memory for all weights. Whoever calls it closes it.
 
         Raises UnsupportedModel if there is none, and NoRoom if this process would be killed for filling it.
+        """
+
+    @abstractmethod
+    def memory_from(self, pages: Arena) -> Memory:
+        """Memory with the contents of sealed `pages`, which it takes over, also if it fails. The caller closes it.
+
+        Raises UnsupportedModel if there is none.
         """
 
     @abstractmethod
@@ -149,6 +158,10 @@ class ArenaWeights(ModelWeights):
     def allocate(self) -> Memory:
         """An empty arena, whose pages are being made in the background. Raises UnsupportedModel or NoRoom."""
         return allocate(self.manifest)
+
+    def memory_from(self, pages: Arena) -> Memory:
+        """The pages themselves."""
+        return pages
 
     def bind(self, memory: Memory) -> None:
         """Makes the parameters views of `memory`, which must be complete, and copies the buffers out of it."""
@@ -225,6 +238,24 @@ class LiveWeights(ModelWeights):
     def allocate(self) -> LiveMemory:
         """The parameters and buffers as they are."""
         return LiveMemory(self.manifest, self._tensors, self.device)
+
+    def memory_from(self, pages: Arena) -> Memory:
+        """The parameters and buffers as they are, with one copy of the pages in them.
+
+        Raises UnsupportedModel if the device fails at it.
+        """
+        memory = self.allocate()
+        try:
+            data = pages.reader()
+            for offset, length in chunks(self.manifest.nbytes, PIECE_BYTES):
+                landing = memory.landing(offset, length)
+                landing.host[:] = data[offset : offset + length]
+                landing.settle()
+        except (OSError, RuntimeError) as error:
+            raise UnsupportedModel(f"{self.device} failed when weights were copied to it: {error}") from error
+        finally:
+            pages.close()
+        return memory
 
     def bind(self, memory: Memory) -> None:
         """Does nothing: what has arrived is in its place already."""

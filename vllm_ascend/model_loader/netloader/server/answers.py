@@ -59,7 +59,9 @@ def answer(
     offered = publications.offered(join.identity.role)
     answers = [_answer_with(publication, join, transports, peers) for publication in offered]
     accepted = (each for each in answers if isinstance(each, Acceptance))
-    return next(accepted, answers[0] if answers else _not_held(join.identity.role, publications))
+    refusals = [each for each in answers if isinstance(each, Refuse)]
+    nearest = min(refusals, key=lambda refusal: (not refusal.referrals, len(refusal.differences)), default=None)
+    return next(accepted, nearest or _not_held(join.identity.role, publications))
 
 
 def _answer_with(

@@ -1,9 +1,10 @@
-"""What a server holds in each role: weights that it serves, weights that it must not serve now, or a reason for none.
+"""What a server holds in each slot: weights that it serves, weights that it must not serve now, or a reason for none.
 
-A role ("target", "draft") is in at most one of three states, and every change of state is a method here. Beside that,
-weights that are still being loaded may be offered in it: those of a first load, or those that will replace the ones
-that are served. There are no sockets and no sessions in here: whoever changes something is told which weights are no
-longer served, and has to end their sessions and close them.
+An engine has one slot for each role ("target", "draft"), named as the role. A process that holds the weights of several
+models has one for each of them. A slot is in at most one of three states, and every change of state is a method here.
+Beside that, weights that are still being loaded may be offered in it: those of a first load, or those that will replace
+the ones that are served. There are no sockets and no sessions in here: whoever changes something is told which weights
+are no longer served, and has to end their sessions and close them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,17 @@ class Publication:
     store: WeightStore
     joined: Callable[[Endpoint], object] = field(default=lambda _: None, compare=False)
     """Is called with the address of each client that relays what it takes, by the thread of its session."""
+    own_slot: str = ""
+    """The slot, where it is not that of the role."""
 
     @property
     def role(self) -> str:
         return self.identity.role
+
+    @property
+    def slot(self) -> str:
+        """Names the weights in whose place these are served."""
+        return self.own_slot or self.role
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ State = Served | Suspended | Declined
 
 
 class Publications:
-    """The state of each role, and its latest generation. Thread-safe.
+    """The state of each slot, and the latest generation of each role. Thread-safe.
 
     `lock` guards all of it. It is reentrant, because a finalizer may withdraw weights at any point, also in a thread
     that holds it. For the same reason, whatever else a withdrawal touches must be guarded by this very lock.
@@ -80,47 +88,47 @@ class Publications:
             return self._generations[role]
 
     def publish(self, publication: Publication) -> Publication | None:
-        """Serves `publication`. Returns what was served or suspended in its role before."""
+        """Serves `publication`. Returns what was served or suspended in its slot before."""
         with self._lock:
-            role = publication.role
-            replaced = self._held(role)
-            if self._filling.get(role) is publication:
-                del self._filling[role]
-            self._states[role] = Served(publication)
+            role, slot = publication.role, publication.slot
+            replaced = self._held(slot)
+            if self._filling.get(slot) is publication:
+                del self._filling[slot]
+            self._states[slot] = Served(publication)
             self._generations[role] = max(self._generations[role], publication.store.generation)
             return replaced
 
     def fill(self, publication: Publication) -> Publication | None:
-        """Offers weights that are still being loaded. Returns those that were offered so in their role before."""
+        """Offers weights that are still being loaded. Returns those that were offered so in their slot before."""
         with self._lock:
-            replaced = self._filling.get(publication.role)
-            self._filling[publication.role] = publication
+            replaced = self._filling.get(publication.slot)
+            self._filling[publication.slot] = publication
             return replaced
 
     def stop_filling(self, publication: Publication) -> bool:
         """Offers `publication` no more, if it is still being loaded. Whether it was."""
         with self._lock:
-            if self._filling.get(publication.role) is not publication:
+            if self._filling.get(publication.slot) is not publication:
                 return False
-            del self._filling[publication.role]
+            del self._filling[publication.slot]
             return True
 
     def offered(self, role: str) -> tuple[Publication, ...]:
         """What clients may take in `role` now: what is served, then what is being loaded."""
         with self._lock:
-            offered = (self.served(role), self._filling.get(role))
-            return tuple(publication for publication in offered if publication is not None)
+            offered = (*self.all_served(), *self._filling.values())
+            return tuple(publication for publication in offered if publication.role == role)
 
     def all_filling(self) -> tuple[Publication, ...]:
-        """What is being loaded now and offered all the same, at most one publication for each role."""
+        """What is being loaded now and offered all the same, at most one publication for each slot."""
         with self._lock:
             return tuple(self._filling.values())
 
-    def decline(self, role: str, reason: str) -> Publication | None:
-        """Serves nothing in `role`, for `reason`. Returns what was served or suspended in it before."""
+    def decline(self, slot: str, reason: str) -> Publication | None:
+        """Serves nothing in `slot`, for `reason`. Returns what was served or suspended in it before."""
         with self._lock:
-            dropped = self._held(role)
-            self._states[role] = Declined(reason)
+            dropped = self._held(slot)
+            self._states[slot] = Declined(reason)
             return dropped
 
     def suspend(self, reason: str) -> tuple[Publication, ...]:
@@ -128,71 +136,72 @@ class Publications:
         with self._lock:
             served = self.all_served()
             for publication in served:
-                self._states[publication.role] = Suspended(publication, reason)
+                self._states[publication.slot] = Suspended(publication, reason)
             return served
 
-    def resume(self, roles: Container[str] | None = None) -> tuple[Publication, ...]:
-        """Serves again what is suspended, in all roles or in those of `roles`, and returns it.
+    def resume(self, slots: Container[str] | None = None) -> tuple[Publication, ...]:
+        """Serves again what is suspended, in all slots or in those of `slots`, and returns it.
 
         It gets a new generation, so that nobody mixes bytes from before with bytes from after.
         """
         with self._lock:
             resumed = []
-            for role, state in list(self._states.items()):
-                if isinstance(state, Suspended) and (roles is None or role in roles):
-                    store = replace(state.publication.store, generation=self.next_generation(role))
+            for slot, state in list(self._states.items()):
+                if isinstance(state, Suspended) and (slots is None or slot in slots):
+                    generation = self.next_generation(state.publication.role)
+                    store = replace(state.publication.store, generation=generation)
                     publication = replace(state.publication, store=store)
-                    self._states[role] = Served(publication)
+                    self._states[slot] = Served(publication)
                     resumed.append(publication)
             return tuple(resumed)
 
     def give_up(self, reason: str) -> tuple[Publication, ...]:
-        """Declines every role that is suspended, for `reason`. Returns what was suspended."""
+        """Declines every slot that is suspended, for `reason`. Returns what was suspended."""
         with self._lock:
             dropped = []
-            for role, state in list(self._states.items()):
+            for slot, state in list(self._states.items()):
                 if isinstance(state, Suspended):
-                    self._states[role] = Declined(reason)
+                    self._states[slot] = Declined(reason)
                     dropped.append(state.publication)
             return tuple(dropped)
 
-    def withdraw(self, role: str, memory: weakref.ref[Memory] | None = None) -> Publication | None:
-        """Forgets what is served or suspended in `role`, and returns it. With `memory`, only if it lies in there.
+    def withdraw(self, slot: str, memory: weakref.ref[Memory] | None = None) -> Publication | None:
+        """Forgets what is served or suspended in `slot`, and returns it. With `memory`, only if it lies in there.
 
         Weights that were suspended leave the reason for that behind, as a reason to decline.
         """
         with self._lock:
-            withdrawn = self._held(role)
+            withdrawn = self._held(slot)
             if withdrawn is None or (memory is not None and memory() is not withdrawn.store.memory):
                 return None
 
-            state = self._states.pop(role)
+            state = self._states.pop(slot)
             if isinstance(state, Suspended):
-                self._states[role] = Declined(state.reason)
+                self._states[slot] = Declined(state.reason)
             return withdrawn
 
     def clear(self) -> tuple[Publication, ...]:
-        """Withdraws every role. Returns what was served or suspended."""
+        """Withdraws every slot. Returns what was served or suspended."""
         with self._lock:
             self._filling.clear()
-            withdrawn = (self.withdraw(role) for role in list(self._states))
+            withdrawn = (self.withdraw(slot) for slot in list(self._states))
             return tuple(publication for publication in withdrawn if publication is not None)
 
-    def served(self, role: str) -> Publication | None:
-        """What is served in `role` now."""
-        state = self._states.get(role)
+    def served(self, slot: str) -> Publication | None:
+        """What is served in `slot` now."""
+        state = self._states.get(slot)
         return state.publication if isinstance(state, Served) else None
 
     def all_served(self) -> tuple[Publication, ...]:
-        """What is served now, at most one publication for each role."""
+        """What is served now, at most one publication for each slot."""
         with self._lock:
             return tuple(state.publication for state in self._states.values() if isinstance(state, Served))
 
     def reasons(self) -> dict[str, str]:
-        """Why nothing is served, for each role that is suspended or declined."""
+        """Why nothing is served, for each slot that is suspended or declined."""
         with self._lock:
-            return {role: state.reason for role, state in self._states.items() if not isinstance(state, Served)}
+            return {slot: state.reason for slot, state in self._states.items() if not isinstance(state, Served)}
 
-    def _held(self, role: str) -> Publication | None:
-        state = self._states.get(role)
+    def _held(self, slot: str) -> Publication | None:
+        state = self._states.get(slot)
         return None if state is None or isinstance(state, Declined) else state.publication

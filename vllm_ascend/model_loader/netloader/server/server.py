@@ -46,9 +46,9 @@ class ServerState:
     """What a server does at one moment. It keeps no weights alive."""
 
     served: Mapping[str, int]
-    """The generation of what is served, by role."""
+    """The generation of what is served, by slot."""
     not_served: Mapping[str, str]
-    """Why nothing is served, by role, for roles that are suspended or declined."""
+    """Why nothing is served, by slot, for slots that are suspended or declined."""
     sessions: tuple[SessionState, ...]
     connections: int
     """Open connections of all kinds, those that wait for a turn included."""
@@ -59,7 +59,7 @@ class ServerState:
     copies: int
     """Clients that took everything and have not announced yet that they serve it, as far as they are remembered."""
     replicas: Mapping[str, tuple[str, ...]]
-    """Addresses of clients that serve what is served here, by role: some of them, as clients that wait are told."""
+    """Addresses of clients that serve what is served here, by slot: some of them, as clients that wait are told."""
 
     @property
     def is_idle(self) -> bool:
@@ -151,16 +151,19 @@ class WeightServer:
 
     def state(self) -> ServerState:
         """What it does at this moment, for tests and for people who look at a running server."""
-        served = {publication.role: publication.store.generation for publication in self._publications.all_served()}
+        served = {publication.slot: publication for publication in self._publications.all_served()}
         return ServerState(
-            served=served,
+            served={slot: publication.store.generation for slot, publication in served.items()},
             not_served=self._publications.reasons(),
             sessions=self.sessions.states(),
             connections=len(self.listener.connections),
             turns=self.turns.taken,
             waiting=self.turns.waiting,
             copies=self._replicas.copies,
-            replicas={role: self._replicas.referrals(role, generation) for role, generation in served.items()},
+            replicas={
+                slot: self._replicas.referrals(publication.role, publication.store.generation)
+                for slot, publication in served.items()
+            },
         )
 
     def next_generation(self, role: str) -> int:
@@ -168,13 +171,13 @@ class WeightServer:
         return self._publications.next_generation(role)
 
     def publish(self, publication: Publication) -> None:
-        """Serves a store in place of the earlier one of its role. The server owns it from now on, and closes it."""
+        """Serves a store in place of the earlier one of its slot. The server owns it from now on, and closes it."""
         replaced = self._publications.publish(publication)
         if replaced is not None:
             self._retire(replaced, "its weights were replaced by new ones")
 
     def fill(self, publication: Publication) -> None:
-        """Offers a store that is still being filled, beside what is served in its role, until `publish` of the same
+        """Offers a store that is still being filled, beside what is served in its slot, until `publish` of the same
         publication or `stop_filling`. Its memory stays that of the caller.
         """
         replaced = self._publications.fill(publication)
@@ -204,23 +207,23 @@ class WeightServer:
         if dropped is not None:
             self._retire(dropped, _NOT_ANY_MORE)
 
-    def withdraw(self, role: str, memory: weakref.ref[Memory] | None = None) -> None:
-        """Stops serving `role`, and closes what was served. With `memory`, only if it is still served from there."""
-        withdrawn = self._publications.withdraw(role, memory)
+    def withdraw(self, slot: str, memory: weakref.ref[Memory] | None = None) -> None:
+        """Stops serving `slot`, and closes what was served. With `memory`, only if it is still served from there."""
+        withdrawn = self._publications.withdraw(slot, memory)
         if withdrawn is not None:
             self._retire(withdrawn, _NOT_ANY_MORE)
 
     def suspend(self, reason: str) -> frozenset[str]:
         """Ends all sessions, and refuses clients with `reason` until `resume`, `publish` or `give_up`.
 
-        When it returns, nothing reads the weights any more, and no client can prevent that. It returns the roles that
+        When it returns, nothing reads the weights any more, and no client can prevent that. It returns the slots that
         were served until now. Raises TimeoutError, and serves them as before, if a session does not end all the same,
         by a fault of this process.
         """
         with self._lock:
             suspended = self._publications.suspend(reason)
             sessions = self.sessions.of(suspended)
-        roles = frozenset(publication.role for publication in suspended)
+        slots = frozenset(publication.slot for publication in suspended)
 
         self.sessions.end(sessions, reason)
         for publication in suspended:
@@ -229,14 +232,14 @@ class WeightServer:
 
         if not self._are_over(sessions):
             left = ", ".join(str(session.peer) for session in self.sessions.of(suspended))
-            self.resume(roles)
+            self.resume(slots)
             raise TimeoutError(f"what is served to {left} is still being read, so it cannot be moved or changed now")
-        return roles
+        return slots
 
-    def resume(self, roles: Container[str] | None = None) -> None:
-        """Serves again what is suspended, all of it or that of `roles`, as another generation."""
+    def resume(self, slots: Container[str] | None = None) -> None:
+        """Serves again what is suspended, all of it or that of `slots`, as another generation."""
         with self._lock:  # so that nobody suspends it again before its digests are being made
-            for publication in self._publications.resume(roles):
+            for publication in self._publications.resume(slots):
                 if publication.store.digests is not None:
                     publication.store.digests.make_ahead()
 

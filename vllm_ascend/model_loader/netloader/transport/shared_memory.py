@@ -12,7 +12,6 @@ import contextlib
 import os
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +26,10 @@ from vllm_ascend.model_loader.netloader.weights.arena import Arena
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
+from vllm_ascend.model_loader.netloader.wire.unix_sockets import receive_with_descriptors, require_own_user
 
 _ABORT_SECONDS: Final = 0.1
 """How soon a session that waits for its client notices that it has been ended."""
-_DESCRIPTOR: Final = struct.Struct("i")
-_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 class SharedMemoryTransport(MappingTransport):
@@ -50,12 +48,14 @@ class SharedMemoryTransport(MappingTransport):
             sock.settimeout(reception.timeouts.connect)
             try:
                 sock.connect("\0" + reception.text("socket"))
-                _require_own_user(sock)
-                descriptors = _receive_descriptors(sock)
+                require_own_user(sock)
+                _, descriptors = receive_with_descriptors(sock, 1)
             except OSError as error:
                 raise TransportError(f"the source's Unix socket gave no descriptor: {error}") from error
 
         if len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
             raise TransportError("the source closed its Unix socket without a descriptor (another user id?)")
         return Arena.adopt(descriptors[0], reception.nbytes)
 
@@ -83,12 +83,12 @@ class _DescriptorSender(Sender):
         try:
             with self._accept() as connection:
                 connection.settimeout(self._timeout)
-                _require_own_user(connection)
+                require_own_user(connection)
                 socket.send_fds(connection, [b"\0"], [self._descriptor])
                 self._handed_over = True
         except TimeoutError as error:
             raise Stalled(f"the client did not fetch the descriptor within {self._timeout:g} s") from error
-        except (OSError, TransportError) as error:
+        except OSError as error:
             raise ConnectionLost(f"the descriptor could not be handed over: {error}") from error
 
     def _accept(self) -> socket.socket:
@@ -119,19 +119,6 @@ class _DescriptorSender(Sender):
             self._descriptor = -1
 
 
-def _receive_descriptors(sock: socket.socket) -> list[int]:
-    """The descriptors that come with the next byte.
-
-    They are closed in child processes from the first moment; `socket.recv_fds` cannot do that, as it drops the flag.
-    """
-    _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC)
-    return [
-        _DESCRIPTOR.unpack_from(data)[0]
-        for level, kind, data in ancillary
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= _DESCRIPTOR.size
-    ]
-
-
 def host_scope() -> str:
     """Names the set of processes that reach each other's abstract Unix sockets.
 
@@ -142,9 +129,3 @@ def host_scope() -> str:
         namespace = os.stat("/proc/self/ns/net")
         return f"{boot}/{namespace.st_dev}/{namespace.st_ino}"
     return f"unknown/{secrets.token_hex(16)}"
-
-
-def _require_own_user(sock: socket.socket) -> None:
-    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if user != os.geteuid():
-        raise TransportError(f"the peer on the Unix socket has user id {user}: expected {os.geteuid()}")
