@@ -98,7 +98,7 @@ class Layer:
             query_ends=ends[1:],
             key_lengths=lengths,
             block_table=torch.tensor(tables, dtype=torch.int32, device=NPU),
-            slots=torch.tensor(slots, dtype=torch.int64, device=NPU),
+            slots=torch.tensor(slots, dtype=torch.int32, device=NPU),
             mask=self.mask,
         )
         output = torch.empty_like(query, device=NPU)

@@ -37,6 +37,17 @@ class NPUModelRunner(GPUModelRunner):
         if self.vllm_config.aux_output_config.enabled and not is_profiling:
             self._routed_experts = RoutedExperts(self.get_model(), self.vllm_config, kv_cache_config)
 
+    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> Any:
+        """In int32, of all groups and of all layers: what writes the cache reads no more of a slot, whatever its type.
+
+        Nothing but attention uses them, which is not captured, so that they need not stay where they are.
+        """
+        of_groups, of_layers = super()._get_slot_mappings(*args, **kwargs)
+        if of_groups is None:
+            return of_groups, of_layers
+        narrow = {id(slots): slots.to(torch.int32) for slots in of_groups.values()}
+        return tuple({key: narrow[id(slots)] for key, slots in each.items()} for each in (of_groups, of_layers))
+
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         if self._routed_experts is not None:
             self._routed_experts.begin_step(scheduler_output)
