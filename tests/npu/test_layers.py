@@ -149,6 +149,14 @@ ROUTERS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "softmax": ({"renormalize": False}, PLAIN),
     "softmax, normalised": ({}, PLAIN),
     "softmax in groups": ({**GROUPED, "routed_scaling_factor": 2.5}, CHOSEN),
+    "softmax in groups, not normalised": (
+        {**GROUPED, "renormalize": False, "routed_scaling_factor": 16.0},
+        CHOSEN,
+    ),
+    "sigmoid, not normalised": (
+        {**GROUPED, "scoring_func": "sigmoid", "renormalize": False, "e_score_correction_bias": True},
+        CHOSEN,
+    ),
     "softmax with a bias": ({**GROUPED, "e_score_correction_bias": True}, CHOSEN),
     "sigmoid in groups": ({**GROUPED, "scoring_func": "sigmoid"}, CHOSEN),
     "sigmoid with a bias": (
@@ -187,8 +195,6 @@ def _wide(router: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 UNROUTABLE = {
-    "sigmoid scores that are not normalised": {"scoring_func": "sigmoid", "renormalize": False},
-    "softmax scores that are not normalised": {**GROUPED, "renormalize": False},
     "sqrtsoftplus scores": {"scoring_func": "sqrtsoftplus"},
     "16 in 8 groups": {**GROUPED, "num_expert_group": 8},
     "a routing function of their own": {"custom_routing_function": print},

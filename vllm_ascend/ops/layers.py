@@ -15,6 +15,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import (
+    DeepseekScalingRotaryEmbedding,
     DynamicNTKScalingRotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
@@ -112,6 +113,7 @@ for _layer in (
     DynamicNTKScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
+    DeepseekScalingRotaryEmbedding,
 ):
     _replace(_layer, type(f"NPU{_layer.__name__}", (_Rotary, _layer), {}))
 UnquantizedLinearMethod.process_weights_after_loading = _lay_weights_out

@@ -7,8 +7,8 @@ and an operator computes several of them:
   the largest and their softmax;
 - `npu_moe_gating_top_k`: sigmoid, choice with a correction bias and among the best groups. It always divides what it
   chose among sigmoids by their sum. Whether it does so for softmax, its documentation and its source do not agree;
-  dividing once more is right in both cases, so softmax with groups or a bias is taken if that is wanted, and refused
-  otherwise.
+  dividing once more is right in both cases. Where a router does not want it, as that of DeepSeek V2, the operator only
+  chooses, and the scores are computed beside it.
 
 The rest of a router is vLLM's: what it chose can be recorded for `enable_return_routed_experts`. Logits are taken in
 float32, so that weights are not rounded to 16 bits.
@@ -67,7 +67,6 @@ class NPURouter(BaseRouter):
         counted = -(-size // GROUP_STEP) * GROUP_STEP * self.groups
         reasons = {
             f"{self.scoring_func} scores": self.scoring_func not in {"softmax", "sigmoid"},
-            f"{self.scoring_func} scores that are not normalised": not self._is_plain and not self.renormalize,
             f"{self.top_k} chosen for each token": self._is_plain and self.top_k > MAX_CHOSEN,
             f"{self.global_num_experts} in {self.groups} groups": not self._is_plain
             and (rest or size <= 2 or counted > MAX_EXPERTS),
@@ -103,7 +102,7 @@ class NPURouter(BaseRouter):
             )
             return weights, experts
 
-        normalise = self.scoring_func == "softmax"
+        softmax = self.scoring_func == "softmax"
         weights, experts, _ = torch.ops.npu.npu_moe_gating_top_k(
             logits,
             self.top_k,
@@ -111,10 +110,13 @@ class NPURouter(BaseRouter):
             k_group=self.chosen_groups,
             group_count=self.groups,
             group_select_mode=BEST_EXPERT if self.bias is None else BEST_TWO,
-            norm_type=SOFTMAX if normalise else SIGMOID,
-            routed_scaling_factor=1.0 if normalise else self.scale,
+            norm_type=SOFTMAX if softmax else SIGMOID,
+            routed_scaling_factor=1.0 if softmax else self.scale,
         )
-        if normalise:
+        if not self.renormalize:
+            scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()
+            return scores.gather(1, experts.long()) * self.scale, experts
+        if softmax:
             weights = weights * (self.scale / weights.sum(dim=-1, keepdim=True))
         return weights, experts
 
