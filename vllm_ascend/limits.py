@@ -13,7 +13,16 @@ from typing import Any
 
 from vllm import envs
 
-from vllm_ascend.attention.rules import MAX_ENCODER_REQUESTS, MAX_REQUESTS, Heads, encoder_refusals, refusals
+from vllm_ascend.attention.rules import (
+    MAX_ENCODER_REQUESTS,
+    MAX_MLA_TOKENS,
+    MAX_REQUESTS,
+    Heads,
+    LatentSizes,
+    encoder_refusals,
+    mla_refusals,
+    refusals,
+)
 from vllm_ascend.quantization import COMPRESSED_TENSORS, MODELSLIM, SUPPORTED
 
 ATTENTION_BACKEND = "CUSTOM"
@@ -21,6 +30,9 @@ ATTENTION_BACKEND = "CUSTOM"
 MOST_RETURNED_EXPERTS = 256
 """vLLM returns the routes among more as uint16, in which NPUs do not compute."""
 FOR_GPUS = {"fastsafetensors", "instanttensor", "ipc_cache", "modelexpress", "tensorizer"}
+ATTENTION_OPS = {"vllm::unified_attention_with_output"}
+MLA_OPS = {"vllm::unified_mla_attention_with_output", "vllm::unified_mla_kv_cache_update"}
+"""Where models are split into pieces for graphs; with MLA, writing the cache is an operator of its own."""
 PROVIDERS = {"native", "torch_npu"}
 """Of vLLM's IR operators: others are compiled for CPUs and GPUs."""
 
@@ -29,7 +41,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError that names everything in `vllm_config` which does not work on NPUs."""
     reasons = [*_features(vllm_config), *_kernels(vllm_config), *_tools(vllm_config), *_parallelism(vllm_config)]
     if vllm_config.model_config is not None:
-        reasons += [*_model(vllm_config), *_experts(vllm_config), *_heads(vllm_config)]
+        reasons += [*_model(vllm_config), *_experts(vllm_config), *_heads(vllm_config), *_mla(vllm_config)]
     if reasons:
         raise ValueError(f"not supported on NPUs: {'; '.join(reasons)}")
 
@@ -63,6 +75,8 @@ def _kernels(config: Any) -> Iterator[str]:
     providers = {provider for chosen in vars(kernels.ir_op_priority).values() for provider in chosen}
     if others := sorted(providers - PROVIDERS):
         yield f"kernels of {', '.join(others)} (ir_op_priority takes {', '.join(sorted(PROVIDERS))})"
+    if (prefill := config.attention_config.mla_prefill_backend) is not None:
+        yield f"mla_prefill_backend={prefill.name!r} (leave the choice to vLLM)"
     if config.attention_config.use_non_causal:
         yield "attention to later tokens (attention_config.use_non_causal)"
     backends = {config.attention_config.backend, *config.attention_config.backend_per_kind.values()} - {None}
@@ -73,7 +87,8 @@ def _kernels(config: Any) -> Iterator[str]:
         yield f"the compilation backend {compilation.backend!r} (there is 'eager')"
     if compilation.use_inductor_graph_partition:
         yield "use_inductor_graph_partition: there is no Inductor, and attention would not be left out of graphs"
-    if compilation.splitting_ops and "vllm::unified_attention_with_output" not in compilation.splitting_ops:
+    attention = MLA_OPS if config.model_config is not None and config.model_config.use_mla else ATTENTION_OPS
+    if compilation.splitting_ops and not attention.issubset(compilation.splitting_ops):
         yield "splitting_ops without attention: it is not captured in graphs"
 
 
@@ -125,8 +140,8 @@ def _parallelism(config: Any) -> Iterator[str]:
 def _model(config: Any) -> Iterator[str]:
     model, cache = config.model_config, config.cache_config
     yield from _quantisation(model.quantization, config.quant_config)
-    if model.use_mla:
-        yield "multi-head latent attention (MLA)"
+    if model.is_hybrid:
+        yield "layers with a state in place of attention, as Mamba's"
     if model.multimodal_config is not None:
         yield "multimodal models"
     if model.attn_type not in {"decoder", "encoder_only"}:
@@ -170,10 +185,25 @@ def _experts(config: Any) -> Iterator[str]:
 def _heads(config: Any) -> Iterator[str]:
     model, parallel = config.model_config, config.parallel_config
     if model.use_mla or model.attn_type not in {"decoder", "encoder_only"}:
-        return  # refused already, and these have no such heads
+        return  # refused, or asked by `_mla`
     heads = Heads(
         size=model.get_head_size(),
         queries=model.get_num_attention_heads(parallel),
         key_values=model.get_num_kv_heads(parallel),
     )
     yield from (encoder_refusals if model.attn_type == "encoder_only" else refusals)(heads, model.dtype)
+
+
+def _mla(config: Any) -> Iterator[str]:
+    model = config.model_config
+    if not model.use_mla:
+        return
+    text = model.hf_text_config
+    if model.quantization is not None:
+        yield f"MLA with quantised weights ({model.quantization})"
+    if getattr(text, "index_topk", None) is not None:
+        yield "sparse attention (index_topk)"
+    sizes = LatentSizes(*(getattr(text, name, 0) for name in LatentSizes.__dataclass_fields__))
+    yield from mla_refusals(sizes, model.get_num_attention_heads(config.parallel_config), model.dtype)
+    if (tokens := config.scheduler_config.max_num_batched_tokens) > MAX_MLA_TOKENS:
+        yield f"max_num_batched_tokens={tokens} with MLA (at most {MAX_MLA_TOKENS})"

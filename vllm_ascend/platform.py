@@ -207,12 +207,23 @@ class NPUPlatform(Platform):
         from vllm_ascend.attention.backend import NPUAttentionBackend
         from vllm_ascend.attention.encoder import NPUEncoderBackend
 
-        encoder = attn_selector_config.attn_type == AttentionType.ENCODER_ONLY
-        backend = NPUEncoderBackend if encoder else NPUAttentionBackend
+        backend: Any = NPUAttentionBackend
+        if attn_selector_config.attn_type == AttentionType.ENCODER_ONLY:
+            backend = NPUEncoderBackend
+        if attn_selector_config.use_mla:
+            from vllm_ascend.attention.mla import NPUMLABackend
+
+            backend = NPUMLABackend
         reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(f"{attn_selector_config} does not work on NPUs: {', '.join(reasons)}")
         return f"{backend.__module__}.{backend.__name__}"
+
+    @classmethod
+    def get_mla_prefill_backend_cls(cls, mla_selector_config: Any) -> Any:
+        from vllm_ascend.attention.mla import NPUMLAPrefill
+
+        return NPUMLAPrefill
 
     @classmethod
     def opaque_attention_op(cls) -> bool:

@@ -40,6 +40,27 @@ MLA = {
     "first_k_dense_replace": 1,
     "max_position_embeddings": 512,
 }
+DEEPSEEK = {
+    **MLA,
+    "num_attention_heads": 4,
+    "qk_nope_head_dim": 128,  # and this and the next are what NPUs' operators take
+    "v_head_dim": 128,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+}
+STRETCHED = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+"""The positions of DeepSeek's models. Others than stretched ones vLLM's CPU backend turns wrongly in eager mode."""
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "moe_intermediate_size": 256}
 """Makes matrices too large for Netloader to keep copies of most of them, as it does of small ones."""
 LARGE = {
@@ -142,6 +163,31 @@ def latent_attention_with_mtp(root: Path) -> str:
     _save(directory, tensors)
     routing = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 1.0}
     _change_config(directory, {**routing, "norm_topk_prob": True, "num_nextn_predict_layers": 1})
+    return str(directory)
+
+
+def deepseek_v2(root: Path) -> str:
+    """With heads as the real one has them, and experts in groups, whose scores are not normalised."""
+    directory = root / "deepseek_v2"
+    if not directory.exists():
+        routing = {"topk_method": "group_limited_greedy", "norm_topk_prob": False, "routed_scaling_factor": 2.0}
+        make_random_model(directory, {**DEEPSEEK, **routing, "q_lora_rank": None}, architecture="deepseek_v2")
+        _change_config(directory, {"rope_parameters": STRETCHED})
+    return str(directory)
+
+
+def deepseek_v3(root: Path) -> str:
+    """As the real one: queries of low rank, and sigmoid scores with a correction bias."""
+    directory = root / "deepseek_v3"
+    if directory.exists():
+        return str(directory)
+    configuration = {**DEEPSEEK, "q_lora_rank": 128, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    make_random_model(directory, configuration, architecture="deepseek_v3")
+    tensors = load_file(directory / "model.safetensors")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[bias] = torch.rand(len(tensors[bias]), generator=torch.Generator().manual_seed(0)) / 4
+    _save(directory, tensors)
+    _change_config(directory, {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": STRETCHED})
     return str(directory)
 
 

@@ -114,6 +114,31 @@ def modelslim(changes: dict[str, Any] | None = None) -> Callable[[Path], str]:
     return make
 
 
+def deepseek(heads: int = 4, **changes: Any) -> Callable[[Path], str]:
+    """The configuration of a DeepSeek V3 with so many heads and these changes. It has no weights."""
+
+    def make(root: Path) -> str:
+        directory = root / f"deepseek-{uuid.uuid4()}"
+        directory.mkdir()
+        config = json.loads((Path(checkpoints.deepseek_v3(root)) / "config.json").read_text())
+        counts = {"num_attention_heads": heads, "num_key_value_heads": heads}
+        (directory / "config.json").write_text(json.dumps({**config, **counts, **changes}))
+        return str(directory)
+
+    return make
+
+
+def hybrid(root: Path) -> str:
+    """A model of which some layers are Mamba's."""
+    from transformers import JambaConfig
+
+    directory = root / "hybrid"
+    config = JambaConfig(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    config.architectures = ["JambaForCausalLM"]
+    config.save_pretrained(directory)
+    return str(directory)
+
+
 DOWN = "model.layers.0.mlp.down_proj"
 NOT_QUANTISED: dict[str, Any] = {}
 PER_GROUP = {"strategy": "group", "group_size": 64}
@@ -160,7 +185,23 @@ REFUSED: dict[str, dict[str, Any]] = {
     "the routes of 257 experts": {"model": with_257_experts, "enable_return_routed_experts": True},
     "quantization 'auto_gptq'": {"model": checkpoints.gptq},
     "quantization 'fp8'": {"quantization": "fp8"},
-    "multi-head latent attention (MLA)": {"model": checkpoints.latent_attention},
+    "qk_nope_head_dim 64, v_head_dim 64 (there is kv_lora_rank 512, qk_rope_head_dim 64, qk_nope_head_dim 128, ": {
+        "model": checkpoints.latent_attention
+    },
+    "MLA with 12 heads on each device, which must be a power of two, at most 128": {"model": deepseek(heads=12)},
+    "MLA with 3 heads on each device": {"model": deepseek(heads=12), "tensor_parallel_size": 4},
+    "MLA with 256 heads on each device": {"model": deepseek(heads=256)},
+    "MLA in float16 (choose --dtype bfloat16)": {"model": deepseek(), "dtype": "half"},
+    "max_num_batched_tokens=65537 with MLA (at most 65536)": {"model": deepseek(), "max_num_batched_tokens": 65537},
+    "sparse attention (index_topk)": {"model": deepseek(index_topk=64, index_n_heads=4, index_head_dim=64)},
+    "mla_prefill_backend='FLASH_ATTN' (leave the choice to vLLM)": {
+        "attention_config": {"mla_prefill_backend": "FLASH_ATTN"}
+    },
+    "splitting_ops without attention: it is": {
+        "model": deepseek(),
+        "compilation_config": {"splitting_ops": ["vllm::unified_mla_attention_with_output"]},
+    },
+    "layers with a state in place of attention": {"model": hybrid},
     "to it); layers of type sliding_attention": {"model": modern_bert, "runner": "pooling"},
     "max_num_seqs=3000 (at most 2048)": {
         "model": checkpoints.encoder_only,
@@ -287,6 +328,7 @@ def test_what_is_not_chosen_suits_an_npu(
     assert (config.shutdown_timeout, configured(shutdown_timeout=60).shutdown_timeout) == (5, 60)
     assert configured(enforce_eager=True).compilation_config.cudagraph_mode.name == "NONE"
     assert configured(model=with_heads_of_80(models), block_size=128).cache_config.block_size == 128
+    assert configured(model=checkpoints.deepseek_v2(models)).model_config.use_mla
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ENGINE = {"dtype": "float32", "skip_tokenizer_init": True, "kv_cache_memory_byte
 SIZES = {"cudagraph_capture_sizes": [1, 2, 4]}
 GRAPHS = {"enforce_eager": False, "compilation_config": SIZES}
 EAGER = {"enforce_eager": True}
+EXPERTS = {"enable_expert_parallel": True}
 COPYING = {**GRAPHS, "compilation_config": {**SIZES, "cudagraph_copy_inputs": True}}
 OTHER_CODE = {
     **GRAPHS,
@@ -34,6 +35,8 @@ OTHER_CODE = {
     "compilation_config": {**SIZES, "compile_sizes": [4], "custom_ops": ["none"]},
 }
 """That of transformers, without custom operators."""
+REFERENCE = {"dtype": "float32", "attention_backend": "CPU_MLA"}
+"""The CPU platform has a backend for MLA in bfloat16 alone, which it takes where the processor has AMX."""
 Make = Callable[[Path], str]
 
 
@@ -79,7 +82,7 @@ def engine(pools: dict[str, Pool]) -> Iterator[Load]:
     started: list[Loader] = []
 
     def start(where: str, model: str, arguments: dict[str, Any] | None = None, **request: Any) -> Loader:
-        common = {"dtype": "float32"} if where == "cpu" else ENGINE
+        common = REFERENCE if where == "cpu" else ENGINE
         request = {"load_format": "auto", "prompts": PROMPTS, "digests": False, **request}
         started.append(pools[where].load(model, engine={**common, **(arguments or {})}, **request))
         return started[-1]
@@ -100,7 +103,7 @@ def answers_on_cpu(pools: dict[str, Pool], models: Path) -> Callable[[Make], lis
                 "load_format": "auto",
                 "prompts": PROMPTS,
                 "digests": False,
-                "engine": {"dtype": "float32"},
+                "engine": REFERENCE,
             }
             loader = pools["cpu"].load(make(models), **request).finish_loading()
             known[make] = loader.answers
@@ -127,6 +130,7 @@ SINGLE: dict[str, tuple[Make, dict[str, Any]]] = {
     "Qwen3 in graphs": (qwen3, GRAPHS),
     "Llama by other code in graphs": (checkpoints.dense, OTHER_CODE),
     "MiniCPM": (checkpoints.minicpm, EAGER),
+    "DeepSeek-V3 in graphs": (checkpoints.deepseek_v3, GRAPHS),
 }
 
 
@@ -162,6 +166,7 @@ def test_prompts_may_be_embeddings_and_answers_be_confined(engine: Load, models:
 PARTITIONS: dict[str, tuple[Make, dict[str, Any]]] = {
     "tensor parallel, in graphs": (checkpoints.dense, {"tensor_parallel_size": 2, **GRAPHS}),
     "pipeline parallel": (checkpoints.dense, {"pipeline_parallel_size": 2, **EAGER}),
+    "DeepSeek-V2, expert parallel": (checkpoints.deepseek_v2, {"tensor_parallel_size": 2, **EXPERTS, **EAGER}),
 }
 
 
@@ -182,9 +187,6 @@ def test_torch_npus_queue_changes_no_answer(
     answering = engine("queue", checkpoints.dense(models), {"tensor_parallel_size": size, **GRAPHS})
     expected = on_cpu(checkpoints.dense)
     assert tokens(answering.finish_loading().answers) == expected
-
-
-EXPERTS = {"enable_expert_parallel": True}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"tensor_parallel_size": 2, **EXPERTS}], ids=["one", "expert parallel"])
@@ -295,6 +297,7 @@ SLEEPERS = {
     "Llama": checkpoints.dense,
     "Qwen3-MoE": checkpoints.mixture_of_experts,
     "Qwen3-MoE in W8A8": checkpoints.w8a8_experts,
+    "DeepSeek-V3": checkpoints.deepseek_v3,
 }
 
 

@@ -6,6 +6,10 @@ operator's sources and its documentation both allow for the call of `backend`: q
 blocks of [tokens, heads x head size], a causal mask in sparse mode 3. Anything else ends with error 561002 in the first
 forward pass.
 
+With multi-head latent attention (MLA), the same operator is called in two other ways, which `mla` describes. CANN's
+documentation and sources take powers of two of heads; torch-npu's documentation is older and takes fewer, and others
+run with 4.
+
 Encoders have no cache. Their operator, `npu_fusion_attention`, takes almost all heads.
 
 The simulated CANN holds the same rules in code of its own. A test compares them over the whole grid, and the table in
@@ -30,6 +34,9 @@ HEAD_SIZE_STEP = 16
 """Where several query heads share a KV head."""
 HEAD_SIZES_OF_THEIR_OWN = (64, 128)
 """Where each query head has a KV head of its own."""
+MAX_MLA_HEADS = 128
+MAX_MLA_TOKENS = 65536
+"""In one call."""
 MAX_ENCODER_REQUESTS = 2048
 MAX_ENCODER_HEAD_SIZE = 768
 
@@ -51,6 +58,23 @@ class Heads:
         return f"heads of {self.size} (on each device: query heads {self.queries}, KV heads {self.key_values})"
 
 
+@dataclass(frozen=True)
+class LatentSizes:
+    """What multi-head latent attention computes with, by the names in configurations of models."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size}" for name, size in vars(self).items())
+
+
+LATENT_SIZES = LatentSizes(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
+"""Those of DeepSeek V2 and V3, for which the kernels are made."""
+
+
 def refusals(heads: Heads, dtype: torch.dtype) -> Iterator[str]:
     """Everything about attention over the cache with these heads that the operator does not take."""
     fits = heads.size % HEAD_SIZE_STEP == 0 and heads.size <= MAX_HEAD_SIZE
@@ -66,6 +90,16 @@ def refusals(heads: Heads, dtype: torch.dtype) -> Iterator[str]:
         yield f"{heads}, more than {MAX_HEADS} query heads"
     if heads.queries > MAX_QUERIES_PER_KV_HEAD * heads.key_values:
         yield f"{heads}, more than {MAX_QUERIES_PER_KV_HEAD} query heads for each KV head"
+
+
+def mla_refusals(sizes: LatentSizes, heads: int, dtype: torch.dtype) -> Iterator[str]:
+    """Everything about MLA with these sizes, and so many heads on a device, that the operator does not take."""
+    if sizes != LATENT_SIZES:
+        yield f"MLA with {sizes} (there is {LATENT_SIZES})"
+    if heads > MAX_MLA_HEADS or heads & (heads - 1):
+        yield f"MLA with {heads} heads on each device, which must be a power of two, at most {MAX_MLA_HEADS}"
+    if dtype == torch.float16:
+        yield "MLA in float16 (choose --dtype bfloat16)"
 
 
 def encoder_refusals(heads: Heads, dtype: torch.dtype) -> Iterator[str]:

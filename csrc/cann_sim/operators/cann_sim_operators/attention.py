@@ -1,7 +1,8 @@
 """Attention in layout TND, where the tokens of all requests follow one another; keys and values are paged or dense.
 
 The documentation of torch-npu contradicts itself about TND: it excludes paging in one place and describes it in
-another. The latter is followed, as inference engines do.
+another. The latter is followed, as inference engines do. Calls with `query_rope`, which have other layouts and rules,
+are in `mla`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from cann_sim_operators.mla import attend_to_latents
 from cann_sim_operators.registry import (
     FP32_SWITCH,
     fp32,
@@ -30,6 +32,8 @@ BLOCK_SIZE = 128
 MAX_REQUESTS, MAX_HEADS, MAX_HEADS_PER_KEY_HEAD = 4096, 256, 64
 MAX_HEAD_SIZE, HEAD_SIZE_STEP = 256, 16
 COMMON_HEAD_SIZES = 64, 128
+UNEQUAL_SIZES, MAX_UNEQUAL_TOKENS = (192, 128), 65536
+"""The head sizes of keys and values where they differ, as those of MLA do, and how many tokens may have them."""
 MAX_ELEMENTS = 2**31 - 1
 
 KeysAndValues = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
@@ -46,6 +50,8 @@ def fused_infer_attention_score(
     actual_seq_lengths: list[int] | None = None,
     actual_seq_lengths_kv: list[int] | None = None,
     block_table: torch.Tensor | None = None,
+    query_rope: torch.Tensor | None = None,
+    key_rope: torch.Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
     input_layout: str = "BSH",
@@ -63,14 +69,41 @@ def fused_infer_attention_score(
     [tokens, heads, 1] in float32, or empty.
     """
     require_defaults(OPERATOR, others)
+    if query_rope is not None or key_rope is not None:
+        given = {
+            "atten_mask": atten_mask,
+            "actual_seq_lengths": actual_seq_lengths,
+            "sparse_mode": sparse_mode or None,
+            "inner_precise": inner_precise or None,
+            "softmax_lse_flag": softmax_lse_flag or None,
+        }
+        others = {name: value for name, value in given.items() if value is not None}
+        require_defaults(f"{OPERATOR} with query_rope", others)
+        attended = attend_to_latents(
+            OPERATOR,
+            (query, query_rope),
+            (key, value, key_rope),
+            actual_seq_lengths_kv,
+            block_table,
+            heads=num_heads,
+            key_heads=num_key_value_heads,
+            scale=scale,
+            layout=input_layout,
+            block_size=block_size,
+        )
+        return attended, torch.empty(0)
     if input_layout != "TND":
         raise RuntimeError(f"{OPERATOR}: input_layout={input_layout!r} is not simulated; 'TND' is")
     key_heads = num_key_value_heads or num_heads
     _check_heads(query, num_heads, key_heads)
     _check_tensors(query, key, value)
     _check_mask(atten_mask, sparse_mode)
-    alone = atten_mask is None and block_table is None
-    _check_kernel(query, num_heads > key_heads, inner_precise, alone=alone, rows=key.dim() == 3)
+    unequal = value.shape != key.shape
+    if unequal:
+        _check_unequal_sizes(query, key, value, shared=num_heads > key_heads, paged=block_table is not None)
+    else:
+        alone = atten_mask is None and block_table is None
+        _check_kernel(query, num_heads > key_heads, inner_precise, alone=alone, rows=key.dim() == 3)
 
     query_ends = _lengths("actual_seq_lengths", actual_seq_lengths)  # running totals
     check_totals(OPERATOR, "actual_seq_lengths", query_ends, query.shape[0])
@@ -81,14 +114,18 @@ def fused_infer_attention_score(
     require(fits, OPERATOR, "the number of requests", len(query_ends), f"from 1 to {MAX_REQUESTS}")
 
     row = (key_heads, query.shape[2])
-    if block_table is None:
+    if unequal:
+        check_totals(OPERATOR, "actual_seq_lengths_kv", key_lengths, key.shape[0])
+        read = _read_rows(key, value, key_lengths)
+    elif block_table is None:
         check_totals(OPERATOR, "actual_seq_lengths_kv", key_lengths, key.shape[0])
         read = _dense(key, value, key_lengths, row)
     else:
         _check_paging(key, block_table, key_lengths, block_size)
         read = _paged(key, value, block_table, key_lengths, row)
 
-    return _attend(query, query_ends, read, atten_mask, scale, with_sums=softmax_lse_flag)
+    values_size = value.shape[2] if unequal else query.shape[2]
+    return _attend(query, query_ends, read, atten_mask, scale, values_size=values_size, with_sums=softmax_lse_flag)
 
 
 @implements("npu::npu_fused_infer_attention_score.out")
@@ -114,9 +151,10 @@ def _attend(
     mask: torch.Tensor | None,
     scale: float,
     *,
+    values_size: int,
     with_sums: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    output = torch.empty_like(query)
+    output = query.new_empty(*query.shape[:2], values_size)
     sums = torch.empty(*query.shape[:2], 1, dtype=torch.float32) if with_sums else torch.empty(0)
     for request, own in enumerate(parts(ends)):
         if own.start == own.stop:
@@ -170,6 +208,22 @@ def _check_kernel(query: torch.Tensor, shared: bool, inner_precise: int, *, alon
         require(size in COMMON_HEAD_SIZES, OPERATOR, "the head size", size, expected)
 
 
+def _check_unequal_sizes(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, shared: bool, paged: bool
+) -> None:
+    """Checks what is demanded where values have another size than keys: neither pages nor shared heads."""
+    sizes = (query.shape[-1], key.shape[-1], value.shape[-1])
+    fits = sizes == (UNEQUAL_SIZES[0], *UNEQUAL_SIZES) and not shared and not paged
+    expected = f"{UNEQUAL_SIZES[0]}, {UNEQUAL_SIZES[0]}, {UNEQUAL_SIZES[1]} without pages, one key head for each head"
+    require(fits, OPERATOR, "the head sizes of query, key and value", sizes, expected)
+    require(query.dtype != torch.float16, OPERATOR, "the dtype of query", query.dtype, "bfloat16 with unequal sizes")
+    fits = key.dim() == value.dim() == 3 and key.shape[:2] == value.shape[:2]
+    require(fits, OPERATOR, "the shape of value", tuple(value.shape), f"{tuple(key.shape)} up to the head size")
+    require(key.shape[1] == query.shape[1], OPERATOR, "the heads of key", key.shape[1], f"{query.shape[1]}")
+    tokens = max(len(query), len(key))
+    require(tokens <= MAX_UNEQUAL_TOKENS, OPERATOR, "the number of tokens", tokens, f"at most {MAX_UNEQUAL_TOKENS}")
+
+
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     if query.dtype == torch.float32:
         require(
@@ -183,7 +237,6 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         require_dtype(OPERATOR, "query", query, torch.float16, torch.bfloat16)
     for argument, tensor in {"key": key, "value": value}.items():
         require(tensor.dtype == query.dtype, OPERATOR, f"the dtype of {argument}", tensor.dtype, f"{query.dtype}")
-    require(value.shape == key.shape, OPERATOR, "the shape of value", tuple(value.shape), f"{tuple(key.shape)}")
     require_contiguous(OPERATOR, query=query, key=key, value=value)
 
 
@@ -230,6 +283,10 @@ def _dense(key: torch.Tensor, value: torch.Tensor, ends: list[int], row: tuple[i
     require(
         tuple(key.shape[1:]) == row, OPERATOR, "the shape of key", tuple(key.shape), f"[tokens, {row[0]}, {row[1]}]"
     )
+    return _read_rows(key, value, ends)
+
+
+def _read_rows(key: torch.Tensor, value: torch.Tensor, ends: list[int]) -> KeysAndValues:
     rows = parts(ends)
 
     def read(request: int) -> tuple[torch.Tensor, torch.Tensor]:
