@@ -151,7 +151,8 @@ def assert_came_from(server: Loader, client: Loader, role: str, transport: str) 
     report = client.report_of(role)
     assert (report["outcome"], report["source"], report["transport"]) == ("p2p", server.address, transport)
     assert report["bytes"] == server.report_of(role)["bytes"]
-    assert report["attempts"] == []
+    # A client of before, which has ended, may be named as a replica, and is asked in vain where a transfer takes long.
+    assert server.address not in {attempt["source"] for attempt in report["attempts"]}
     assert report["listening"] == client.address
     assert {"connect", "join", "transfer", "verify", "serve"} <= report["seconds"].keys()
     assert "disk" not in report["seconds"]
