@@ -16,7 +16,10 @@ from vllm_ascend.model_loader.netloader.cache import asking, place
 from vllm_ascend.model_loader.netloader.cache.line import connect
 from vllm_ascend.model_loader.netloader.cache.messages import Ask, CacheMessage, Drop, Dropped, Said, State
 from vllm_ascend.model_loader.netloader.cache.process import Cache, CacheOptions
+from vllm_ascend.model_loader.netloader.cache.pulling import Chosen
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, PeerError, ProtocolError, one_line
+from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.access import Access
 
 _SECONDS: Final = 10.0
@@ -25,6 +28,8 @@ _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 _EXAMPLE: Final = """examples:
   netloader cache --max-bytes 200G          hold what engines of this host load, for as long as this runs
+  netloader cache --pull 10.0.0.1:19000 --only tp_rank=0,1
+                                            fetch two ranks of an instance before engines need them
   netloader cache status                    what the running cache holds
   netloader cache drop org/model            have it give up the weights of a model
 """
@@ -51,6 +56,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--token-file", help="other hosts have to know this token, as TOKEN_FILE of engines")
     for name in ("cert", "key", "ca"):
         parser.add_argument(f"--tls-{name}", help=f"as TLS_{name.upper()} of engines; all three or none")
+    parser.add_argument(
+        "--pull",
+        nargs="+",
+        default=[],
+        type=_endpoint,
+        metavar="SOURCE",
+        help="addresses of instances whose weights it fetches ahead of engines, and again when they have new ones",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        type=_choice,
+        metavar="FIELD=VALUE,...",
+        help="of these, only those with such a role, name, tp_rank, pp_rank, ep_rank, ...",
+    )
     parser.set_defaults(action="run", json=False)
 
     actions = parser.add_subparsers(title="commands to the running cache", metavar="{status,drop}")
@@ -111,7 +132,11 @@ def _run(options: argparse.Namespace) -> int:
     access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
     path = place.prepare(options.socket)
     max_bytes = options.max_bytes or _half_of_memory()
-    cache = Cache(CacheOptions(path, max_bytes, options.host, options.port, access))
+    cache = Cache(
+        CacheOptions(
+            path, max_bytes, options.host, options.port, access, tuple(options.pull), Chosen(dict(options.only))
+        )
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cache.is_to_end.set())
     try:
@@ -181,3 +206,20 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: expected 0 (any free one) to 65535")
     return int(text)
+
+
+def _endpoint(text: str) -> Endpoint:
+    """The endpoint that `text` names. Raises what argparse shows to the user."""
+    try:
+        return Endpoint.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _choice(text: str) -> tuple[str, frozenset[str]]:
+    """A field of what is wanted, and its allowed values. Raises what argparse shows to the user."""
+    name, separator, values = text.partition("=")
+    fields = ("role", "name", *RankCoordinates.__struct_fields__)
+    if not separator or name not in fields:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FIELD=VALUE, with one of {', '.join(fields)}")
+    return name, frozenset(values.split(","))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.cache.contents import guards_of
 from vllm_ascend.model_loader.netloader.cache.shelf import Item
@@ -28,6 +28,8 @@ class Outlet:
     """A watcher of a shelf that publishes on `server` what is kept there. Whoever makes it closes the server."""
 
     server: WeightServer
+    promised: dict[int, Publication] = field(default_factory=dict)
+    """What was relayed while it came, by the number of the item: its sessions go on when it is kept."""
 
     def kept(self, item: Item) -> None:
         """Serves `item` if it may be served."""
@@ -41,6 +43,9 @@ class Outlet:
                 contents.request.identity.name,
                 " and ".join(sorted(lacking)),
             )
+            return
+        if (relayed := self.promised.pop(item.number, None)) is not None:
+            self.server.publish(relayed)
             return
         assert pages is not None
         assert contents.digests is not None
@@ -57,12 +62,18 @@ class Outlet:
         )
         generation = self.server.next_generation(identity.role)
         store = WeightStore(manifest, own_pages, generation, contents.attributes, digests)
-        self.server.publish(Publication(identity, coordinates, store, own_slot=_slot(item)))
+        self.server.publish(Publication(identity, coordinates, store, own_slot=slot_of(item)))
+
+    def promise(self, item: Item, relayed: Publication) -> None:
+        """Has `item` served as `relayed`, as which it is relayed, once it is kept. The server owns its memory then."""
+        self.promised[item.number] = relayed
 
     def gone(self, item: Item) -> None:
         """Serves `item` no more."""
-        self.server.withdraw(_slot(item))
+        self.promised.pop(item.number, None)
+        self.server.withdraw(slot_of(item))
 
 
-def _slot(item: Item) -> str:
+def slot_of(item: Item) -> str:
+    """The slot of the server in which `item` is served."""
     return f"{item.contents.request.identity.role} {item.number}"

@@ -25,8 +25,10 @@ from vllm_ascend.model_loader.netloader.cache.line import Line, connect
 from vllm_ascend.model_loader.netloader.cache.messages import Taken
 from vllm_ascend.model_loader.netloader.cache.outlet import Outlet
 from vllm_ascend.model_loader.netloader.cache.place import LOCK_NAME, private_directory
+from vllm_ascend.model_loader.netloader.cache.pulling import Chosen, Puller
 from vllm_ascend.model_loader.netloader.cache.shelf import Shelf
 from vllm_ascend.model_loader.netloader.cache.systemd import DescriptorStore, Notifier, stored
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, PeerError
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
@@ -56,6 +58,9 @@ class CacheOptions:
     host: str | None = None
     port: int | None = None
     access: Access = field(default_factory=Access)
+    sources: tuple[Endpoint, ...] = ()
+    """Whose weights it fetches ahead of engines, as far as they are `chosen`."""
+    chosen: Chosen = field(default_factory=Chosen)
 
 
 class Cache:
@@ -69,6 +74,7 @@ class Cache:
         self.shelf = Shelf(options.max_bytes)
         self._checker = Checker(self.shelf)
         self._outlet: Outlet | None = None
+        self._puller = Puller(self.shelf, options.sources, options.access, options.chosen, outlet=lambda: self._outlet)
         self._listener: socket.socket | None = None
         self._inode = 0
         self._lines: set[Line] = set()
@@ -123,6 +129,8 @@ class Cache:
                 self._listen(directory)
                 if earlier is not None:
                     earlier.send(Taken(), MESSAGE_SECONDS)
+        if self._options.sources:
+            self._puller.start()
         if notifier is not None:
             notifier.tell("READY=1", "STATUS=holding weights")
 
@@ -143,6 +151,7 @@ class Cache:
             listener.close()
         for line in lines:
             line.shut_down()
+        self._puller.close()
         self._checker.close()
         self.shelf.refuse("the cache ends")
         self._close_server()

@@ -27,11 +27,13 @@ logger = logging.getLogger(__name__)
 class StoreRelay(Relay):
     """Offers what a load of the weights that `request` asks for has so far.
 
-    `listener` gives the server, which is started, by the time when there is something to offer; None for none.
+    `listener` gives the server, which is started, by the time when there is something to offer; None for none. `slot`
+    is that of the server in which the weights are offered, empty for that of their role.
     """
 
-    def __init__(self, request: Request, listener: Callable[[], WeightServer | None]) -> None:
+    def __init__(self, request: Request, listener: Callable[[], WeightServer | None], slot: str = "") -> None:
         self._request = request
+        self._slot = slot
         self._listener = listener
         self._server: WeightServer | None = None
         self.publication: Publication | None = None
@@ -57,7 +59,8 @@ class StoreRelay(Relay):
             digests,
             filling.passed,
         )
-        self._server, self.publication = server, Publication(identity, self._request.coordinates, store, filling.joined)
+        self._server = server
+        self.publication = Publication(identity, self._request.coordinates, store, filling.joined, self._slot)
         self._finalizer = weakref.finalize(self, server.forget_filling, self.publication)
         self._finalizer.atexit = False
         server.fill(self.publication)
