@@ -27,7 +27,8 @@ PLENTY = 1 << 30
 @contextlib.contextmanager
 def running(directory: Path, max_bytes: int = PLENTY, **options: Any) -> Iterator[Cache]:
     """A cache whose socket is in `directory`, as a part of this process."""
-    path = place.prepare(str(directory / "cache" / place.SOCKET_NAME))
+    directory.mkdir(exist_ok=True)
+    path = place.prepare(str(socket_of(directory)))
     with Cache(CacheOptions(path, max_bytes, **options)) as cache:
         yield cache
 

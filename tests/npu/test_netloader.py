@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from support.caches import await_held, running, socket_of
 from support.ports import two_free_ports
 from support.quantised.files import copy_other_files, tensors_of
 from support.vllm import checkpoints
@@ -100,6 +101,42 @@ def test_a_client_loads_by_hccl_and_answers_as_its_server_and_as_the_cpu_platfor
     assert tokens(in_turn) == tokens(client)
     for loader in (reference, server, client, in_turn):
         loader.end()
+
+
+def test_weights_come_from_the_cache_of_the_host_in_one_copy(start: Load, models: Path, tmp_path: Path) -> None:
+    """From an engine in host memory, which hands them over, and from one on an NPU, of which the cache is a client."""
+    model = checkpoints.dense(models)
+    with running(tmp_path / "of a CPU") as cache:
+        use = {"CACHE": str(socket_of(tmp_path / "of a CPU"))}
+        on_cpu = start("cpu", model, use, prompts=PROMPTS).finish_loading()
+        await_held(cache)
+        first = start("0", model, {**use, **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert first.report["outcome"] == "cache"
+    assert first.report["root"] == root_served_by(on_cpu)
+    assert tokens(first) == tokens(on_cpu)
+
+    with running(tmp_path / "of an NPU", sources=(Endpoint.parse(first.address),)) as cache:
+        await_held(cache)
+        first.process.process.kill()
+        use = {"CACHE": str(socket_of(tmp_path / "of an NPU"))}
+        again = start("1", model, {**use, **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+    assert again.report["outcome"] == "cache"
+    assert again.digests == first.digests
+    assert again.answers == first.answers
+    in_turn = start("cpu", model, {"SOURCE": [again.address], **FROM_PEERS}).finish_loading()
+    assert in_turn.digests == on_cpu.digests
+    for loader in (on_cpu, first, again, in_turn):
+        loader.end()
+
+
+def root_served_by(loader: Loader) -> str:
+    """The root digest of what an instance serves."""
+
+    def root() -> str:
+        return inquire(Endpoint.parse(loader.address), 10).holdings[0].root
+
+    wait_until(root)
+    return root()
 
 
 def test_an_encoder_loads_by_hccl_and_answers_as_its_server(start: Load, models: Path) -> None:

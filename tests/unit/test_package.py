@@ -49,7 +49,7 @@ def test_a_release_of_vllm_is_recognised_whatever_it_was_built_for() -> None:
 
 
 def test_the_command_line_needs_no_vllm() -> None:
-    assert "vllm" not in loaded_by(f"import {NETLOADER}.cli")
+    assert loaded_by(f"import {NETLOADER}.cli") <= {"msgspec", "blake3"}
 
 
 def test_without_an_npu_the_platform_is_left_to_vllm() -> None:

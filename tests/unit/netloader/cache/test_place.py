@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.caches import given, handed, held, running, socket_of
-from vllm_ascend.model_loader.netloader.cache import place
+from vllm_ascend.model_loader.netloader.cache import asking, place
 from vllm_ascend.model_loader.netloader.cache.line import connect
 from vllm_ascend.model_loader.netloader.errors import ConfigError, PeerError
 
@@ -144,6 +144,23 @@ def test_engines_look_where_caches_are(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert place.candidates("auto")[0] == Path("/run/netloader/cache.sock")
     assert place.candidates("auto")[-1] == Path(f"/tmp/netloader-{os.geteuid()}/cache.sock")
+
+
+def test_places_where_nobody_answers_are_passed_over(tmp_path: Path) -> None:
+    """What was left by a cache that was killed, what is of somebody else, and what is no directory."""
+    (tmp_path / "left").mkdir(mode=0o700)
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "file").touch()
+    for name in ("left", "open"):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(tmp_path / name / "cache.sock"))
+    dead = [tmp_path / name / "cache.sock" for name in ("left", "open", "file", "missing")]
+    with running(tmp_path):
+        assert asking.find([*dead, socket_of(tmp_path)], 5) == socket_of(tmp_path)
+    reasons = asking.find(dead, 5)
+    assert isinstance(reasons, str)
+    assert reasons.count("; ") == 3
+    assert "Connection refused" in reasons
 
 
 def test_a_usual_place_that_cannot_be_had_is_left_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,7 @@ def test_a_cache_that_is_named_and_not_there_is_worth_a_warning(
 ) -> None:
     started = instance(checkpoint, tmp_path).start()
     assert started.summary.outcome == "disk"
-    assert f"there is no cache at {socket_of(tmp_path)}, which CACHE names" in caplog.text
+    assert f"there is no cache where CACHE says: {socket_of(tmp_path)}: No such file or directory" in caplog.text
 
 
 def test_by_default_it_is_found_where_caches_are(
@@ -193,7 +193,7 @@ def test_by_default_it_is_found_where_caches_are(
         Instance(checkpoint).start()
         await_held(cache)
         assert Instance(checkpoint).start().summary.outcome == "cache"
-    assert "which CACHE names" not in caplog.text
+    assert "where CACHE says" not in caplog.text
 
 
 def test_guards_of_an_engine_go_with_its_weights(cache: Cache, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -53,9 +53,17 @@ class Given:
     path: Path
 
 
-def find(paths: Sequence[Path]) -> Path | None:
-    """The first of `paths` at which there is something like a cache."""
-    return next((path for path in paths if path.is_socket()), None)
+def find(paths: Sequence[Path], seconds: float) -> Path | str:
+    """The first of `paths` at which a cache of this user takes a connection within `seconds`, or why there is none."""
+    reasons = []
+    for path in paths:
+        try:
+            connect(path, seconds).close()
+        except (OSError, PeerError, ConfigError) as error:
+            reasons.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+        else:
+            return path
+    return "; ".join(reasons)
 
 
 def ask(path: Path, request: Request, timeouts: Timeouts) -> Given | None:

@@ -170,15 +170,10 @@ def _drop(options: argparse.Namespace) -> int:
 
 
 def _told(options: argparse.Namespace, question: CacheMessage) -> Said:
-    paths = place.candidates(options.socket or "auto")
-    path = asking.find(paths)
-    if path is None:
-        raise FileNotFoundError(f"no cache runs at {', '.join(map(str, paths))}")
-    try:
-        line = connect(path, _SECONDS)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise FileNotFoundError(f"no cache runs at {path}") from error
-    with line:
+    path = asking.find(place.candidates(options.socket or "auto"), _SECONDS)
+    if isinstance(path, str):
+        raise FileNotFoundError(f"no cache of this user runs here: {path}")
+    with connect(path, _SECONDS) as line:
         line.send(question, _SECONDS)
         with line.receive(_SECONDS) as received:
             return received.message

@@ -29,7 +29,7 @@ from vllm_ascend.model_loader.netloader.cache.pulling import Chosen, Puller
 from vllm_ascend.model_loader.netloader.cache.shelf import Shelf
 from vllm_ascend.model_loader.netloader.cache.systemd import DescriptorStore, Notifier, stored
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import ConfigError, PeerError
+from vllm_ascend.model_loader.netloader.errors import ConfigError, ConnectionLost, PeerError
 from vllm_ascend.model_loader.netloader.server.requests import Settings
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -236,6 +236,8 @@ class Cache:
         try:
             require_own_user(line.socket)
             self._keeper.attend(line)
+        except ConnectionLost as error:  # of those who only look whether there is a cache, too
+            logger.debug("ended a connection: %s", error)
         except (PeerError, OSError) as error:
             logger.info("ended a connection: %s", error)
         except Exception:

@@ -68,14 +68,14 @@ class HostCache:
     @property
     def is_there(self) -> bool:
         """Whether there is something like a cache."""
-        return asking.find(self.paths) is not None
+        return isinstance(asking.find(self.paths, self.timeouts.connect), Path)
 
     def ask(self, request: Request) -> Given | None:
         """What the cache has of what is requested, None if it has nothing that can be taken. The caller closes it."""
-        path = asking.find(self.paths)
-        if path is None:
+        path = asking.find(self.paths, self.timeouts.connect)
+        if isinstance(path, str):
             if self.is_named:
-                logger.warning("there is no cache at %s, which CACHE names", self.paths[0])
+                logger.warning("there is no cache where CACHE says: %s", path)
             return None
         given = asking.ask(path, request, self.timeouts)
         if given is None:
@@ -88,8 +88,8 @@ class HostCache:
 
     def hand(self, weights: LoadedWeights) -> None:
         """Gives the cache the very pages of `weights`, if they are in host memory. Returns at once and never raises."""
-        path, descriptor = asking.find(self.paths), weights.memory.descriptor
-        if path is None or descriptor is None:
+        path, descriptor = asking.find(self.paths, self.timeouts.connect), weights.memory.descriptor
+        if isinstance(path, str) or descriptor is None:
             return
         guards = guards_of(self.access)
         contents = Contents(weights.request, dict(weights.attributes), weights.digests, guards)
