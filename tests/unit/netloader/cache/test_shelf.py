@@ -99,6 +99,16 @@ def test_what_does_not_fit_leaves_everything_as_it_is() -> None:
     assert shelf.items() == [filling]
 
 
+def test_pages_that_are_still_verified_make_room_too() -> None:
+    shelf, ours = Shelf(SIZE), pages()
+    first = shelf.reserve(contents("a"), ours)
+    second = shelf.reserve(contents("b"), pages())
+    assert shelf.items() == [second]
+    assert not ours.servable
+    assert not shelf.note_progress(first, 1)
+    assert not shelf.complete(first, Contents(first.contents.request, digests=()))
+
+
 def test_pages_that_find_no_room_are_closed() -> None:
     shelf, ours = Shelf(SIZE - 1), pages()
     with pytest.raises(NoRoom):

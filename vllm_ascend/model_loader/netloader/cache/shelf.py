@@ -90,8 +90,8 @@ class Shelf:
                 raise NoRoom(self.refuses_because)
 
             stale = [item for item in self._items if _is_replaced(item.contents, contents)]
-            others = [item for item in self.items() if item.is_whole and item not in stale]
-            left = sum(item.nbytes for item in self._items if not item.is_whole)
+            others = [item for item in self.items() if item.pages is not None and item not in stale]
+            left = sum(item.nbytes for item in self._items if item.pages is None)
             if left + contents.nbytes > self.max_bytes:
                 raise NoRoom(
                     f"the weights have {contents.nbytes} bytes, and the cache may hold {self.max_bytes}, of which "
@@ -122,12 +122,12 @@ class Shelf:
         """
         assert contents.digests is not None, "what is not verified cannot be kept"
         with self._changed:
+            if item.is_gone:
+                if pages is not None:
+                    pages.close()
+                return False
             item.pages = pages or item.pages
             assert item.pages is not None, "there is nothing to keep"
-            if item.is_gone:
-                item.pages.close()
-                item.pages = None
-                return False
 
             others = [each for each in self._items if each is not item and each.contents.is_of_the_same_rank(contents)]
             for other in others:
