@@ -117,6 +117,7 @@ ROOMS: dict[str, set[str]] = {
     "server": {"shared words", "weights", "wire", "transport"},
     "holding": {"shared words", "weights", "wire", "transport", "client", "server"},
     "cache": {"shared words", "weights", "wire", "transport", "client", "server", "holding"},
+    "pull": {"shared words", "weights", "checkpoint", "wire", "transport", "client", "holding"},
     "instance": {
         "shared words",
         "weights",
@@ -179,7 +180,8 @@ def test_no_modules_import_each_other() -> None:
 WITHOUT_ENGINE = [
     full_name(module)
     for module in NETLOADER_MODULES
-    if room_of(module) in {"shared words", "weights", "wire", "transport", "client", "server", "holding", "cache"}
+    if room_of(module)
+    in {"shared words", "weights", "wire", "transport", "client", "server", "holding", "cache", "pull"}
     and module != "transport.process_group"
 ]
 

@@ -1,4 +1,4 @@
-"""The command `netloader`, which looks at running instances from outside and holds weights without one.
+"""The command `netloader`, which looks at running instances from outside, takes from them, and holds their weights.
 
 It needs no vLLM and loads no model. It exits with 0 when it is done, with 1 when the source refused or did not answer,
 and with 2 when its arguments are wrong.
@@ -11,10 +11,11 @@ import sys
 
 import msgspec
 
-from vllm_ascend.model_loader.netloader.cache import command
+from vllm_ascend.model_loader.netloader.cache import command as cache
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, SourceError, TransportError, one_line
+from vllm_ascend.model_loader.netloader.pull import command as pull
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.messages import Holding, Status
 
@@ -23,7 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command with `arguments`, by default those of this process. Returns the exit status."""
     options = _parser().parse_args(arguments)
     if options.command == "cache":
-        return command.run(options)
+        return cache.run(options)
+    if options.command == "pull":
+        return pull.run(options)
+    return _status(options)
+
+
+def _status(options: argparse.Namespace) -> int:
     try:
         access = Access.load(options.token_file, options.tls_cert, options.tls_key, options.tls_ca)
     except ConfigError as error:
@@ -89,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("cert", "key", "ca"):
         status.add_argument(f"--tls-{name}", help=f"a TLS_{name.upper()} that the instance accepts; all three or none")
     status.add_argument("--json", action="store_true", help="for programs")
-    command.add_parser(commands)
+    cache.add_parser(commands)
+    pull.add_parser(commands)
     return parser
 
 

@@ -5,6 +5,9 @@
       BrokenInstallation     a package that is needed cannot be imported: stop the start
       NoRoom                 this process may not have the memory that the weights need: stop the start
       UnsupportedModel       the weights of this model cannot be described or held: load from disk, do not serve
+      CannotBeWritten        vLLM's sharded format cannot hold this: say what it is, and write nothing
+      DirectoryFailed        the directory that is to be written cannot be: make room there, or name another
+      FileRefused            a small file of the model cannot be told to a peer: tell it why
       CheckpointChanged      what was read from disk may be a mixture: do not serve it
       ReloadRefused          this model cannot take new weights in place: restart the instance to change them
       PeerError              the peer did not do its part: end this session, and no other
@@ -52,6 +55,18 @@ class NoRoom(NetloaderError):
 
 class UnsupportedModel(NetloaderError):
     """No manifest can describe the tensors of the model, or no memory that can be served can hold them."""
+
+
+class CannotBeWritten(NetloaderError):
+    """vLLM's sharded format cannot hold what a source has. The message names it."""
+
+
+class DirectoryFailed(NetloaderError):
+    """The directory that a command is to write cannot be written, or must not."""
+
+
+class FileRefused(NetloaderError):
+    """A small file of the model is not there, may not be told to anybody, or is another one by now."""
 
 
 class CheckpointChanged(NetloaderError):

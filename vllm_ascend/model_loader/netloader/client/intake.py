@@ -47,6 +47,8 @@ class Intake:
     def __init__(self, options: FetchOptions) -> None:
         self.progress = Progress(options.progress)
         self.inventory = Inventory(options.request.manifest.nbytes)
+        for number, digest in options.found.items():
+            self.inventory.add(self.inventory.chunks[number], digest)
         self.port = 0
         """The port at which others get what has passed; 0 for nobody."""
         self.on_joined: Callable[[Endpoint], object] = lambda _: None

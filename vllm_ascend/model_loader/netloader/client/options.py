@@ -52,7 +52,8 @@ class FetchOptions:
     `verify` says whether every chunk must have the digest that its source tells. `wait_timeout` is how many seconds
     may be spent in queues, and `min_bandwidth` the bytes per second below which a source is left. `disk_remains` says
     that there is another way if no source delivers. `relay` serves what has come to others meanwhile, None for nobody.
-    `root` is the root digest that the contents must have, empty where any contents of `request` are wanted.
+    `root` is the root digest that the contents must have, empty where any contents of `request` are wanted. `found` are
+    the digests of chunks that lie in the memory already, by number: they count if a source has the same.
 
     `allocate` makes the memory to fill, or raises UnsupportedModel. `check_attributes` raises SourceRefused for
     attributes that the model cannot take. `progress` is called with the number of bytes that have come, negative where
@@ -71,3 +72,4 @@ class FetchOptions:
     progress: Callable[[int], None] = lambda _: None
     relay: Relay | None = None
     root: str = ""
+    found: Mapping[int, bytes] = field(default_factory=dict)

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from vllm import envs
 from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -31,6 +27,7 @@ from vllm_ascend.model_loader.netloader.checkpoint.fingerprint import (
 )
 from vllm_ascend.model_loader.netloader.checkpoint.opened import files_opened
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
+from vllm_ascend.model_loader.netloader.engine.model_folder import NotHere, folder_here, noted
 from vllm_ascend.model_loader.netloader.errors import one_line
 
 logger = logging.getLogger(__name__)
@@ -74,6 +71,8 @@ def load_from_disk(model: nn.Module, model_config: ModelConfig, load_config: Loa
 def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: LoadConfig) -> str:
     """The fingerprint of the files that a load of `model` would read, empty unless all are on this host. Asks no hub.
 
+    A directory without weights may have a note that says which they are.
+
     Never raises. If the files cannot be fingerprinted, it logs what that means, and the fingerprint is empty.
     """
     preview = _Preview(load_config)
@@ -81,8 +80,9 @@ def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: L
         for _ in preview.get_all_weights(model_config, model):
             raise AssertionError("a preview reads nothing")
         return checkpoint_fingerprint(preview.files)
-    except _NotHere:
-        return ""
+    except NotHere:
+        note = noted(model_config)
+        return "" if note is None else note.fingerprint
     except Exception as error:  # vLLM's code may raise anything on files of any kind; a source may have the weights
         logger.warning(
             "the checkpoint of %s cannot be fingerprinted, so names decide: weights of other contents would be taken "
@@ -93,10 +93,6 @@ def fingerprint_here(model: nn.Module, model_config: ModelConfig, load_config: L
         return ""
 
 
-class _NotHere(Exception):
-    """The loader would have to download."""
-
-
 class _Preview(_Loader):
     """Finds the files that a load would read, and reads no weights."""
 
@@ -105,29 +101,15 @@ class _Preview(_Loader):
         self.files: list[File] = []
 
     def _get_weights_iterator(self, source: Any) -> Iterator[Any]:
-        folder = _folder_here(source.model_or_path, source.revision, self.load_config.download_dir)
+        folder = folder_here(source.model_or_path, source.revision, self.load_config.download_dir)
         patterns = source.allow_patterns_overrides
         try:
             prepared = self._prepare_weights(folder, source.subfolder, None, source.fall_back_to_pt, patterns)
         except RuntimeError as error:
-            raise _NotHere from error
+            raise NotHere from error
 
         folder, paths = where_they_are(*prepared[:2])
         files = files_in(folder, paths)
         require_complete(folder, files)
         self.files += (file for file in files if file not in self.files)
         return iter(())
-
-
-def _folder_here(model: str, revision: str | None, download_dir: str | None) -> str:
-    if os.path.isdir(model):
-        return model
-    if envs.VLLM_USE_MODELSCOPE:  # its cache has another layout
-        raise _NotHere
-    try:
-        folder: str = huggingface_hub.snapshot_download(
-            model, revision=revision, cache_dir=download_dir, allow_patterns=[], local_files_only=True
-        )
-    except (LocalEntryNotFoundError, HFValidationError) as error:  # the latter for an address in object storage
-        raise _NotHere from error
-    return folder

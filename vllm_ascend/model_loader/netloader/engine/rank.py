@@ -14,6 +14,7 @@ from vllm_ascend import versions
 from vllm_ascend.distributed.gather import gather
 from vllm_ascend.model_loader.netloader.engine.device import device_of
 from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here, load_from_disk
+from vllm_ascend.model_loader.netloader.engine.model_folder import small_files_of
 from vllm_ascend.model_loader.netloader.engine.progress import progress_bar
 from vllm_ascend.model_loader.netloader.engine.vllm_identity import (
     global_rank,
@@ -61,6 +62,7 @@ def rank_of(
         own_address=_own_address,
         progress_bar=functools.partial(progress_bar, enabled=shows_progress),
         watch_changes=watch_workers,
+        small_files=lambda: small_files_of(model_config, vllm_config.load_config),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_ascend
 from vllm_ascend.model_loader.netloader.checkpoint.hub_cache import snapshot_in
+from vllm_ascend.model_loader.netloader.engine.model_folder import noted
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates, canonical_digest
 
@@ -87,6 +88,8 @@ def global_rank(vllm_config: VllmConfig) -> int:
 
 def _hub_name(model_config: ModelConfig) -> tuple[str, str]:
     """Repository and revision, both empty for a plain directory. An offline vLLM has a path in the cache instead."""
+    if (note := noted(model_config)) is not None and note.name:
+        return note.name, note.revision
     if not Path(model_config.model).is_dir():
         # vLLM resolves a branch name to the commit where it can ask the hub.
         revision = getattr(model_config.revision, "resolved", None) or model_config.revision

@@ -125,6 +125,8 @@ class Publisher:
     def _serve(self, model: nn.Module, kept: Kept, loaded: Loaded, changed: list[str] | None) -> Published:
         host = self.host
         server = serving.serve(model, kept.contents, self.options)
+        if self._rank.role == "target":
+            server.tell_files(self._rank.small_files())
         address = str(Endpoint(host, server.port))
         self._output.write_address(address)
         fetched = loaded.fetched

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vllm_ascend.model_loader.netloader.checkpoint.record import ReadRecord
+from vllm_ascend.model_loader.netloader.server.answers import ModelFiles
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Rank:
     """Shows the progress of a transfer of so many bytes for as long as it is open."""
     watch_changes: Callable[[], None]
     """Makes the engine's workers suspend serving before they move or change weights on the accelerator."""
+    small_files: Callable[[], ModelFiles | None] = lambda: None
+    """Gives the files that the model has beside its weights, None if it has no directory. Never raises."""
 
     @property
     def weights_name(self) -> str:

@@ -8,27 +8,34 @@ the server's manifest, or the addresses of other ranks that hold its part.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final, Protocol
 
 import msgspec
 
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import one_line
+from vllm_ascend.model_loader.netloader.errors import FileRefused, one_line
 from vllm_ascend.model_loader.netloader.server.publications import Publication, Publications
 from vllm_ascend.model_loader.netloader.transport.base import Transport
 from vllm_ascend.model_loader.netloader.weights.identity import Difference, RankCoordinates
 from vllm_ascend.model_loader.netloader.wire.messages import (
+    PART_LIMIT,
     RANKS_LIMIT,
     REFERRALS_LIMIT,
     Description,
+    FilePart,
+    Files,
     Holding,
     Join,
     Offer,
     RankPlace,
     Refuse,
+    SmallFile,
     Status,
 )
+
+_NO_FILES: Final = "this server does not tell the files of a model"
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -37,6 +44,24 @@ class Peer(msgspec.Struct, frozen=True):
     coordinates: RankCoordinates
     host: str
     port: int
+
+
+class ModelFiles(Protocol):
+    """The small files of a model's directory, and what its engine has found out from the weight files beside them."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The sizes in bytes by name."""
+
+    @property
+    def resolved(self) -> Mapping[str, bool | str]:
+        """Values of the configuration that are not those in the files."""
+
+    def digest(self, name: str) -> bytes:
+        """The SHA-256 of a file. Raises FileRefused."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """At most `length` bytes of the file `name` from `offset` on. Raises FileRefused."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,30 @@ def description(digest: str, publications: Publications) -> Description | Refuse
     if found is None:
         return Refuse("this server does not hold weights with that manifest, or not any more")
     return Description(found.encoded)
+
+
+def files(publications: Publications, known: ModelFiles | None) -> Files | Refuse:
+    """The answer to AskFiles, where `known` are the files of the target model. Reads them if nobody has asked yet."""
+    target = publications.served("target")
+    if target is None:
+        return Refuse("this server holds no target weights now")
+    if known is None:
+        return Refuse(_NO_FILES)
+    try:
+        told = tuple(SmallFile(name, size, known.digest(name)) for name, size in known.sizes.items())
+    except FileRefused as error:
+        return Refuse(one_line(str(error)))
+    return Files(told, target.identity, dict(known.resolved))
+
+
+def part(known: ModelFiles | None, name: str, offset: int) -> FilePart | Refuse:
+    """The answer to ReadFile."""
+    if known is None:
+        return Refuse(_NO_FILES)
+    try:
+        return FilePart(known.read(name, offset, PART_LIMIT))
+    except FileRefused as error:
+        return Refuse(one_line(str(error)))
 
 
 def _not_held(role: str, publications: Publications) -> Refuse:

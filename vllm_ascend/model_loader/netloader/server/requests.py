@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -22,7 +23,7 @@ from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError
 from vllm_ascend.model_loader.netloader.server import answers, descriptors
 from vllm_ascend.model_loader.netloader.server.admission.turns import Turn, Turns
 from vllm_ascend.model_loader.netloader.server.admission.waiting import Guest, WaitingRoom
-from vllm_ascend.model_loader.netloader.server.answers import Acceptance, Peer
+from vllm_ascend.model_loader.netloader.server.answers import Acceptance, ModelFiles, Peer
 from vllm_ascend.model_loader.netloader.server.listener import Connection, Listener
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publications
@@ -34,18 +35,23 @@ from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
 from vllm_ascend.model_loader.netloader.wire.greeting import welcome
 from vllm_ascend.model_loader.netloader.wire.messages import (
     Announce,
+    AskFiles,
     Attach,
     Attached,
     Describe,
     Inquire,
     Join,
+    Message,
+    ReadFile,
     Refuse,
-    Status,
     Wait,
 )
 
 MAX_INQUIRIES: Final = 64
-"""Questions on one connection before it says what it is for; whoever has more connects again."""
+"""Questions of one kind on one connection; whoever has more connects again."""
+MAX_PARTS: Final = 512
+"""Parts of small files that are read on one connection: more than all files of a model have."""
+_LIMITS: Final[dict[type[Message], int]] = {ReadFile: MAX_PARTS}
 _UNKNOWN_SESSION: Final = (
     "this server has no such session: it is over, or this connection reached another server than the one before, as "
     "behind a load balancer, where each instance needs an address of its own"
@@ -66,7 +72,7 @@ class Settings:
 class RequestHandler:
     """Handles the requests of all connections, each in its connection's thread, by means of the server's other parts.
 
-    `settings` and `peers` may be replaced at any time; what begins afterwards goes by the new ones.
+    `settings`, `peers` and `files` may be replaced at any time; what begins afterwards goes by the new ones.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class RequestHandler:
     ) -> None:
         self.settings = settings
         self.peers: tuple[Peer, ...] = ()
+        self.files: ModelFiles | None = None
         self.listener = listener
         self.publications = publications
         self.sessions = sessions
@@ -99,15 +106,14 @@ class RequestHandler:
         welcome(channel, self.settings.access, timeout)
         self.listener.guard.succeeded(connection.peer.host)
 
-        for _ in range(MAX_INQUIRIES):
+        asked: Counter[type[Message]] = Counter()
+        while True:
             request = channel.receive(Deadline(timeout))
-            if isinstance(request, Inquire):
-                channel.send(self._status(), timeout)
-                continue
-            if isinstance(request, Describe):
-                answer = answers.description(request.digest, self.publications)
+            answer = self._answer(request)
+            if answer is not None:
                 channel.send(answer, timeout)
-                if isinstance(answer, Refuse):
+                asked[type(request)] += 1
+                if isinstance(answer, Refuse) or asked[type(request)] >= _LIMITS.get(type(request), MAX_INQUIRIES):
                     return False
                 continue
 
@@ -120,11 +126,21 @@ class RequestHandler:
                 case Join() as join:
                     return JoinRequest(self, connection, join).begin()
             return False
-        return False
 
-    def _status(self) -> Status:
-        waiting, transports = self.turns.waiting, self.settings.transports
-        return answers.status(self.publications, transports, len(self.sessions), waiting, self.peers)
+    def _answer(self, request: Message) -> Message | None:
+        """The answer to a question; None where the client says what it has come for."""
+        match request:
+            case Inquire():
+                transports, sessions, waiting = self.settings.transports, len(self.sessions), self.turns.waiting
+                return answers.status(self.publications, transports, sessions, waiting, self.peers)
+            case Describe(digest):
+                return answers.description(digest, self.publications)
+            case AskFiles():
+                return answers.files(self.publications, self.files)
+            case ReadFile(name, offset):
+                return answers.part(self.files, name, offset)
+            case _:
+                return None
 
     def _attach(self, channel: Channel, session_id: bytes) -> None:
         session = self.sessions.find(session_id)

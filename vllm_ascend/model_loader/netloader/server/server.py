@@ -24,7 +24,7 @@ from typing import Final, Self
 
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.server.admission.turns import Turns
-from vllm_ascend.model_loader.netloader.server.answers import Peer
+from vllm_ascend.model_loader.netloader.server.answers import ModelFiles, Peer
 from vllm_ascend.model_loader.netloader.server.listener import Listener
 from vllm_ascend.model_loader.netloader.server.peer_log import PeerLog
 from vllm_ascend.model_loader.netloader.server.publications import Publication, Publications
@@ -148,6 +148,10 @@ class WeightServer:
     def refer_to(self, peers: Iterable[Peer]) -> None:
         """Tells clients from now on that want the part of one of `peers` where that is."""
         self._handler.peers = tuple(peers)
+
+    def tell_files(self, files: ModelFiles | None) -> None:
+        """Tells clients from now on `files` as those of the target model; None for no files."""
+        self._handler.files = files
 
     def state(self) -> ServerState:
         """What it does at this moment, for tests and for people who look at a running server."""

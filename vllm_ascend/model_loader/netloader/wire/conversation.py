@@ -51,6 +51,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Accept,
     Announce,
     AskDigests,
+    AskFiles,
     Attach,
     Attached,
     Challenge,
@@ -61,6 +62,8 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     Done,
     End,
     Fetch,
+    FilePart,
+    Files,
     Follow,
     Gather,
     Gathered,
@@ -72,6 +75,7 @@ from vllm_ascend.model_loader.netloader.wire.messages import (
     News,
     Prove,
     Publish,
+    ReadFile,
     Refuse,
     Status,
     Wait,
@@ -107,6 +111,8 @@ class State(enum.Enum):
     CONFIRMING = enum.auto()
     INQUIRING = enum.auto()
     DESCRIBING = enum.auto()
+    LISTING = enum.auto()
+    READING = enum.auto()
     ATTACHING = enum.auto()
     DATA = enum.auto()
     ENDED = enum.auto()
@@ -123,6 +129,8 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
         Attach: State.ATTACHING,
         Inquire: State.INQUIRING,
         Describe: State.DESCRIBING,
+        AskFiles: State.LISTING,
+        ReadFile: State.READING,
         Announce: State.ENDED,
     },
     (State.JOINING, Role.SERVER): {Wait: State.JOINING, Accept: State.TRANSFER, Refuse: State.ENDED},
@@ -150,6 +158,8 @@ _TRANSITIONS: Final[dict[tuple[State, Role], dict[type[Message], State]]] = {
     (State.CONFIRMING, Role.SERVER): {News: State.CONFIRMING, Confirm: State.ENDED, End: State.ENDED},
     (State.INQUIRING, Role.SERVER): {Status: State.READY},
     (State.DESCRIBING, Role.SERVER): {Description: State.READY, Refuse: State.ENDED},
+    (State.LISTING, Role.SERVER): {Files: State.READY, Refuse: State.ENDED},
+    (State.READING, Role.SERVER): {FilePart: State.READY, Refuse: State.ENDED},
     (State.ATTACHING, Role.SERVER): {Attached: State.DATA, Refuse: State.ENDED},
     (State.DATA, Role.CLIENT): {Fetch: State.DATA},
 }
@@ -170,6 +180,8 @@ _ClientMessage = (
     | Fetch
     | Inquire
     | Describe
+    | AskFiles
+    | ReadFile
 )
 _ServerMessage = (
     Welcome
@@ -186,6 +198,8 @@ _ServerMessage = (
     | End
     | Status
     | Description
+    | Files
+    | FilePart
 )
 _decoders: Final[dict[Role, msgspec.msgpack.Decoder[Message]]] = {
     Role.CLIENT: msgspec.msgpack.Decoder(_ClientMessage),

@@ -23,6 +23,10 @@ REPLY_LIMIT: Final = 64 << 20
 """Bytes of a frame to a client. A refusal may carry the manifest of a model with 500,000 tensors."""
 STRANGER_REPLY_LIMIT: Final = 1 << 20
 """Bytes of a frame from a source that is not trusted: enough for everything but a manifest."""
+FILES_LIMIT: Final = 64
+"""Small files of one model."""
+PART_LIMIT: Final = 1 << 20
+"""Bytes of a small file in one message."""
 FETCH_LIMIT: Final = 4 << 20
 """Bytes that one Fetch may ask for: those of a chunk."""
 DIGESTS_LIMIT: Final = 256
@@ -92,7 +96,8 @@ class Prove(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Server, at the end of the greeting. The client goes on with Join, Attach, Inquire, Describe or Announce.
+    """Server, at the end of the greeting. The client goes on with Join, Attach or Announce, or asks first: Inquire,
+    Describe, AskFiles, ReadFile.
 
     After a Challenge, `proof` shows that the server knows the token too; otherwise it is empty.
     """
@@ -369,3 +374,43 @@ class Description(Message, frozen=True):
     """Server, in answer to Describe: the manifest in its encoded form."""
 
     manifest: bytes
+
+
+class AskFiles(Message, frozen=True):
+    """Client: asks for the small files that the target model has beside its weights.
+
+    Answered by Files, after which the client may go on as after Status, or by Refuse where there are none.
+    """
+
+
+class SmallFile(msgspec.Struct, frozen=True):
+    """A small file of the model's directory, as a part of Files: its path in there, bytes, and SHA-256."""
+
+    name: ShortText
+    size: Count
+    digest: ShortBytes
+
+
+class Files(Message, frozen=True):
+    """Server, in answer to AskFiles.
+
+    `identity` is that of the model which is served with these files. `resolved` is what the engine has found out from
+    the weight files beside: values of its configuration that are not those in the files.
+    """
+
+    files: Annotated[tuple[SmallFile, ...], msgspec.Meta(max_length=FILES_LIMIT)]
+    identity: ModelIdentity
+    resolved: Annotated[Mapping[ShortText, AttributeValue], msgspec.Meta(max_length=FILES_LIMIT)] = {}
+
+
+class ReadFile(Message, frozen=True):
+    """Client: asks for the bytes of the small file `name` from `offset` on. Answered by FilePart or Refuse."""
+
+    name: ShortText
+    offset: Count
+
+
+class FilePart(Message, frozen=True):
+    """Server, in answer to ReadFile: the bytes up to the limit of a message; fewer only at the end of the file."""
+
+    data: Annotated[bytes, msgspec.Meta(max_length=PART_LIMIT)]

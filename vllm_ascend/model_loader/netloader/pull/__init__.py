@@ -1,0 +1,1 @@
+"""`netloader pull`: what an instance holds, as a directory that vLLM loads without Netloader."""
