@@ -88,18 +88,30 @@ class HostCache:
 
     def hand(self, weights: LoadedWeights) -> None:
         """Gives the cache the very pages of `weights`, if they are in host memory. Returns at once and never raises."""
-        path, descriptor = asking.find(self.paths, self.timeouts.connect), weights.memory.descriptor
-        if isinstance(path, str) or descriptor is None:
+        descriptor = weights.memory.descriptor
+        if not self.paths or descriptor is None:
             return
-        guards = guards_of(self.access)
-        contents = Contents(weights.request, dict(weights.attributes), weights.digests, guards)
-        own = os.dup(descriptor)
-        arguments = (path, contents, own, self.timeouts)
+        contents = Contents(weights.request, dict(weights.attributes), weights.digests, guards_of(self.access))
         try:
-            threading.Thread(target=_hand, args=arguments, name="netloader-hand", daemon=True).start()
+            own = os.dup(descriptor)
+        except OSError as error:
+            logger.warning("the cache does not get these weights: %s", error)
+            return
+        try:
+            threading.Thread(target=self._hand, args=(contents, own), name="netloader-hand", daemon=True).start()
         except RuntimeError as error:
             os.close(own)
-            logger.warning("the cache at %s does not get these weights: %s", path, error)
+            logger.warning("the cache does not get these weights: %s", error)
+
+    def _hand(self, contents: Contents, descriptor: int) -> None:
+        try:
+            path = asking.find(self.paths, self.timeouts.connect)
+            if isinstance(path, Path):
+                asking.hand(path, contents, descriptor, self.timeouts)
+        except Exception:  # of a thread of its own, so nobody else would hear of it
+            logger.exception("the cache does not get these weights: an error of this process")
+        finally:
+            os.close(descriptor)
 
     def _why_not(self, given: Given, request: Request) -> str:
         """Why the engine must not use what it was given; empty if it may."""
@@ -130,12 +142,3 @@ def _is_other(holding: Holding, given: Given, request: Request) -> bool:
     roots = {given.evidence.root, holding.root} - {""}
     is_same_part = not request.coordinates.mismatch(holding.coordinates)
     return len(fingerprints) > 1 or (is_same_part and len(roots) > 1)
-
-
-def _hand(path: Path, contents: Contents, descriptor: int, timeouts: Timeouts) -> None:
-    try:
-        asking.hand(path, contents, descriptor, timeouts)
-    except Exception:  # of a thread of its own, so nobody else would hear of it
-        logger.exception("the cache at %s does not get these weights", path)
-    finally:
-        os.close(descriptor)
