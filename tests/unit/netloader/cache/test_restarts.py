@@ -122,6 +122,21 @@ def test_a_cache_goes_on_where_the_new_process_fails(tmp_path: Path, caplog: pyt
         assert not cache.is_to_end.is_set()
 
 
+def test_a_cache_ends_if_the_new_process_has_its_place_and_does_not_say_so(tmp_path: Path) -> None:
+    shelf = Shelf(1 << 30)
+    checker = Checker(shelf)
+    with running(tmp_path) as cache:
+        with connect(socket_of(tmp_path), 5) as line:
+            assert take_over(line, checker) == 0
+            socket_of(tmp_path).rename(tmp_path / "cache" / "earlier")
+            with socket.socket(socket.AF_UNIX) as other:
+                other.bind(str(socket_of(tmp_path)))
+        wait_until(cache.is_to_end.is_set)
+        cache.close()
+        assert socket_of(tmp_path).is_socket()
+    checker.close()
+
+
 def test_while_everything_is_handed_over_nothing_is_taken_that_would_be_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

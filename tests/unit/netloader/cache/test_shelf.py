@@ -164,6 +164,17 @@ def test_weights_of_other_files_are_gone_as_soon_as_it_is_known_that_there_are_o
     assert shelf.items() == [item]
 
 
+def test_weights_that_are_known_to_be_replaced_are_gone_even_if_there_is_no_room_for_the_others() -> None:
+    for later, root in ((contents(fingerprint="other"), ""), (contents(), "another root")):
+        shelf = Shelf(2 * SIZE)
+        earlier = put(shelf, contents())
+        shelf.reserve(contents("b"))
+        shelf.max_bytes = SIZE
+        with pytest.raises(NoRoom):
+            shelf.reserve(later, root=root)
+        assert earlier.is_gone
+
+
 def test_ranks_and_roles_and_models_do_not_replace_each_other() -> None:
     shelf = Shelf(9 * SIZE)
     for what in (

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MESSAGE_SECONDS: Final = 10.0
 """For one message, in either direction."""
+HANDOVER_SECONDS: Final = 60.0
+"""For one step while a new cache process takes over. It has to end sessions of other hosts, for example."""
 NEWS_SECONDS: Final = 0.2
 """How often those who wait hear how far what they want has come."""
 _BEING_REPLACED: Final = "a new cache process takes over at this moment"
@@ -193,7 +195,7 @@ class Keeper:
                 finally:
                     os.close(descriptor)
             line.send(Over(), MESSAGE_SECONDS)
-            with line.receive(MESSAGE_SECONDS) as received:
+            with line.receive(HANDOVER_SECONDS) as received:
                 if not isinstance(received.message, Taken):
                     raise ProtocolError(f"a new cache process answered with {type(received.message).__name__}")
         except (PeerError, OSError) as error:
@@ -213,7 +215,7 @@ def take_over(line: Line, checker: Checker) -> int:
     line.send(TakeOver(), MESSAGE_SECONDS)
     count = 0
     while True:
-        with line.receive(MESSAGE_SECONDS) as received:
+        with line.receive(HANDOVER_SECONDS) as received:
             match received.message:
                 case Pass(note=note):
                     count += restore(checker, note, received.take())

@@ -84,7 +84,7 @@ class Cache:
             self._checker,
             port=lambda: self.port,
             leave=self._close_server,
-            stay=self._open_server_again,
+            stay=self._stay,
             succeeded=self._leave_to_another,
         )
 
@@ -128,7 +128,7 @@ class Cache:
                 self._open_server()
                 self._listen(directory)
                 if earlier is not None:
-                    earlier.send(Taken(), MESSAGE_SECONDS)
+                    _let_go(earlier)
         if self._options.sources:
             self._puller.start()
         if notifier is not None:
@@ -207,8 +207,14 @@ class Cache:
         """Removes the socket's file, unless it is that of a new cache process by now."""
         path = self._options.path
         with contextlib.suppress(OSError, ConfigError), private_directory(path.parent) as directory, _locked(directory):
-            if os.stat(directory / path.name).st_ino == self._inode:
+            if self._has_socket():
                 os.unlink(directory / path.name)
+
+    def _has_socket(self) -> bool:
+        """Whether the socket's file is still that of this process."""
+        with contextlib.suppress(OSError):
+            return os.stat(self._options.path).st_ino == self._inode
+        return False
 
     def _accept(self, listener: socket.socket) -> None:
         while self._listener is listener:
@@ -260,7 +266,11 @@ class Cache:
         self._outlet = Outlet(server)
         self.shelf.watch(self._outlet)
 
-    def _open_server_again(self) -> None:
+    def _stay(self) -> None:
+        """Goes on after a new cache process has failed, unless it has the place of the socket already."""
+        if not self._has_socket():
+            self._leave_to_another()
+            return
         try:
             self._open_server()
         except (OSError, ConfigError) as error:
@@ -271,6 +281,14 @@ class Cache:
         if outlet is not None:
             self.shelf.unwatch(outlet)
             outlet.server.close()
+
+
+def _let_go(earlier: Line) -> None:
+    """Tells the earlier cache process that this one has everything. If it cannot be told, it notices by itself."""
+    try:
+        earlier.send(Taken(), MESSAGE_SECONDS)
+    except (PeerError, OSError) as error:
+        logger.warning("the earlier cache process cannot be told to end: %s", error)
 
 
 @contextlib.contextmanager

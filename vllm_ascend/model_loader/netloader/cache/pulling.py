@@ -91,6 +91,8 @@ class Puller:
         self._wait = wait or self._ended.wait
         self._had: set[tuple[object, ...]] = set()
         """What was fetched or cannot be, so that nobody tries it again."""
+        self._unreached: set[Endpoint] = set()
+        """Sources that did not answer at the last look, and of which that was said."""
 
     def start(self) -> None:
         """Begins. Raises RuntimeError if the system has no thread left."""
@@ -103,8 +105,9 @@ class Puller:
     def look(self) -> None:
         """Asks all sources what they hold, and fetches what is wanted and not there."""
         found = survey(self._sources, self._timeouts.connect, self._access)
-        for endpoint, error in found.unreached.items():
-            logger.warning("%s does not tell what it holds: %s", endpoint, error)
+        for endpoint in found.unreached.keys() - self._unreached:
+            logger.warning("%s does not tell what it holds: %s", endpoint, found.unreached[endpoint])
+        self._unreached = set(found.unreached)
         for offered in filter(self._chosen.includes, found.offered):
             if self._ended.is_set():
                 return
@@ -134,7 +137,7 @@ class Puller:
     def _pull(self, offered: Offered) -> None:
         try:
             request = request_for(offered, self._timeouts.connect, self._access)
-            item = self._shelf.reserve(Contents(request, guards=guards_of(self._access)))
+            item = self._shelf.reserve(Contents(request, guards=guards_of(self._access)), root=offered.root)
         except SourcesExhausted as error:
             logger.warning("%s cannot be fetched: %s", _name(offered), error)
             return

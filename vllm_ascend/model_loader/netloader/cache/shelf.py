@@ -78,10 +78,12 @@ class Shelf:
         with self._changed:
             return sorted(self._items, key=lambda item: (item.used_at, item.number))
 
-    def reserve(self, contents: Contents, pages: Arena | None = None) -> Item:
+    def reserve(self, contents: Contents, pages: Arena | None = None, *, root: str = "") -> Item:
         """Makes room for weights that will be complete later. `complete` or `give_up` follows.
 
-        It takes over `pages`, also if it fails. Raises NoRoom if there is none, whatever was given up for it.
+        `root` is the root digest that they are to have, where it is known. Other weights of their rank are given up,
+        also if there is no room. It takes over `pages`, also if it fails. Raises NoRoom if there is no room, whatever
+        was given up for it.
         """
         with self._changed, contextlib.ExitStack() as on_failure:
             if pages is not None:
@@ -89,16 +91,16 @@ class Shelf:
             if self.refuses_because:
                 raise NoRoom(self.refuses_because)
 
-            stale = [item for item in self._items if _is_replaced(item.contents, contents)]
-            others = [item for item in self.items() if item.pages is not None and item not in stale]
+            for item in self.items():
+                if _is_replaced(item.contents, contents, root):
+                    self._remove(item)
+            others = [item for item in self.items() if item.pages is not None]
             left = sum(item.nbytes for item in self._items if item.pages is None)
             if left + contents.nbytes > self.max_bytes:
                 raise NoRoom(
                     f"the weights have {contents.nbytes} bytes, and the cache may hold {self.max_bytes}, of which "
                     f"{left} are being filled: start it with a higher --max-bytes"
                 )
-            for item in stale:
-                self._remove(item)
             while others and self.nbytes + contents.nbytes > self.max_bytes:
                 self._remove(others.pop(0))
 
@@ -226,12 +228,12 @@ class Shelf:
         self._changed.notify_all()
 
 
-def _is_replaced(earlier: Contents, later: Contents) -> bool:
-    """Whether `later` is known already to be other weights of the same rank than `earlier`."""
+def _is_replaced(earlier: Contents, later: Contents, root: str) -> bool:
+    """Whether `later`, with that `root`, is known already to be other weights of the same rank than `earlier`."""
     if not earlier.is_of_the_same_rank(later):
         return False
     fingerprints = {each.request.identity.fingerprint for each in (earlier, later)} - {""}
-    roots = {each.root for each in (earlier, later)} - {""}
+    roots = {earlier.root, later.root or root} - {""}
     return len(fingerprints) > 1 or len(roots) > 1
 
 
