@@ -264,7 +264,7 @@ def test_npus_that_load_at_once_bring_the_weights_to_each_other(start: Load) -> 
     model = fetch_model()
     engine, slow = {"max_model_len": 256}, {"MAX_BANDWIDTH": 8 * SLOW}
     server = start("0", model, slow, engine=engine).finish_loading()
-    extra = {"SOURCE": [server.address], **FROM_PEERS}
+    extra = {"SOURCE": [server.address], "RELAY": True, **FROM_PEERS}
     loaders = [start(where, model, extra, engine=engine) for where in ("1", "2")]
     reports = [loader.finish_loading().report for loader in loaders]
     assert [report["transport"] for report in reports] == ["process_group"] * 2

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vllm_ascend.model_loader.netloader import traits
 from vllm_ascend.model_loader.netloader.config import NetLoaderConfig, Source
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError, NetloaderError
@@ -526,6 +527,63 @@ def test_weights_on_an_npu_go_by_process_groups_first_and_never_by_shared_memory
     assert NetLoaderConfig.parse({"TOKEN_FILE": "token"}).transports_for("npu") == ("process_group", "tcp")
     assert NetLoaderConfig.parse(TLS).transports_for("npu") == ("tcp",)
     assert NetLoaderConfig.parse({"TRANSPORT": ["shared_memory", "tcp"]}).transports_for("npu") == ("tcp",)
+
+
+def used_by(config: NetLoaderConfig, device: str) -> list[traits.Traits]:
+    return [traits.traits_of(name, device) for name in config.transports_for(device)]
+
+
+@pytest.mark.parametrize(
+    ("device", "keys", "relays"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"RELAY": False}, False),
+        ("npu", {}, False),
+        ("npu", {"RELAY": True}, True),
+        ("npu", {"TRANSPORT": ["tcp"]}, True),
+        ("npu", {"TRANSPORT": ["tcp"], "RELAY": False}, False),
+        ("npu", TLS, True),
+        ("cuda", {}, True),
+    ],
+)
+def test_weights_are_relayed_by_default_unless_hccl_carries_them(
+    device: str, keys: dict[str, Any], relays: bool
+) -> None:
+    config = NetLoaderConfig.parse(keys)
+    assert config.relays_by(used_by(config, device)) is relays
+
+
+SOURCES = {"SOURCE": ["a:1", "b:1", "c:1", "d:1", "e:1"]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "ports", "most"),
+    [
+        ({}, None, 16),
+        (SOURCES, None, 9),
+        ({"SOURCE": ["a:1"]}, None, 12),
+        (SOURCES, "60000-60031", 25),
+        (SOURCES, "60000-60015, 61000", 10),
+        (SOURCES, "60000", 0),
+    ],
+)
+def test_no_more_clients_than_hccl_has_ports_for(keys: dict[str, Any], ports: str | None, most: int) -> None:
+    environment = {} if ports is None else {"HCCL_HOST_SOCKET_PORT_RANGE": ports}
+    enough = NetLoaderConfig.parse({**keys, "MAX_CLIENTS": max(most, 1)})
+    if most:
+        enough.require_ports(used_by(enough, "npu"), environment)
+    more = NetLoaderConfig.parse({**keys, "MAX_CLIENTS": most + 1})
+    with pytest.raises(ConfigError, match=rf"MAX_CLIENTS has the value {most + 1}: HCCL .* at most {most}, more ports"):
+        more.require_ports(used_by(more, "npu"), environment)
+    for device, other in (("cpu", {}), ("npu", {"TRANSPORT": ["tcp"]}), ("npu", {"SERVE": False})):
+        config = NetLoaderConfig.parse({**keys, **other, "MAX_CLIENTS": 256})
+        config.require_ports(used_by(config, device), environment)
+
+
+@pytest.mark.parametrize("ports", ["auto", "60000-", "any, 1"])
+def test_what_ports_hccl_has_is_not_guessed(ports: str) -> None:
+    config = NetLoaderConfig.parse({"MAX_CLIENTS": 256})
+    config.require_ports(used_by(config, "npu"), {"HCCL_HOST_SOCKET_PORT_RANGE": ports})
 
 
 @pytest.mark.parametrize("device", ["cuda", "xpu", "another"])

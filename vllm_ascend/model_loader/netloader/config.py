@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,8 @@ from vllm_ascend.model_loader.netloader import traits
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint, require_host
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 
+SOURCES_AT_ONCE: Final = 4
+"""Sources that a client asks beside each other."""
 LEAST_LIMIT: Final = 1 << 20
 """Bytes per second. A lower MAX_BANDWIDTH would serve nobody."""
 
@@ -46,7 +48,7 @@ class NetLoaderConfig:
     listen_host: str | None = None
     listen_port: int | None = None
     serve: bool = True
-    relay: bool = True
+    relay: bool | None = None
     cache: str = "auto"
     transport: tuple[str, ...] | None = None
     connect_timeout: float = 10.0
@@ -98,6 +100,23 @@ class NetLoaderConfig:
                 f"carried by {', '.join(possible)}"
             )
         return usable
+
+    def relays_by(self, rows: Iterable[traits.Traits]) -> bool:
+        """Whether weights are passed on while they are loaded, by all of these transports."""
+        return self.relay if self.relay is not None else all(row.relays for row in rows)
+
+    def require_ports(self, rows: Iterable[traits.Traits], environment: Mapping[str, str]) -> None:
+        """Raises ConfigError where MAX_CLIENTS clients would need more ports than a transport's library has."""
+        for row in rows:
+            ports = traits.ports_in(row, environment)
+            taken = min(len(self.source), SOURCES_AT_ONCE) + (row.peers or 0) if self.source else 0
+            if self.serve and ports is not None and self.max_clients + taken > ports:
+                raise ConfigError(
+                    f"Netloader key MAX_CLIENTS has the value {self.max_clients}: {row.library.upper()} has {ports} "
+                    f"ports on this host ({traits.PORT_RANGE}), one for each session, and this instance may take from "
+                    f"{taken} others at once: expected at most {max(ports - taken, 0)}, more ports, or {row.name} left "
+                    f"out of TRANSPORT"
+                )
 
     def sources_for(self, rank: int) -> tuple[Endpoint, ...]:
         """The endpoints that `rank` may ask, each once, in the order of the configuration."""

@@ -8,6 +8,8 @@ transport that uses another library on another kind of device has a row for each
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,7 +36,9 @@ class Traits:
     weights. `copies` says whether bytes move, so that they need memory of their own, a turn, time, and verification.
     `peers` is from how many peers beside its sources a client takes at once at most, None where that is up to it.
     `descriptors` is how many a session takes on the server, beside its connections to the listener. `library` is the
-    communication library that opens the ports by which it is exposed.
+    communication library that opens the ports by which it is exposed, and `ports` is how many it has on the host for
+    all sessions of a process, one for each, unless it is told otherwise by its environment; None where that is no
+    limit. `relays` says whether weights are passed on by default while they are loaded.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Traits:
     descriptors: int = 0
     exposure: Exposure = Exposure.NOTHING
     library: str = ""
+    ports: int | None = None
+    relays: bool = True
 
     @property
     def used_in_clear(self) -> bool:
@@ -58,9 +64,18 @@ class Traits:
 
 SHARED_MEMORY: Final = Traits("shared_memory", "cpu", copies=False, descriptors=3)
 """A session takes its socket, the connection, and a duplicate of the arena's descriptor."""
-HCCL: Final = Traits("process_group", "npu", peers=3, descriptors=9, exposure=Exposure.BYTES, library="hccl")
-"""Its ports are on the NPUs' own network. Each session takes buffers on the device, and one of HCCL's 16 host ports: 4
-sources, 3 peers and MAX_CLIENTS clients, 8 by default, leave one.
+HCCL: Final = Traits(
+    "process_group",
+    "npu",
+    peers=3,
+    descriptors=9,
+    exposure=Exposure.BYTES,
+    library="hccl",
+    ports=16,
+    relays=False,
+)
+"""Its ports are on the NPUs' own network, beside those of the host. Each session takes buffers on the device. A relay
+has groups in both directions at once, which no NPU has shown yet to go well.
 """
 TCP: Final = Traits("tcp", ANY, descriptors=2)
 """Moves bytes by way of host memory. A session takes a duplicate of the arena's descriptor, and one to be woken by."""
@@ -72,6 +87,21 @@ TABLE: Final = (SHARED_MEMORY, HCCL, TCP, GLOO)
 
 NAMES: Final = tuple(dict.fromkeys(row.name for row in TABLE))
 """All that TRANSPORT may name."""
+
+
+PORT_RANGE: Final = "HCCL_HOST_SOCKET_PORT_RANGE"
+"""The variable that gives HCCL other ports on the host: numbers and ranges such as 60000-60050, or "auto" for any."""
+
+
+def ports_in(row: Traits, environment: Mapping[str, str]) -> int | None:
+    """How many ports the library of a transport has on this host; None for no limit, or where that cannot be told."""
+    ranges = environment.get(PORT_RANGE)
+    if row.ports is None or not ranges:
+        return row.ports
+    found = [re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip()) for part in ranges.split(",")]
+    if not all(found):
+        return None
+    return sum(int(each[2] or each[1]) - int(each[1]) + 1 for each in found if each is not None)
 
 
 def rows_for(device: str) -> tuple[Traits, ...]:
