@@ -122,7 +122,24 @@ PEER_TO_PEER = LoadReport(
 def test_the_line_of_a_load_from_a_source() -> None:
     assert PEER_TO_PEER.line() == (
         "netloader loaded the target weights of rank 3 from 10.0.0.1:19000 by tcp: 15231.0 MB in 6.763 s "
-        "(connect 0.012, allocate 0.500, transfer 6.250, serve 0.250), serving on 10.0.0.2:19003"
+        "(connect 0.012, allocate 0.500, transfer 6.250, serve 0.250), serving on 10.0.0.2:19003; 15016.8 MB came from "
+        "10.0.0.1:19000, 231.0 MB came from 10.0.0.3:19000"
+    )
+
+
+def test_the_line_says_nothing_of_givers_where_the_source_has_brought_all() -> None:
+    received = {"10.0.0.1:19000": 15_231_000_000}
+    for came, shared in ((received, {}), ({}, received), ({}, {})):
+        line = msgspec.structs.replace(PEER_TO_PEER, received=came, shared=shared).line()
+        assert line.endswith("serving on 10.0.0.2:19003")
+
+
+def test_the_line_names_those_who_brought_most() -> None:
+    received = {f"10.0.0.{number}:1": number * 1_000_000 for number in range(1, 8)}
+    report = msgspec.structs.replace(PEER_TO_PEER, received=received, shared={"127.0.0.1:2": 20_000_000})
+    assert report.line().endswith(
+        "; 20.0 MB are pages of 127.0.0.1:2, 7.0 MB came from 10.0.0.7:1, 6.0 MB came from 10.0.0.6:1, "
+        "5.0 MB came from 10.0.0.5:1, 10.0 MB from 4 others"
     )
 
 
@@ -188,6 +205,7 @@ def test_the_keys_of_a_written_report_stay_the_same_across_releases(tmp_path: Pa
         "transport": None,
         "bytes": 0,
         "received": {},
+        "shared": {},
         "verified": None,
         "root": None,
         "seconds": {},

@@ -7,9 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+_GIVERS_NAMED: Final = 4
+"""Those who brought most, as far as a line of the log names them."""
 
 Outcome = Literal["p2p", "cache", "disk", "failed"]
 
@@ -37,8 +40,9 @@ class LoadReport(msgspec.Struct):
 
     `bytes` is the size of the weights. `source` and `transport` are those that brought them in the end; the cache of
     this host is named by the path of its socket. `attempts` are the sources that failed before. `received` maps each
-    source to the bytes that came from it over the network; together they exceed `bytes` by what had to be fetched
-    again. `verified` names the kind of digest by which every byte was checked, and `root` is the root digest of the
+    source or relay to the bytes that came from it over the network; together they exceed `bytes` by what had to be
+    fetched again. `shared` maps processes of this host to the bytes whose pages are theirs, or were copied from these.
+    `verified` names the kind of digest by which every byte was checked, and `root` is the root digest of the
     contents in hexadecimal.
 
     `seconds` maps each phase to its time: connect, join, allocate, transfer, verify, disk, serve. While a phase
@@ -54,6 +58,7 @@ class LoadReport(msgspec.Struct):
     transport: str | None = None
     bytes: int = 0
     received: dict[str, int] = msgspec.field(default_factory=dict)
+    shared: dict[str, int] = msgspec.field(default_factory=dict)
     verified: str | None = None
     root: str | None = None
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
@@ -76,8 +81,19 @@ class LoadReport(msgspec.Struct):
 
         return (
             f"netloader loaded the {self.role} weights of rank {self.rank} {origin}: {self.bytes / 1e6:.1f} MB in "
-            f"{self.load_seconds:.3f} s ({phases}), {serving}{failed}"
+            f"{self.load_seconds:.3f} s ({phases}), {serving}{self._givers()}{failed}"
         )
+
+    def _givers(self) -> str:
+        """Who brought how much, those first who brought most; nothing where `source` brought all."""
+        if self.received.keys() | self.shared.keys() <= {self.source}:
+            return ""
+        given = [(count, f"{count / 1e6:.1f} MB came from {who}") for who, count in self.received.items()]
+        given += [(count, f"{count / 1e6:.1f} MB are pages of {who}") for who, count in self.shared.items()]
+        given.sort(reverse=True)
+        named, others = given[:_GIVERS_NAMED], given[_GIVERS_NAMED:]
+        rest = f", {sum(count for count, _ in others) / 1e6:.1f} MB from {len(others)} others" if others else ""
+        return f"; {', '.join(text for _, text in named)}{rest}"
 
     @property
     def load_seconds(self) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from vllm_ascend.model_loader.netloader.client.fetched import Fetched
 from vllm_ascend.model_loader.netloader.client.intake import Intake
+from vllm_ascend.model_loader.netloader.client.neighbours import Neighbours
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.search.search import Search
 from vllm_ascend.model_loader.netloader.client.stages import Stages
@@ -25,8 +26,9 @@ from vllm_ascend.model_loader.netloader.transport.base import Transport
 class Client:
     """Fetches the weights that `options` ask for, by any of `transports`, the best first.
 
-    `phases` (seconds by phase), `attempts` that failed, and `received` (bytes by source) fill while it fetches, so that
-    they can be read after a failure, too. `sleep` waits for so many seconds between two rounds.
+    `phases` (seconds by phase), `attempts` that failed, and two counts of bytes by source fill while it fetches, so
+    that they can be read after a failure, too: `received` over the network, and `shared`, which are pages of the source
+    itself, or were copied from these when it was gone. `sleep` waits for so many seconds between two rounds.
     """
 
     options: FetchOptions
@@ -34,6 +36,7 @@ class Client:
     phases: Phases = field(default_factory=Phases)
     attempts: list[Attempt] = field(default_factory=list)
     received: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)
     sleep: Callable[[float], None] = time.sleep
 
     def fetch(self, sources: Sequence[Endpoint]) -> Fetched:
@@ -42,7 +45,7 @@ class Client:
         The caller closes the memory. Raises SourcesExhausted with every attempt's reason, or UnsupportedModel or NoRoom
         where there is no memory for the weights.
         """
-        with Intake(self.options) as intake:
+        with Intake(self.options, self._neighbours()) as intake:
             search = Search(
                 self.options,
                 sources,
@@ -51,8 +54,16 @@ class Client:
                 stages=Stages(self.phases.seconds),
                 attempts=self.attempts,
                 received=self.received,
+                shared=self.shared,
                 sleep=self.sleep,
             )
             fetched = search.run()
             intake.release(fetched.memory)
         return fetched
+
+    def _neighbours(self) -> Neighbours | None:
+        """Those whose pages this process may map. None where it can map nothing, or nothing is verified."""
+        options = self.options
+        if not options.verify or all(transport.traits.copies for transport in self.transports):
+            return None
+        return Neighbours(options.request, options.access, may_claim=options.relay is not None)

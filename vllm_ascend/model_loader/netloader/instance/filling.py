@@ -77,9 +77,10 @@ class Loaded:
 
     `fingerprint` is that of the checkpoint which the weights are from, empty if there is none or it is unknown.
     `cached` tells of the cache from which they came, None if they did not.
-    `kept` is what can be served, None if nothing is; then `not_served` may say why. `fetched` and `received`, the bytes
-    by source, are those of the transfer; `fetched` is None after a load from disk. `nbytes` is the size of the weights,
-    0 if it was never needed. `mixture` says why the model may have weights of two checkpoints, and is empty otherwise.
+    `kept` is what can be served, None if nothing is; then `not_served` may say why. `fetched`, `received` and `shared`,
+    the bytes by source, are those of the transfer; `fetched` is None after a load from disk. `nbytes` is the size of
+    the weights, 0 if it was never needed. `mixture` says why the model may have weights of two checkpoints, and is
+    empty otherwise.
     """
 
     nbytes: int = 0
@@ -89,12 +90,14 @@ class Loaded:
     not_served: str = ""
     fetched: Fetched | None = None
     received: Mapping[str, int] = field(default_factory=dict)
+    shared: Mapping[str, int] = field(default_factory=dict)
     mixture: str = ""
 
     @property
     def came_from_several(self) -> bool:
         """Whether any byte came from another one than the source that has confirmed them."""
-        return self.fetched is not None and any(source != str(self.fetched.source) for source in self.received)
+        givers = self.received.keys() | self.shared.keys()
+        return self.fetched is not None and any(giver != str(self.fetched.source) for giver in givers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +207,7 @@ class Filler:
             kept, not_served = self._kept(order, contents, relay)
 
         received = {source: count for source, count in client.received.items() if count}
-        return Loaded(order.nbytes, fetched.fingerprint, None, kept, not_served, fetched, received)
+        return Loaded(order.nbytes, fetched.fingerprint, None, kept, not_served, fetched, received, client.shared)
 
     def _relay(self, order: _Order) -> StoreRelay | None:
         if self.relays is None:

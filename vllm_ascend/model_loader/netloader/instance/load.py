@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Final
 
@@ -45,6 +46,8 @@ class ModelLoad:
         `transports` are those by which weights may come and go, best first. `reloads` says that a model in use is to
         get the weights that there are now, whatever there was before.
         """
+        rows = [transport.traits for transport in transports]
+        config.require_ports(rows, os.environ)
         self._rank = rank
         self._phases = Phases()
         access = Access.configured(config)
@@ -67,7 +70,7 @@ class ModelLoad:
             transports,
             keep,
             None if reloads else cache,
-            self._publisher.options if keep and config.relay else None,
+            self._publisher.options if keep and config.relays_by(rows) else None,
             self._phases,
             self.summary.attempts,
             self._note_not_served,
@@ -166,7 +169,7 @@ class ModelLoad:
         if fetched is None:
             return
         self.summary.source, self.summary.transport = str(fetched.source), fetched.transport
-        self.summary.received = dict(loaded.received)
+        self.summary.received, self.summary.shared = dict(loaded.received), dict(loaded.shared)
         if fetched.evidence is not None:
             self.summary.verified, self.summary.root = BLAKE3, fetched.evidence.root
 

@@ -23,11 +23,12 @@ _REASON_LIMIT: Final = 10_000
 class Attempts:
     """What sessions have brought, and why those that failed did. For one thread."""
 
-    def __init__(self, intake: Intake, failed: list[Attempt], received: Counter[str]) -> None:
-        """`failed`, and `received` (bytes by source), fill as it goes."""
+    def __init__(self, intake: Intake, failed: list[Attempt], received: Counter[str], shared: Counter[str]) -> None:
+        """`failed`, `received` and `shared` (bytes by source that came, and that are its own pages) fill as it goes."""
         self._intake = intake
         self._failed = failed
         self._received = received
+        self._shared = shared
         self._referrals: list[str] = []
         """What sources have said that only referred to others."""
         self._best: tuple[int, Fetched] | None = None
@@ -36,6 +37,8 @@ class Attempts:
     def over(self, session: ClientSession) -> None:
         """Notes what a session has brought that is over."""
         self._received[str(session.candidate.endpoint)] += session.received
+        if session.shared:
+            self._shared[str(session.candidate.endpoint)] = session.shared
         evidence = self._intake.evidence
         if evidence is None or session.evidence is None or session.evidence.root != evidence.root:
             return
