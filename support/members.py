@@ -52,7 +52,8 @@ class Member:
     def _run(self, sources: Sequence[Endpoint]) -> None:
         try:
             self.fetched = self.client.fetch(sources)
-            self.relay.complete()
+            if self.relay.publication is not None:  # not where the pages of another process were mapped
+                self.relay.complete()
         except Exception as error:
             self.failure = error
 

@@ -6,8 +6,10 @@ together.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from support.wait import wait_until
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import SourceError, TransportError
+from vllm_ascend.model_loader.netloader.wire.access import Access
 
 PROMPTS = [[1, 504, 3575, 282, 4649, 314], [1, 1604, 16, 6130, 24]]
 SLOWLY = 16_000_000
@@ -31,35 +34,48 @@ class Starting:
 
     loader: Loader
     address: Endpoint
+    access: Access
 
     @property
     def held(self) -> float:
         """Which part of the weights it has."""
         try:
-            holdings = inquire(self.address, 10).holdings
+            holdings = inquire(self.address, 10, self.access).holdings
         except (SourceError, TransportError):  # it does not listen yet
             return 0.0
         return holdings[0].held / holdings[0].nbytes if holdings else 0.0
 
+    @property
+    def clients(self) -> int:
+        """How many take from it, or wait for it."""
+        return inquire(self.address, 10, self.access).sessions
 
-def start(load: Load, model: str, server: Loader, **extra: object) -> Starting:
+
+def start(load: Load, model: str, server: Loader, token: Path, **extra: object) -> Starting:
     address = Endpoint("127.0.0.1", free_port())
-    extra = {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "LISTEN_PORT": address.port, **extra}
-    return Starting(load(model, extra, prompts=PROMPTS), address)
+    own = {"SOURCE": [server.address], "TRANSPORT": ["tcp"], "LISTEN_PORT": address.port, "TOKEN_FILE": str(token)}
+    return Starting(load(model, {**own, **extra}, prompts=PROMPTS), address, Access.load(str(token)))
 
 
 def finished(starting: Sequence[Starting]) -> list[Loader]:
     return [each.loader.finish_loading() for each in starting]
 
 
-def test_engines_that_start_together_bring_the_weights_to_one_another(smollm2: str, untied: str, load: Load) -> None:
-    """Four from one server; then two more, and the server dies when both have half."""
+def test_engines_that_start_together_bring_the_weights_to_one_another(
+    smollm2: str, untied: str, load: Load, tmp_path: Path
+) -> None:
+    """Four from one server; two that share pages, of which one dies; then two more, and the server dies when both have
+    half.
+    """
     warm = [load(untied, {"SERVE": False}).finish_loading() for _ in range(4)]
-    server = load(smollm2, {"MAX_BANDWIDTH": SLOWLY}, prompts=PROMPTS).finish_loading()
+    token = tmp_path / "token"  # so that engines of other runs are no neighbours
+    token.write_text(secrets.token_hex(16))
+    extra = {"MAX_BANDWIDTH": SLOWLY, "TRANSPORT": ["tcp"], "TOKEN_FILE": str(token)}
+    server = load(smollm2, extra, prompts=PROMPTS).finish_loading()
     for loader in warm:
         loader.end()
 
-    together = [start(load, smollm2, server, FALLBACK="error") for _ in range(4)]
+    together = [start(load, smollm2, server, token, FALLBACK="error") for _ in range(4)]
     loaders = finished(together)
     reports = [loader.report for loader in loaders]
     nbytes, source = reports[0]["bytes"], server.address
@@ -75,9 +91,22 @@ def test_engines_that_start_together_bring_the_weights_to_one_another(smollm2: s
 
     for loader in loaders:
         loader.end()
+    sharing = [
+        start(load, smollm2, server, token, TRANSPORT=["shared_memory", "tcp"], FALLBACK="error") for _ in range(2)
+    ]
+    wait_until(lambda: any(each.held > 0.5 and each.clients for each in sharing), 180, interval=0.1)
+    first, second = sorted(sharing, key=lambda each: each.held, reverse=True)
+    assert second.held == 0
+    first.loader.process.process.kill()
+    (loader,) = finished([second])
+    assert (loader.answers, loader.digests) == (server.answers, server.digests)
+    assert loader.report["shared"][str(first.address)] > 0.5 * nbytes
+    assert loader.report["received"][source] < 0.5 * nbytes
+    loader.end()
+
     for loader in [load(untied, {"SERVE": False}) for _ in range(2)]:  # only those that begin anew had everything
         loader.finish_loading()
-    last = [start(load, smollm2, server, STALL_TIMEOUT=5) for _ in range(2)]
+    last = [start(load, smollm2, server, token, STALL_TIMEOUT=5) for _ in range(2)]
     wait_until(lambda: min(each.held for each in last) > 0.5, 180, interval=0.1)
     server.process.process.kill()
     for loader in finished(last):

@@ -50,7 +50,7 @@ def following_of(source: Source, share: Share | None = None, named: list[str] | 
     return Following(
         control,
         Timeouts(1.0, 1.0),
-        share=taken,
+        listener=taken,
         chunks=8,
         has_all=False,
         port=19001,

@@ -11,7 +11,7 @@ from support.sources import SMALL
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
-from vllm_ascend.model_loader.netloader.errors import PeerError, UnsupportedModel
+from vllm_ascend.model_loader.netloader.errors import PeerError, SourceFailed, UnsupportedModel
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
 from vllm_ascend.model_loader.netloader.transport.digests import digest_of
@@ -125,3 +125,46 @@ def test_where_there_is_no_memory_nothing_is_delivered() -> None:
     with Intake(FetchOptions(SMALL.request(), Timeouts(), allocate=refuse)) as intake:
         with pytest.raises(UnsupportedModel):
             intake.make_memory()
+
+
+def test_pages_of_another_process_are_all_that_has_to_come(made: Made) -> None:
+    with made.intake as intake:
+        pages = sealed()
+        intake.adopt(pages, EVIDENCE, "f00d")
+        assert intake.is_complete
+        intake.make_memory()
+        with made.delivery() as delivery:
+            assert delivery.is_complete
+            assert delivery.memory is pages
+        intake.settle(EVIDENCE)
+        intake.release(pages)
+    assert made.memories == []
+    assert bytes(pages.reader()) == CONTENTS[:NBYTES]
+    assert sum(made.shown) == NBYTES
+
+
+def test_pages_of_another_process_are_never_filled_with_other_contents(made: Made) -> None:
+    """The source that should have confirmed them has others by then. They would be served as they were."""
+    pages = sealed()
+    with made.intake as intake:
+        intake.adopt(pages, Evidence((digest_of(memoryview(CONTENTS)[:NBYTES]),), "0ld"), "f00d")
+        with made.delivery(EVIDENCE) as delivery:
+            assert delivery.remaining == 1
+            assert [delivery.memory] == made.memories
+        assert made.bring() is not pages
+        intake.settle(EVIDENCE)
+    assert sum(made.shown) == NBYTES
+
+
+def test_pages_of_another_process_come_too_late_where_others_bring_something(made: Made) -> None:
+    with made.intake as intake, made.delivery(), contextlib.closing(sealed()) as pages:
+        with pytest.raises(SourceFailed, match="comes from elsewhere already"):
+            intake.adopt(pages, EVIDENCE, "f00d")
+        assert pages.servable
+
+
+def sealed() -> Arena:
+    arena = Arena.create(NBYTES)
+    arena.writable()[:] = CONTENTS[:NBYTES]
+    arena.seal()
+    return arena

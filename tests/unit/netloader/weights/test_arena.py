@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import mmap
@@ -25,6 +26,7 @@ from vllm_ascend.model_loader.netloader.model.device_memory import tensor_in
 from vllm_ascend.model_loader.netloader.model.views import DTYPES, bind_alias, manifest_of
 from vllm_ascend.model_loader.netloader.weights.arena import Arena, allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Alias, Manifest, TensorSpec
+from vllm_ascend.model_loader.netloader.weights.unsealed import UnsealedArena
 
 PAGE = mmap.PAGESIZE
 F_ADD_SEALS = 1033
@@ -614,3 +616,68 @@ def test_an_arena_is_filled_and_served_beside_a_dev_shm_of_64_kib() -> None:
     ):
         pytest.skip("this process may mount nothing, not even for itself")
     subprocess.run([*command, sys.executable, "-c", FILL_BESIDE_A_SMALL_DEV_SHM], check=True, timeout=100)
+
+
+def write(descriptor: int) -> None:
+    os.pwrite(descriptor, b"x", 0)
+
+
+def map_to_write(descriptor: int) -> None:
+    mmap.mmap(descriptor, PAGE, flags=mmap.MAP_SHARED)
+
+
+def seal(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, F_ADD_SEALS, F_SEAL_WRITE)
+
+
+def shrink(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+
+
+def punch(descriptor: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).fallocate(descriptor, 3, ctypes.c_long(0), ctypes.c_long(PAGE)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+@pytest.mark.parametrize("change", [write, map_to_write, seal, shrink, punch])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_who_waits_for_an_arena_cannot_change_it(change: Callable[[int], None], reopened: bool) -> None:
+    """Not even where the same user opens the file anew, to write; that one can only keep it from being sealed."""
+    arena = Arena.create(PAGE)
+    descriptor = arena.descriptor_for_waiting()
+    if reopened:
+        given, descriptor = descriptor, os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+        os.close(given)
+    with pytest.raises(OSError, match=r"\[Errno"):
+        change(descriptor)
+    with arena.writable() as bytes_:  # whoever fills it still can
+        bytes_[:] = b"a" * PAGE
+    with contextlib.closing(UnsealedArena(descriptor, PAGE)) as pages:
+        copy = bytearray(PAGE)
+        assert pages.read(0, memoryview(copy)) == PAGE
+        assert copy == b"a" * PAGE
+        with pytest.raises(TransportError, match="not sealed"):
+            pages.adopt()
+        arena.seal()
+        adopted = pages.adopt()
+    arena.close()
+    assert read(adopted) == b"a" * PAGE
+    assert adopted.servable
+
+
+def test_an_arena_of_another_size_is_not_waited_for() -> None:
+    with contextlib.closing(Arena.create(3 * PAGE)) as arena, pytest.raises(TransportError, match="expected"):
+        UnsealedArena(arena.descriptor_for_waiting(), PAGE)
+
+
+def test_chunks_that_arrive_apart_settle_also_while_others_wait() -> None:
+    arena = Arena.create(2 * PAGE)
+    os.close(arena.descriptor_for_waiting())
+    landing = arena.landing(PAGE // 2, PAGE, apart=True)
+    landing.host[:] = b"b" * PAGE
+    with arena.writable() as bytes_:
+        assert bytes(bytes_) == bytes(2 * PAGE)
+        landing.settle()
+        assert bytes(bytes_) == bytes(PAGE // 2) + b"b" * PAGE + bytes(PAGE // 2)
+    del landing
+    arena.seal()

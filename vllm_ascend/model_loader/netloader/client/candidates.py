@@ -22,12 +22,14 @@ class Candidate:
     """One that may be asked for the weights.
 
     `referrer` is the source that named it, None for a configured one. `contents` are those that the referrer promised
-    of a replica; a configured source and a rank have promised none.
+    of a replica; a configured source and a rank have promised none. `is_nearby` says that it is a process of this host,
+    which has these contents or brings them for all.
     """
 
     endpoint: Endpoint
     referrer: Endpoint | None = None
     contents: Contents | None = None
+    is_nearby: bool = False
 
     @property
     def is_replica(self) -> bool:

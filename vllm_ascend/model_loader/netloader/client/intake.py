@@ -16,7 +16,8 @@ import weakref
 from collections.abc import Callable
 from typing import Self
 
-from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Filling
+from vllm_ascend.model_loader.netloader.client.neighbours import Neighbours
+from vllm_ascend.model_loader.netloader.client.options import FetchOptions, Filling, Relay
 from vllm_ascend.model_loader.netloader.client.swarm.pool import Pool, Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
@@ -44,7 +45,8 @@ class Intake:
     Use it with `with`: at the end the memory is discarded, unless it was released to somebody.
     """
 
-    def __init__(self, options: FetchOptions) -> None:
+    def __init__(self, options: FetchOptions, neighbours: Neighbours | None = None) -> None:
+        """`neighbours` are those who want the same weights on this host, None where nobody's pages can be mapped."""
         self.progress = Progress(options.progress)
         self.inventory = Inventory(options.request.manifest.nbytes)
         for number, digest in options.found.items():
@@ -54,6 +56,9 @@ class Intake:
         self.on_joined: Callable[[Endpoint], object] = lambda _: None
         """Is called with the address of each client that takes what is relayed, and relays it in turn."""
         self._options = options
+        self._neighbours = neighbours
+        self._looking = threading.Lock()
+        """Is held while neighbours are looked for, which may take a while. Outer to all others."""
         self._setup = threading.Lock()
         """Is held while the memory or the evidence may become another. Outer to that of the pool."""
         self._memory: Memory | None = None
@@ -71,6 +76,8 @@ class Intake:
                 self._end_relay("it could not load these weights")
                 self._memory.discard()
                 self._memory = None
+            if self._neighbours is not None:
+                self._neighbours.give_up_claim()
 
     @property
     def nbytes_held(self) -> int:
@@ -95,6 +102,11 @@ class Intake:
         return self._fingerprint
 
     @property
+    def is_begun(self) -> bool:
+        """Whether anything is being brought, or has come."""
+        return self._memory is not None
+
+    @property
     def memory(self) -> Memory:
         """The memory that is filled. Only once there is a delivery."""
         assert self._memory is not None, "there is no memory yet"
@@ -111,6 +123,43 @@ class Intake:
         """When the latest chunk passed, or the evidence became known, by the monotonic clock; 0 before."""
         pool = self._pool
         return 0.0 if pool is None else pool.passed_at
+
+    def holder_nearby(self, root: str) -> Endpoint | None:
+        """Where another process of this host has the contents with the root digest `root`, or brings them for all.
+
+        None where there is nobody to wait for, so that this process has to bring them, or does already.
+        """
+        if self._neighbours is None:
+            return None
+        with self._looking:
+            return None if self.is_begun else self._neighbours.holder(root)
+
+    def found_nearby(self, root: str) -> Endpoint | None:
+        """As `holder_nearby`, for a process that cannot bring the weights now."""
+        if self._neighbours is None:
+            return None
+        with self._looking:
+            return None if self.is_begun else self._neighbours.find(root)
+
+    def leave_nearby(self, holder: Endpoint) -> None:
+        """Waits for the process at `holder` no more, because it did not deliver."""
+        if self._neighbours is not None:
+            self._neighbours.leave(holder)
+
+    def adopt(self, memory: Memory, evidence: Evidence, fingerprint: str) -> None:
+        """Takes in the pages of another process, which have been verified by `evidence`, as all that is to come.
+
+        Raises SourceFailed, and leaves `memory` to the caller, where others bring something by now.
+        """
+        with self._setup:
+            self._require_unsettled()
+            if self._memory is not None:
+                raise SourceFailed("what it shares comes from elsewhere already")
+            for chunk in self.inventory.chunks:
+                self.inventory.add(chunk, evidence.digests[chunk.number])
+            self.progress.set(self.inventory.nbytes_held)
+            self._memory, self._fingerprint = memory, fingerprint
+            self._pool = Pool(self.inventory, evidence, _OrderOfTheManifest())
 
     def make_memory(self) -> None:
         """Makes the memory, unless it is there. Raises UnsupportedModel, NoRoom or OSError where there is none."""
@@ -187,6 +236,10 @@ class Intake:
                 f"{evidence.root[:16]}..., expected {self._pool.evidence.root[:16]}..."
             )
         self._end_relay(_OTHER_CONTENTS)
+        if self.memory.servable:  # these are the pages of another process, which cannot be filled
+            self.memory.close()
+            self._memory = self._options.allocate(self._options.request.manifest)
+            self.inventory.missing(None)
         self.inventory.missing(evidence.digests)
         self.progress.set(self.inventory.nbytes_held)
 
@@ -195,17 +248,24 @@ class Intake:
         self._fingerprint = fingerprint
         self._pool = pool = Pool(self.inventory, evidence, chance)
         if self._relay is not None:
-            self.port = self._relay.begin(
-                Filling(
-                    self.memory,
-                    pool.passed,
-                    evidence.digests,
-                    evidence.attributes,
-                    fingerprint,
-                    joined=functools.partial(_tell, weakref.ref(self)),
-                )
-            )
+            self._begin_relay(self._relay, pool)
         return pool
+
+    def _begin_relay(self, relay: Relay, pool: Pool) -> None:
+        evidence = pool.evidence
+        claim = None if self._neighbours is None else self._neighbours.take_claim(evidence.root)
+        filling = Filling(
+            self.memory,
+            pool.passed,
+            evidence.digests,
+            evidence.attributes,
+            self._fingerprint,
+            joined=functools.partial(_tell, weakref.ref(self)),
+            claim=claim,
+        )
+        self.port = relay.begin(filling)
+        if claim is not None and not self.port:
+            claim.close()
 
     def _end_relay(self, reason: str) -> None:
         if self._relay is not None and self.port:

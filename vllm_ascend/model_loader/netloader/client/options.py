@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
 from vllm_ascend.model_loader.netloader.transport.chunks.log import ChunkLog
+from vllm_ascend.model_loader.netloader.transport.claims import Claim
 from vllm_ascend.model_loader.netloader.transport.store import Request
 from vllm_ascend.model_loader.netloader.weights.arena import allocate
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -22,7 +23,8 @@ class Filling:
     """Weights of which a fetch has some chunks already: those in `passed`, which lie in `memory` for good.
 
     `digests` are those of all chunks, and `attributes` and `fingerprint` belong to the weights as in Accept. `joined`
-    is to be told of clients that relay what they take from here: where they can be reached.
+    is to be told of clients that relay what they take from here: where they can be reached. `claim` is to tell other
+    processes of this host where they can have these weights; it belongs to whoever serves them.
     """
 
     memory: Memory
@@ -31,6 +33,7 @@ class Filling:
     attributes: Mapping[str, AttributeValue]
     fingerprint: str
     joined: Callable[[Endpoint], object] = lambda _: None
+    claim: Claim | None = None
 
 
 class Relay(ABC):

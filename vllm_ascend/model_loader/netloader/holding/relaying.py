@@ -58,12 +58,15 @@ class StoreRelay(Relay):
             filling.attributes,
             digests,
             filling.passed,
+            filling.claim,
         )
         self._server = server
         self.publication = Publication(identity, self._request.coordinates, store, filling.joined, self._slot)
         self._finalizer = weakref.finalize(self, server.forget_filling, self.publication)
         self._finalizer.atexit = False
         server.fill(self.publication)
+        if filling.claim is not None:
+            filling.claim.tell(server.address)
         return server.port
 
     def complete(self) -> None:
@@ -76,4 +79,5 @@ class StoreRelay(Relay):
         if self._finalizer is not None:
             self._finalizer.detach()
         if publication is not None and self._server is not None:
+            publication.store.give_up_claim()  # before clients look for somebody else who has these weights
             self._server.stop_filling(publication, reason)

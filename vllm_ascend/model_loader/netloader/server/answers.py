@@ -104,9 +104,11 @@ def _answer_with(
         difference = Difference("manifest", manifest.digest, join.manifest_digest)
         return Refuse("the tensors differ", (difference,), manifest.encoded)
 
-    if publication.store.is_filling:  # nobody can map what is not sealed yet
-        transports = [transport for transport in transports if transport.traits.copies]
-    transport = _common_transport(join.offers, transports)
+    offers = join.offers
+    if publication.store.is_filling:  # what is not sealed yet can be mapped only by who waits for that
+        copying = {transport.name for transport in transports if transport.traits.copies}
+        offers = tuple(offer for offer in offers if offer.waits or offer.transport in copying)
+    transport = _common_transport(offers, transports)
     if transport is None:
         return Refuse(f"no common transport: this server has {', '.join(_names(transports))}")
     return Acceptance(publication, transport)

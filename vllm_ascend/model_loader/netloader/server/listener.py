@@ -98,6 +98,12 @@ class Listener:
         assert self.bound is not None, "the server is not started"
         return self.bound.port
 
+    @property
+    def address(self) -> Endpoint:
+        """Where processes of this host reach it, once it is started."""
+        assert self.bound is not None, "the server is not started"
+        return self.bound.address
+
     def stop_accepting(self) -> None:
         """Gives the port back. Connections that exist go on. Idempotent."""
         bound, self.bound = self.bound, None

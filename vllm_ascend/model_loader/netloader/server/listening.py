@@ -49,7 +49,7 @@ class ListeningSocket:
         Raises ConfigError if the host is none of this machine or the port is not for this user, and OSError if the port
         is bound already or no socket can be had.
         """
-        dual_stack = host is None and socket.has_dualstack_ipv6()
+        self._is_dual_stack = dual_stack = host is None and socket.has_dualstack_ipv6()
         self.socket = _first_bound(_addresses(host, port, timeout, dual_stack), dual_stack)
         self.socket.listen(_BACKLOG)
 
@@ -58,6 +58,13 @@ class ListeningSocket:
         """The number of the port that it has got."""
         port: int = self.socket.getsockname()[1]
         return port
+
+    @property
+    def address(self) -> Endpoint:
+        """Where processes of this host reach it."""
+        host: str = self.socket.getsockname()[0]
+        loopback = "127.0.0.1" if self.socket.family is socket.AF_INET or self._is_dual_stack else "::1"
+        return Endpoint(loopback if host in ("0.0.0.0", "::") else host, self.port)
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Waits for the next connection, and returns it with its peer's address. Raises OSError, also after `close`."""

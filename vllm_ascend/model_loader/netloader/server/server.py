@@ -22,6 +22,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
+from vllm_ascend.model_loader.netloader.endpoint import Endpoint
 from vllm_ascend.model_loader.netloader.errors import ConfigError
 from vllm_ascend.model_loader.netloader.server.admission.turns import Turns
 from vllm_ascend.model_loader.netloader.server.answers import ModelFiles, Peer
@@ -121,6 +122,11 @@ class WeightServer:
     def port(self) -> int:
         """The port on which it listens, once it is started."""
         return self.listener.port
+
+    @property
+    def address(self) -> Endpoint:
+        """Where processes of this host reach it, once it is started."""
+        return self.listener.address
 
     @property
     def settings(self) -> Settings:

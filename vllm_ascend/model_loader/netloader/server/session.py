@@ -195,8 +195,9 @@ class ServerSession:
                 case Leave(reason):
                     role, transport = self.publication.role, self._transport.name
                     text = "%s gave up taking the %s weights by %s: %s"
-                    # Who follows has other sources, and may leave one for another.
-                    level = logging.WARNING if self._subscription is None else logging.INFO
+                    # Who follows has other sources, and may leave one for another; who has begun nothing lacks nothing.
+                    has_begun = self.sender.delivered and self._subscription is None
+                    level = logging.WARNING if has_begun else logging.INFO
                     self._say(level, text, self.peer, role, transport, reason)
                     return False
                 case Done():

@@ -18,6 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from vllm_ascend.model_loader.netloader.errors import ProtocolError
 from vllm_ascend.model_loader.netloader.traits import Traits
 from vllm_ascend.model_loader.netloader.transport.chunks.delivery import Delivery
@@ -25,6 +27,7 @@ from vllm_ascend.model_loader.netloader.transport.chunks.inventory import Chunk
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.unsealed import UnsealedArena
 from vllm_ascend.model_loader.netloader.wire.channel import Channel
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
@@ -113,7 +116,7 @@ class Transport(ABC):
 
     def accepts(self, offer: Offer) -> bool:
         """Whether a server can use this transport with the client that made `offer`."""
-        return offer == self.offer()
+        return msgspec.structs.replace(offer, waits=False) == self.offer()
 
     @abstractmethod
     def sender(self, store: WeightStore, timeouts: Timeouts, pacer: Pacer) -> Sender:
@@ -142,3 +145,7 @@ class MappingTransport(Transport):
         Raises TransportError where this way does not work between these two processes, PeerError where the source
         failed.
         """
+
+    @abstractmethod
+    def wait_for(self, reception: Reception) -> UnsealedArena:
+        """The arena of a server that still fills it. The caller closes it. Raises as `adopt`."""

@@ -4,6 +4,9 @@ The descriptor goes over a Unix socket in the abstract namespace, which leaves n
 within the server's network namespace only. So the scope of an offer names the machine's boot and the network
 namespace. Both sides check that their peer has their own user id. The pages stay when the server exits, and the client
 serves them in turn.
+
+A server that still fills its arena hands the descriptor to clients that can wait for the end. They map the pages when
+these are sealed; if the server ends before, they still have what has passed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from vllm_ascend.model_loader.netloader.transport.base import MappingTransport, 
 from vllm_ascend.model_loader.netloader.transport.sender import Sender
 from vllm_ascend.model_loader.netloader.transport.store import WeightStore
 from vllm_ascend.model_loader.netloader.weights.arena import Arena
+from vllm_ascend.model_loader.netloader.weights.unsealed import UnsealedArena
 from vllm_ascend.model_loader.netloader.wire.channel import Deadline
 from vllm_ascend.model_loader.netloader.wire.messages import Offer
 from vllm_ascend.model_loader.netloader.wire.pacing import Pacer
@@ -44,6 +48,13 @@ class SharedMemoryTransport(MappingTransport):
         return _DescriptorSender(store, timeouts)
 
     def adopt(self, reception: Reception) -> Arena:
+        return Arena.adopt(self._obtain(reception), reception.nbytes)
+
+    def wait_for(self, reception: Reception) -> UnsealedArena:
+        return UnsealedArena(self._obtain(reception), reception.nbytes)
+
+    def _obtain(self, reception: Reception) -> int:
+        """The descriptor that the server hands over. Raises TransportError."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(reception.timeouts.connect)
             try:
@@ -57,7 +68,7 @@ class SharedMemoryTransport(MappingTransport):
             for descriptor in descriptors:
                 os.close(descriptor)
             raise TransportError("the source closed its Unix socket without a descriptor (another user id?)")
-        return Arena.adopt(descriptors[0], reception.nbytes)
+        return descriptors[0]
 
 
 class _DescriptorSender(Sender):
@@ -72,8 +83,12 @@ class _DescriptorSender(Sender):
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind("\0" + self._name)
         self._listener.listen(1)
-        assert store.memory.descriptor is not None, "this transport is for host memory"
-        self._descriptor = os.dup(store.memory.descriptor)  # the last that can fail: nobody would close it
+        assert isinstance(store.memory, Arena), "this transport is for host memory"
+        try:
+            self._descriptor = store.memory.descriptor_for_waiting()
+        except OSError:
+            self._listener.close()
+            raise
 
     @property
     def parameters(self) -> Mapping[str, str | int]:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from vllm_ascend.model_loader.netloader.transport import digests as chunked
 from vllm_ascend.model_loader.netloader.transport.chunks.log import ChunkLog
+from vllm_ascend.model_loader.netloader.transport.claims import Claim
 from vllm_ascend.model_loader.netloader.transport.digests import StoreDigests, root_of
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import Manifest
@@ -31,7 +32,8 @@ class WeightStore:
     `memory` must be servable, except that of a store which is being filled: there, `held` has the chunks that have
     passed, which are the ones that do not change, and is closed when the store is complete. `generation` grows whenever
     a process replaces these weights. `attributes` is what loading has set on the model beside its tensors. Without
-    `digests`, clients cannot verify what they get. Whoever publishes the store closes it.
+    `digests`, clients cannot verify what they get. `claim` tells other processes of this host that the contents are
+    here. Whoever publishes the store closes it.
     """
 
     manifest: Manifest
@@ -40,6 +42,7 @@ class WeightStore:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     digests: StoreDigests | None = None
     held: ChunkLog | None = None
+    claim: Claim | None = None
     sent: ChunkLog = field(init=False)
     """The chunks that were sent to some client."""
 
@@ -83,6 +86,12 @@ class WeightStore:
 
     def close(self) -> None:
         """Gives up the memory. A session that still reads from an arena keeps its own mapping of it. Idempotent."""
+        self.give_up_claim()
         if self.digests is not None:
             self.digests.stop()
         self.memory.close()
+
+    def give_up_claim(self) -> None:
+        """Tells other processes of this host of these weights no more. Idempotent."""
+        if self.claim is not None:
+            self.claim.close()

@@ -1,10 +1,11 @@
 """One block of host memory that holds all weights of a rank, laid out by its manifest.
 
-It is a `memfd`, filled through its descriptor or through a shared mapping. Before it is served it is sealed: the file
-gets the seals against writing, shrinking and growing, and the mapping of this process is replaced in place by a private
-one. From then on nobody can change what is served, neither a peer nor post-processing that writes into parameters, and
-no truncation can raise SIGBUS in a peer. A peer on the same host adopts the descriptor and maps the very same pages
-privately, so nothing is copied until somebody writes.
+It is a `memfd`, filled through a shared mapping. Before it is served it is sealed: the file gets the seals against
+writing, shrinking and growing, and the mapping of this process is replaced in place by a private one. From then on
+nobody can change what is served, neither a peer nor post-processing that writes into parameters, and no truncation can
+raise SIGBUS in a peer. A peer on the same host adopts the descriptor and maps the very same pages privately, so nothing
+is copied until somebody writes. It may have the descriptor before that and wait for the seal; then nothing but the
+mapping that this process has already can write to the file any more.
 
 To make pages costs more than to fill them, so `make_pages` runs beside the work that brings the bytes, and ahead of it.
 
@@ -116,6 +117,16 @@ class Arena(Memory):
             raise OSError(errno.EBADF, "the arena is closed")
         return self._descriptor
 
+    def descriptor_for_waiting(self) -> int:
+        """A descriptor for another process, which waits until the arena is sealed. The caller closes it.
+
+        From now on the file can be written to by the mapping of this process only. Raises OSError.
+        """
+        if not self.servable:
+            fcntl.fcntl(self.descriptor, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+        # Whoever can write to a file can also seal it, and so keep others from doing that.
+        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
     def make_pages(self) -> None:
         """Starts a thread that makes the pages, in order, until `stop_making_pages`. Call it at most once."""
         maker = threading.Thread(target=self._make_pages, name="netloader-pages", daemon=True)
@@ -136,8 +147,9 @@ class Arena(Memory):
     contents = writable
 
     def landing(self, offset: int, length: int, *, apart: bool = False) -> Landing:
+        assert not self.servable, "what is sealed is not filled"
         if apart:
-            return _Apart(self.descriptor, offset, length, self._buckets)
+            return _Apart(self.writable()[offset : offset + length], self._buckets)
         return _InPlace(self.writable()[offset : offset + length])
 
     def reader(self) -> memoryview:
@@ -227,16 +239,15 @@ class _InPlace(Landing):
 
 
 class _Apart(Landing):
-    """A bucket beside the arena, from which a chunk is written to its place in the file."""
+    """A bucket beside the arena, from which a chunk is copied to its place."""
 
-    def __init__(self, descriptor: int, offset: int, length: int, buckets: list[bytearray]) -> None:
+    def __init__(self, place: memoryview, buckets: list[bytearray]) -> None:
         """`buckets` gives the memory, and gets it back for the next one."""
-        self._descriptor = descriptor
-        self._offset = offset
+        self._place = place
         self._buckets = buckets
         bucket = buckets.pop() if buckets else bytearray()
-        self._bucket = bucket if len(bucket) >= length else bytearray(length)
-        self._memory = memoryview(self._bucket)[:length]
+        self._bucket = bucket if len(bucket) >= place.nbytes else bytearray(place.nbytes)
+        self._memory = memoryview(self._bucket)[: place.nbytes]
 
     @property
     def host(self) -> memoryview:
@@ -246,9 +257,9 @@ class _Apart(Landing):
         return self._memory[begin:end]
 
     def settle(self) -> None:
-        written = 0
-        while written < self._memory.nbytes:
-            written += os.pwrite(self._descriptor, self._memory[written:], self._offset + written)
+        # Others may wait for the seal already, so the file takes no write. A call by ctypes releases the GIL.
+        place, bucket = ctypes.c_char.from_buffer(self._place), ctypes.c_char.from_buffer(self._memory)
+        ctypes.memmove(ctypes.addressof(place), ctypes.addressof(bucket), self._place.nbytes)
         self._buckets.append(self._bucket)
 
 
@@ -301,6 +312,11 @@ def _give_back_pages(address: int, nbytes: int, free: threading.Event) -> None:
 def _check_adoptable(descriptor: int, nbytes: int) -> None:
     if _seals(descriptor) & _REQUIRED_SEALS != _REQUIRED_SEALS:
         raise TransportError("the shared memory offered by the source is not sealed against change")
+    require_size(descriptor, nbytes)
+
+
+def require_size(descriptor: int, nbytes: int) -> None:
+    """Raises TransportError if the file of `descriptor` is not as large as an arena of `nbytes`."""
     size = os.fstat(descriptor).st_size
     if size != _whole_pages(nbytes):
         raise TransportError(f"the shared memory offered by the source has {size} bytes: expected {nbytes}")

@@ -112,11 +112,13 @@ class Welcome(Message, frozen=True):
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A transport that a client can use, as a part of Join.
 
-    It works only with a server that sees the same `scope`; an empty one means any server.
+    It works only with a server that sees the same `scope`; an empty one means any server. Where pages are mapped,
+    `waits` says that the client gets nothing elsewhere, and so can wait for a server that still fills them.
     """
 
     transport: ShortText
     scope: ShortText = ""
+    waits: bool = False
 
 
 class Join(Message, frozen=True):

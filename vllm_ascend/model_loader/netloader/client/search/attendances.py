@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Final
 
-from vllm_ascend.model_loader.netloader.client.candidates import Contents
+from vllm_ascend.model_loader.netloader.client.candidates import Candidate, Contents
 from vllm_ascend.model_loader.netloader.client.intake import Intake
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.search.order import SourceOrder
@@ -50,6 +50,8 @@ class Attendances:
         self._changed = threading.Condition()
         self._has_news = False
         self._all: list[Attendance] = []
+        self._nearby: Candidate | None = None
+        """A process of this host of which a session in a queue has found that it has the weights, or brings them."""
         self._alone: ClientSession | None = None
         """The latest session that may bring something; without verification, the only one."""
         intake.on_joined = self._note_joined
@@ -76,6 +78,11 @@ class Attendances:
     def is_any_over(self) -> bool:
         """Whether there is any to take over."""
         return any(each.stage is Stage.OVER for each in self._all)
+
+    def take_nearby(self) -> Candidate | None:
+        """A process of this host to be waited for, once for each time that it was found in a queue."""
+        nearby, self._nearby = self._nearby, None
+        return nearby
 
     def begin(self, ask: Ask) -> None:
         """Asks somebody."""
@@ -159,6 +166,9 @@ class Attendances:
         if wait.root and not wait.filling:
             self._vouchers.holds_now(candidate.endpoint, wait.root)
         contents = Contents(wait.root, wait.fingerprint)
+        if wait.root and (holder := self._intake.found_nearby(wait.root)) is not None:
+            self._nearby = Candidate(holder, candidate.endpoint, contents, is_nearby=True)
+            self._tell()
         if self._order.replicas.named(candidate, session.address, wait.referrals, contents):
             self._tell()
 

@@ -90,6 +90,13 @@ class Connections:
         if self._control is not None:
             self._control.close()
 
+    def leave(self, reason: str) -> None:
+        """Tells the source that its client goes, and why, if it may be told now. Raises nothing."""
+        if not self.control.may_send(Leave):
+            return
+        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
+            self.control.send(Leave(one_line(reason)), self._timeout)
+
     @contextlib.contextmanager
     def failures_translated(self) -> Iterator[None]:
         """A scope in which what the source does wrong becomes a SourceError, and what this process lacks becomes a
@@ -102,11 +109,11 @@ class Connections:
         except PeerError as error:
             raise SourceFailed(self._explanation(error)) from error
         except OSError as error:
-            self._leave(error)
+            self.leave(str(error))
             raise TransportError(f"this process cannot go on: {error}") from error
         except (SourceError, TransportError) as error:
             self.was_denied = self.was_denied or isinstance(error, OtherContents)
-            self._leave(error)
+            self.leave(str(error))
             raise
 
     def _connect(self) -> Channel:
@@ -118,12 +125,6 @@ class Connections:
             channel.shut_down()
         return channel
 
-    def _leave(self, reason: Exception) -> None:
-        if not self.control.may_send(Leave):
-            return
-        with contextlib.suppress(PeerError, OSError):  # whether it hears of it or not, the next way is tried
-            self.control.send(Leave(one_line(str(reason))), self._timeout)
-
     def _explanation(self, error: PeerError) -> str:
         """Why the source has ended the session, if it has: it breaks the transfer off first, and then says so."""
         if isinstance(error, SessionEnded):
@@ -131,7 +132,7 @@ class Connections:
             return str(error)
         self.was_denied = self.was_denied or isinstance(error, ProtocolError | Replaced)
         if not isinstance(error, ConnectionLost):
-            self._leave(error)
+            self.leave(str(error))
             return str(error)
 
         deadline = Deadline(EXPLANATION_SECONDS)

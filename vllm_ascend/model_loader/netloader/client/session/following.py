@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
-from vllm_ascend.model_loader.netloader.client.swarm.pool import Share
 from vllm_ascend.model_loader.netloader.client.verification import Evidence, not_ended
 from vllm_ascend.model_loader.netloader.errors import PeerError, ProtocolError, Replaced, Stalled
 from vllm_ascend.model_loader.netloader.transport.base import Timeouts
@@ -26,6 +25,16 @@ PEERS_NAMED: Final = 4096
 """How many peers one source may name."""
 
 
+class Listener(Protocol):
+    """Hears which chunks a source has."""
+
+    def has(self, chunks: Iterable[int]) -> None:
+        """Notes that the source says it has `chunks` now."""
+
+    def sent(self, chunks: Iterable[int]) -> None:
+        """Notes that the source says it has sent `chunks` to somebody."""
+
+
 class Following:
     """The control connection of a session after its beginning. For the session's own thread."""
 
@@ -34,14 +43,14 @@ class Following:
         control: Channel,
         timeouts: Timeouts,
         *,
-        share: Share | None,
+        listener: Listener | None,
         chunks: int,
         has_all: bool,
         port: int,
         named: Callable[[Sequence[str]], object],
         received: Callable[[], int],
     ) -> None:
-        """`share` hears which of the `chunks` the source has, and `named` whom it names; None where nobody follows.
+        """`listener` hears which of the `chunks` the source has, and `named` whom it names; None where nobody follows.
 
         `has_all` says whether the source had all from the beginning. `port` is where this process relays, or 0.
         `received` tells how many bytes of chunks have come from the source: those are a sign of life, too.
@@ -50,7 +59,7 @@ class Following:
         """Whether the source has all chunks and has had them confirmed."""
         self._control = control
         self._timeouts = timeouts
-        self._share = share
+        self._listener = listener
         self._chunks = chunks
         self._has_all = has_all
         self._port = port
@@ -64,11 +73,11 @@ class Following:
         self.has_said_so = False
         """Whether the source has said in News that it is whole."""
         self._follows_said = self._empty_heard = 0
-        self._said_at = self._heard_at = time.monotonic()
+        self._said_at = self._heard_at = self._got_on_at = time.monotonic()
 
     def follow(self) -> None:
         """Asks for news, if anybody wants them. Raises PeerError."""
-        if self._share is not None:
+        if self._listener is not None:
             self._follows = True
             self._say()
 
@@ -84,24 +93,30 @@ class Following:
         """Takes in what the source has said. Raises PeerError."""
         news = not_ended(message)
         assert isinstance(news, News)
-        assert self._share is not None
+        assert self._listener is not None
         self._require_news(news)
-        self._share.has(self._new(news.chunks, self._told))
-        self._share.sent(self._new(news.sent, self._told_sent))
+        self._listener.has(self._new(news.chunks, self._told))
+        if news.chunks:
+            self._got_on_at = time.monotonic()
+        self._listener.sent(self._new(news.sent, self._told_sent))
         self.is_whole = self.is_whole or news.whole
         if news.peers:
             self._named(news.peers)
 
     def await_whole(self) -> None:
-        """Returns when the source has all chunks and has had them confirmed itself. Raises PeerError."""
+        """Returns when the source has all chunks and has had them confirmed itself, as long as it gets on.
+
+        Raises PeerError.
+        """
         if not self._follows:  # because there was nothing to fetch
             self.follow()
-        deadline = Deadline(self._timeouts.stall)
+        self._got_on_at = time.monotonic()
         with contextlib.closing(Wakeup()) as nothing_else:
             while not self.is_whole:
-                message = self._hear(nothing_else, deadline)
+                left = self._got_on_at + self._timeouts.stall - time.monotonic()
+                message = self._hear(nothing_else, Deadline(left)) if left > 0 else None
                 if message is None:
-                    raise Stalled(f"it has all chunks and was not sure of them for {deadline.seconds:g} s")
+                    raise Stalled(self._not_whole())
                 self.take(message)
 
     def confirm(self, accept: Accept, evidence: Evidence | None) -> None:
@@ -147,6 +162,12 @@ class Following:
                 self._heard_at = time.monotonic()
                 return message
         return None
+
+    def _not_whole(self) -> str:
+        stall = self._timeouts.stall
+        if len(self._told) == self._chunks:
+            return f"it has all chunks and was not sure of them for {stall:g} s"
+        return f"it still loads these weights itself, and has got no further for {stall:g} s"
 
     def _say(self) -> None:
         self._said_at = time.monotonic()

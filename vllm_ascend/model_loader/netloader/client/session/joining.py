@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from vllm_ascend.model_loader.netloader.client.candidates import Candidate
 from vllm_ascend.model_loader.netloader.client.options import FetchOptions
 from vllm_ascend.model_loader.netloader.client.verification import other_root
@@ -51,12 +53,15 @@ class Joining:
             return ()
         return tuple(each.name for each in self._transports if each is not self.transport)
 
-    def ask(self, control: Channel) -> None:
-        """Joins. Raises PeerError."""
+    def ask(self, control: Channel, *, waits: bool = False) -> None:
+        """Joins. `waits` says whether pages are wanted that the source still fills. Raises PeerError."""
         if self._candidate.is_replica:
             control.limit_frames(STRANGER_REPLY_LIMIT)
         request = self._options.request
-        offers = tuple(transport.offer() for transport in self._transports)
+        offers = tuple(
+            msgspec.structs.replace(transport.offer(), waits=waits and not transport.traits.copies)
+            for transport in self._transports
+        )
         join = Join(request.identity, request.coordinates, request.manifest.digest, offers)
         control.send(join, self._options.timeouts.connect)
 
