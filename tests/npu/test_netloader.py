@@ -117,15 +117,15 @@ def test_weights_come_from_the_cache_of_the_host_in_one_copy(start: Load, models
 
     with running(tmp_path / "of an NPU", sources=(Endpoint.parse(first.address),)) as cache:
         await_held(cache)
-        first.process.process.kill()
+        first.end()
         use = {"CACHE": str(socket_of(tmp_path / "of an NPU"))}
-        again = start("1", model, {**use, **FROM_PEERS}, prompts=PROMPTS).finish_loading()
+        again = start("0", model, {**use, **FROM_PEERS}, prompts=PROMPTS).finish_loading()
     assert again.report["outcome"] == "cache"
     assert again.digests == first.digests
     assert again.answers == first.answers
     in_turn = start("cpu", model, {"SOURCE": [again.address], **FROM_PEERS}).finish_loading()
     assert in_turn.digests == on_cpu.digests
-    for loader in (on_cpu, first, again, in_turn):
+    for loader in (on_cpu, again, in_turn):
         loader.end()
 
 
