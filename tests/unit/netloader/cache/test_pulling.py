@@ -228,3 +228,18 @@ def test_what_an_engine_hands_over_meanwhile_counts(tmp_path: Path) -> None:
         assert handed(socket_of(tmp_path))
         wait_until(lambda: len(cache.shelf.items()) == 1 and roots(cache.shelf))
         assert given(socket_of(tmp_path)) is not None
+
+
+def test_one_cache_fills_another_with_all_that_it_holds(tmp_path: Path) -> None:
+    with running(tmp_path / "one", host="127.0.0.1", port=0) as one:
+        for name, rank in (("org/a", 0), ("org/a", 1), ("org/b", 0)):
+            request = request_for(name=name, coordinates=RankCoordinates(tp_rank=rank, tp_size=2))
+            assert handed(socket_of(tmp_path / "one"), request=request)
+        wait_until(lambda: len(roots(one.shelf)) == 3)
+        with running(tmp_path / "two", sources=(Endpoint("127.0.0.1", one.port),)) as two:
+            wait_until(lambda: len(roots(two.shelf)) == 3)
+            found = {
+                (item.contents.request.identity.name, item.contents.request.coordinates.tp_rank)
+                for item in two.shelf.items()
+            }
+    assert found == {("org/a", 0), ("org/a", 1), ("org/b", 0)}
