@@ -33,7 +33,7 @@ def cache(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         wait_until(socket_of(tmp_path).is_socket)
         yield process
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait(20)

@@ -138,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
         )
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: cache.is_to_end.set())
+        signal.signal(number, lambda *_: cache.end())
     try:
         cache.start(os.environ)
         logging.info("holds weights of at most %.1f MB, its socket is %s", max_bytes / 1e6, path)

@@ -47,6 +47,8 @@ HANDOVER_SECONDS: Final = 60.0
 """For one step while a new cache process takes over. It has to end sessions of other hosts, for example."""
 NEWS_SECONDS: Final = 0.2
 """How often those who wait hear how far what they want has come."""
+_LAST_SECONDS: Final = 5.0
+"""For the chunk that is being verified when everything ends."""
 _BEING_REPLACED: Final = "a new cache process takes over at this moment"
 
 
@@ -71,8 +73,9 @@ class Checker:
         self._waiting.put(item)
 
     def close(self) -> None:
-        """Ends the thread after what it does now. Idempotent."""
+        """Ends the thread, once it is done with what is still on the shelf. Idempotent."""
         self._waiting.put(None)
+        self._thread.join(_LAST_SECONDS)
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:

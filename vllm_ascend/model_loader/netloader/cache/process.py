@@ -12,6 +12,7 @@ import fcntl
 import functools
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 _BACKLOG: Final = 64
 _MOST_CONNECTIONS: Final = 256
 """Open connections, which bounds the threads. All are of one user."""
-_WAKE_SECONDS: Final = 3600.0
 _LOCK_SECONDS: Final = 60.0
 """How long another cache that starts at the same moment is waited for."""
 
@@ -68,8 +68,8 @@ class Cache:
 
     def __init__(self, options: CacheOptions) -> None:
         self._options = options
-        self.is_to_end = threading.Event()
-        """Is set once there is nothing left to do for this process."""
+        self._ends, self._ended_by = socket.socketpair()
+        """The one end can be read from once there is nothing left to do for this process."""
         self._is_replaced = False
         self.shelf = Shelf(options.max_bytes)
         self._checker = Checker(self.shelf)
@@ -134,10 +134,19 @@ class Cache:
         if notifier is not None:
             notifier.tell("READY=1", "STATUS=holding weights")
 
+    @property
+    def is_to_end(self) -> bool:
+        """Whether there is nothing left to do for this process."""
+        return bool(select.select([self._ends], [], [], 0)[0])
+
+    def end(self) -> None:
+        """Lets `wait` return. It takes no lock, so that a handler of signals may call it at any point."""
+        with contextlib.suppress(OSError):
+            self._ended_by.send(b"\0")
+
     def wait(self) -> None:
         """Returns when the process is to end: a signal said so, or a new cache process has everything."""
-        while not self.is_to_end.wait(_WAKE_SECONDS):
-            pass  # signals are handled in between
+        select.select([self._ends], [], [])
 
     def close(self) -> None:
         """Answers no more, and gives up all weights. Engines that use them keep theirs. Idempotent."""
@@ -152,16 +161,18 @@ class Cache:
         for line in lines:
             line.shut_down()
         self._puller.close()
-        self._checker.close()
         self.shelf.refuse("the cache ends")
         self._close_server()
         if not self._is_replaced:
             self.shelf.stop_watching()  # systemd goes on keeping what it has, for the next start
         self.shelf.drop("")
+        self._checker.close()
+        self._ends.close()
+        self._ended_by.close()
 
     def _leave_to_another(self) -> None:
         self._is_replaced = True
-        self.is_to_end.set()
+        self.end()
 
     def _take_over(self) -> Line | None:
         """Takes what the cache holds that runs now. Returns the connection to it; None if there is none."""
