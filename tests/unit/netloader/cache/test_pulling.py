@@ -15,6 +15,7 @@ from support.caches import PLENTY, given, handed, request_for, running, socket_o
 from support.ports import free_port
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, fetch, serving
 from support.wait import wait_until
+from vllm_ascend.model_loader.netloader.cache.contents import Contents
 from vllm_ascend.model_loader.netloader.cache.pulling import Chosen, Puller
 from vllm_ascend.model_loader.netloader.cache.shelf import Shelf
 from vllm_ascend.model_loader.netloader.client.inquiry import inquire
@@ -84,6 +85,8 @@ def test_what_is_there_already_is_not_fetched_again() -> None:
         pulling.look()
         puller(shelf, source).look()
         assert shelf.items() == [first]
+        probe = shelf.reserve(Contents(request_for(name="org/probe")))
+        assert probe.number == first.number + 1, "nothing was fetched in between"
         shelf.drop("")
         pulling.look()
         assert shelf.items() == []
@@ -191,12 +194,13 @@ def test_while_it_fills_it_serves_what_it_has(tmp_path: Path, monkeypatch: pytes
         with running(tmp_path, host="127.0.0.1", port=0, sources=(source,)) as cache:
             address = Endpoint("127.0.0.1", cache.port)
             wait_until(lambda: (found := inquire(address, 5).holdings) and 0 < found[0].held < found[0].nbytes)
-            _, fetched = fetch(tensors, TCP, address)
+            client, fetched = fetch(tensors, TCP, address)
+            assert client.attempts == []
             assert str(fetched.source) == str(address)
             tensors.assert_in(fetched.memory)
             fetched.memory.close()
             assert roots(cache.shelf) == [root_of(tensors)]
-            assert inquire(address, 5).holdings[0].root == root_of(tensors)
+            assert [each.root for each in inquire(address, 5).holdings] == [root_of(tensors)]
 
 
 def test_an_engine_waits_for_what_is_being_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
