@@ -167,6 +167,19 @@ def test_another_model_takes_the_place_of_an_earlier_one(model: Path, tmp_path: 
     assert {name for name in files_in(out) if name.startswith("model-")} == {FILE}
 
 
+@pytest.mark.parametrize("tensors", [OTHERS, SMALL], ids=["of the same shapes", "of other shapes"])
+def test_who_reads_a_complete_file_never_sees_it_change(tensors: Tensors, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with source_of(LARGE, model) as (_, source):
+        pull(source, "--out", out)
+    before = (out / FILE).read_bytes()
+    with (out / FILE).open("rb") as reader:
+        with source_of(tensors, model) as (_, source):
+            pull(source, "--out", out)
+        assert reader.read() == before
+    assert_holds(out / FILE, tensors)
+
+
 RANKS = tuple(RankCoordinates(tp_rank=rank, tp_size=2) for rank in range(2))
 
 

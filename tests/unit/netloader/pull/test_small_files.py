@@ -19,7 +19,7 @@ from support.sources import IDENTITY, PATIENT, SMALL, serving
 from vllm_ascend.model_loader.netloader.checkpoint import small_files
 from vllm_ascend.model_loader.netloader.checkpoint.note import note_in
 from vllm_ascend.model_loader.netloader.checkpoint.small_files import FILE_LIMIT, SmallFiles
-from vllm_ascend.model_loader.netloader.errors import FileRefused, ProtocolError, SourceError
+from vllm_ascend.model_loader.netloader.errors import CannotBeWritten, FileRefused, ProtocolError, SourceError
 from vllm_ascend.model_loader.netloader.pull.small_files import configured, files_at
 from vllm_ascend.model_loader.netloader.server.requests import MAX_PARTS
 from vllm_ascend.model_loader.netloader.transport.registry import transports
@@ -187,6 +187,10 @@ def test_a_configuration_is_as_the_source_understands_it() -> None:
         "dtype": "bfloat16",
     }
     assert json.loads(configured(b"{}", {"dtype": "__import__"})) == {}
+    with pytest.raises(CannotBeWritten, match="GPTQ"):
+        configured(b'{"quantization_config": {"bits": 4}}', {}, "gptq_marlin")
+    named = b'{"quantization_config": {"modules_in_block_to_quantize": ["q_proj"]}}'
+    assert configured(named, {}, "gptq_marlin") is named
     for strange in (b"", b"[]", b"[" * 100_000, b"\xff"):
         with pytest.raises(ProtocolError):
             configured(strange, {})

@@ -1,8 +1,8 @@
 """Weights in a file of the directory that is being written: what has arrived lies in its final place on disk.
 
 So no weights are held in memory, and a pull that was interrupted finds in the file what it had. A file that is being
-filled has another name than one that is complete. A complete one keeps its name as long as nothing in it has to be
-written, so that a second pull of the same weights only reads it.
+filled has another name than one that is complete. A complete one may be read by anybody at any time, so nothing is ever
+written into it: it is only read as long as it is right, and where something has to be fetched, a copy takes its place.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import bisect
 import contextlib
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from vllm_ascend.model_loader.netloader.errors import DirectoryFailed
 from vllm_ascend.model_loader.netloader.pull.sharded_state import Layout
@@ -23,6 +25,8 @@ from vllm_ascend.model_loader.netloader.weights.memory import Landing, Memory, R
 
 PARTIAL = ".part"
 """What the name of a file ends in that is not complete."""
+_OPENED: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_COPY_BYTES: Final = 16 << 20
 
 
 class FileMemory(Memory):
@@ -41,8 +45,7 @@ class FileMemory(Memory):
         self._lock = threading.Lock()
         self._failure: DirectoryFailed | None = None
         with _translated(path):
-            self._is_partial = not self._is_complete()
-            self._descriptor = self._open()
+            self._is_partial, self._descriptor = self._open()
 
     @property
     def servable(self) -> bool:
@@ -77,6 +80,12 @@ class FileMemory(Memory):
                 chunk.number: digest_of(contents[chunk.offset : chunk.offset + chunk.length])
                 for chunk in Inventory(self.nbytes).chunks
             }
+
+    def retire(self) -> None:
+        """Removes the complete file that this one is to replace, if there is one. Raises DirectoryFailed."""
+        with _translated(self.path):
+            if self._is_partial:
+                self.path.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Gives the complete file its name, once its bytes are on the disk. Raises DirectoryFailed."""
@@ -128,47 +137,65 @@ class FileMemory(Memory):
             if start < stop:
                 yield start, stop, segment.at + start - segment.begin
 
-    def _is_complete(self) -> bool:
-        """Whether there is a file of the final name with this very layout."""
-        with contextlib.suppress(FileNotFoundError):
-            with self.path.open("rb") as file:
-                is_same = file.read(len(self._layout.header)) == self._layout.header
-                if is_same and os.fstat(file.fileno()).st_size == self._layout.nbytes:
-                    return True
-            os.replace(self.path, self._partial)
-        return False
-
     def _begin_to_write(self) -> None:
         with self._lock:
             if not self._is_partial:
-                os.rename(self.path, self._partial)
+                complete, self._descriptor = self._descriptor, self._copy()
+                os.close(complete)
                 self._is_partial = True
 
-    def _open(self) -> int:
-        path = self._partial if self._is_partial else self.path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    def _open(self) -> tuple[bool, int]:
+        """Whether the file is one that is being filled, and its descriptor."""
+        self._had_contents = True
+        if self._has_layout(self._partial):
+            descriptor = os.open(self._partial, _OPENED)
+        elif self._has_layout(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if os.fstat(descriptor).st_size == self._layout.nbytes:
+                return False, descriptor
+            os.close(descriptor)
+            descriptor = self._copy()
+        else:
+            self._had_contents = False
+            self._partial.unlink(missing_ok=True)
+            descriptor = os.open(self._partial, _OPENED | os.O_CREAT | os.O_EXCL, 0o644)
+
         try:
-            self._had_contents = not self._is_partial or os.pread(descriptor, 8 + 1, 0) != b""
-            if self._is_partial:
-                self._prepare(descriptor)
+            self._prepare(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        return descriptor
+        return True, descriptor
+
+    def _copy(self) -> int:
+        """The descriptor of a copy of the complete file, under the name of one that is being filled."""
+        self._partial.unlink(missing_ok=True)
+        copy = os.open(self._partial, _OPENED | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            with self.path.open("rb") as complete, os.fdopen(os.dup(copy), "wb") as file:
+                shutil.copyfileobj(complete, file, _COPY_BYTES)
+        except BaseException:
+            os.close(copy)
+            raise
+        return copy
+
+    def _has_layout(self, path: Path) -> bool:
+        """Whether there is a file that begins as this one has to."""
+        try:
+            with path.open("rb") as file:
+                return file.read(len(self._layout.header)) == self._layout.header
+        except FileNotFoundError:
+            return False
 
     def _prepare(self, descriptor: int) -> None:
         """Gives the file its size and its header, and the disk a chance to say that it is full."""
-        header = self._layout.header
-        if os.pread(descriptor, len(header), 0) != header:
-            os.ftruncate(descriptor, 0)
-            self._had_contents = False
         os.ftruncate(descriptor, self._layout.nbytes)
         try:
             os.posix_fallocate(descriptor, 0, self._layout.nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-        os.pwrite(descriptor, header, 0)
+        os.pwrite(descriptor, self._layout.header, 0)
 
 
 class _Bucket(Landing):

@@ -125,6 +125,9 @@ class Pull:
                 ranks = tuple(self._fetch(part) for part in parts)
                 if len(parts) > 1:
                     self._require_unchanged(offered, ranks)
+                # What is replaced goes first, so that a start in between finds too little and never a mixture.
+                for part in parts:
+                    part.memory.retire()
                 for name, contents in files.items():
                     directory.write(name, contents)
                 for part in parts:
@@ -227,7 +230,9 @@ class Pull:
                     if CONFIGURATION not in source.files:
                         raise SourcesExhausted([f"{endpoint}: its model has no {CONFIGURATION}"])
                     files = {name: source.read(name) for name in source.files}
-                    files[CONFIGURATION] = configured(files[CONFIGURATION], source.resolved)
+                    files[CONFIGURATION] = configured(
+                        files[CONFIGURATION], source.resolved, expected.identity.quantization
+                    )
             except (SourceError, TransportError) as error:
                 reasons.append(f"{endpoint}: {error}")
             else:

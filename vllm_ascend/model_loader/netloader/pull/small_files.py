@@ -10,11 +10,18 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from vllm_ascend.model_loader.netloader.checkpoint.small_files import FILE_LIMIT, NAMES, TOTAL_LIMIT
 from vllm_ascend.model_loader.netloader.endpoint import Endpoint
-from vllm_ascend.model_loader.netloader.errors import Damaged, PeerError, ProtocolError, SourceFailed, one_line
+from vllm_ascend.model_loader.netloader.errors import (
+    CannotBeWritten,
+    Damaged,
+    PeerError,
+    ProtocolError,
+    SourceFailed,
+    one_line,
+)
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity
 from vllm_ascend.model_loader.netloader.wire.access import Access
 from vllm_ascend.model_loader.netloader.wire.channel import Channel, Deadline
@@ -33,6 +40,7 @@ from vllm_ascend.model_loader.netloader.wire.refusal import refused
 
 CONFIGURATION: Final = "config.json"
 _DIGEST_BYTES: Final = 32
+_GPTQ_LAYERS: Final = "modules_in_block_to_quantize"
 _DTYPES: Final = ("float16", "bfloat16", "float32")
 
 
@@ -87,17 +95,20 @@ def files_at(source: Endpoint, expected: ModelIdentity, timeout: float, access: 
             raise SourceFailed(str(error)) from error
 
 
-def configured(contents: bytes, resolved: Mapping[str, AttributeValue]) -> bytes:
+def configured(contents: bytes, resolved: Mapping[str, AttributeValue], quantization: str = "") -> bytes:
     """The configuration in `contents` as the source's engine understands it, which has looked into the weight files.
 
-    Raises ProtocolError for what is no configuration.
+    Raises ProtocolError for what is no configuration, and CannotBeWritten where the engine takes more from those than
+    can be told: of GPTQ models by `quantization`, it takes the names of the quantised layers.
     """
-    try:
-        configuration = json.loads(contents)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"{CONFIGURATION} is no JSON: {one_line(str(error))}") from error
-    if not isinstance(configuration, dict):
-        raise ProtocolError(f"{CONFIGURATION} is no object")
+    configuration = _parsed(contents)
+    of_quantization = configuration.get("quantization_config")
+    layers = of_quantization.get(_GPTQ_LAYERS) if isinstance(of_quantization, dict) else None
+    if "gptq" in quantization and not layers:
+        raise CannotBeWritten(
+            f"a GPTQ model whose configuration does not name its quantised layers ({_GPTQ_LAYERS}): vLLM finds them by "
+            f"the names in its checkpoint"
+        )
 
     text = configuration.get("text_config")
     parts = [configuration, text] if isinstance(text, dict) else [configuration]
@@ -109,6 +120,17 @@ def configured(contents: bytes, resolved: Mapping[str, AttributeValue]) -> bytes
     if resolved.get("dtype") in _DTYPES and not any(part.get("dtype") or part.get("torch_dtype") for part in parts):
         changes["dtype"] = configuration["dtype"] = resolved["dtype"]
     return (json.dumps(configuration, indent=2) + "\n").encode() if changes else contents
+
+
+def _parsed(contents: bytes) -> dict[str, Any]:
+    """Raises ProtocolError."""
+    try:
+        configuration = json.loads(contents)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{CONFIGURATION} is no JSON: {one_line(str(error))}") from error
+    if not isinstance(configuration, dict):
+        raise ProtocolError(f"{CONFIGURATION} is no object")
+    return configuration
 
 
 def _require_allowed(files: tuple[SmallFile, ...]) -> None:
