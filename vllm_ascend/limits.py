@@ -199,8 +199,6 @@ def _mla(config: Any) -> Iterator[str]:
     if not model.use_mla:
         return
     text = model.hf_text_config
-    if model.quantization is not None:
-        yield f"MLA with quantised weights ({model.quantization})"
     if getattr(text, "index_topk", None) is not None:
         yield "sparse attention (index_topk)"
     sizes = LatentSizes(*(getattr(text, name, 0) for name in LatentSizes.__dataclass_fields__))

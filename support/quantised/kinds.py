@@ -9,6 +9,8 @@ from support.quantised.compressed_tensors import write_compressed_tensors
 from support.quantised.modelslim import write_modelslim
 from support.quantised.plan import DYNAMIC, FOUR_BITS, STATIC, Plan
 
+ABSORBED = "kv_b_proj"
+"""The layer of latent attention that is multiplied with others after loading. ModelSlim leaves it as it is."""
 PLANS = {
     "modelslim-w8a8": Plan(dense=STATIC, experts=DYNAMIC),
     "modelslim-w8a8-dynamic": Plan(),
@@ -29,6 +31,8 @@ def make_quantised(
     if not target.exists():
         unfinished = target.with_name(f".{target.name}-unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
+        if kind.startswith("modelslim"):
+            left_out = (*left_out, ABSORBED)
         plan = Plan(PLANS[kind].dense, PLANS[kind].experts, left_out)
         if kind.startswith("modelslim"):
             write_modelslim(source, unfinished, plan, older=older)

@@ -16,7 +16,7 @@ from support.quantised.files import tensors_of
 
 FLOAT, STATIC, DYNAMIC, FOUR_BITS = "FLOAT", "W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC"
 """As ModelSlim names them."""
-LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down)_proj$")
+LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down|q_a|q_b|kv_b)_proj$|\.kv_a_proj_with_mqa$")
 
 
 @dataclass(frozen=True)

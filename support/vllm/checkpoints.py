@@ -338,6 +338,15 @@ def w8a8_experts_wide(root: Path) -> str:
     return make_quantised("compressed-tensors-w8a8", source, root / "w8a8_experts_wide")
 
 
+def w8a8_deepseek(root: Path) -> str:
+    return make_quantised("compressed-tensors-w8a8", Path(deepseek_v3(root)), root / "w8a8_deepseek")
+
+
+def modelslim_deepseek(root: Path) -> str:
+    """As ModelSlim quantises the real one: attention is static, but for one layer in float, and experts are dynamic."""
+    return make_quantised("modelslim-w8a8", Path(deepseek_v3(root)), root / "modelslim_deepseek")
+
+
 def modelslim(root: Path) -> str:
     """The numbers of `w8a8`, as ModelSlim writes them."""
     return make_quantised("modelslim-w8a8-dynamic", Path(dense(root)), root / "modelslim")

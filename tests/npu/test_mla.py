@@ -49,13 +49,21 @@ def test_platform_and_simulator_hold_one_rule_of_heads_and_sizes(dtype: torch.dt
     assert taken == (0 if dtype == torch.float16 else 7)
 
 
-def layer(heads: int = 4, **changes: Any) -> Any:
+@pytest.fixture(autouse=True)
+def _there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor import parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def layer(heads: int = 4, kv_b_proj: Any = None, **changes: Any) -> Any:
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from vllm_ascend.attention.mla import NPUMLAImpl
 
     sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, **changes}
-    others = {"q_lora_rank": None, "qk_head_dim": 192, "kv_b_proj": torch.nn.Linear(512, heads * 256)}
+    others = {"q_lora_rank": None, "qk_head_dim": 192, "kv_b_proj": kv_b_proj or torch.nn.Linear(512, heads * 256)}
     with set_current_vllm_config(VllmConfig()):
         return NPUMLAImpl(heads, 576, 1.0, 1, None, None, "auto", None, "decoder", None, **sizes, **others)
 
@@ -79,3 +87,84 @@ def test_the_memory_of_a_layer_is_cut_into_latents_and_what_is_turned() -> None:
     latents += 1
     turned += 1
     assert bool((cache == 1).all())
+
+
+def linear(method: Any, **attributes: Any) -> Any:
+    """A `kv_b_proj` of one head as `method` makes it, on the device and without contents."""
+    made: Any = torch.nn.Module()
+    vars(made).update(quant_method=method, prefix="kv_b_proj", has_bias=False, **attributes)
+    made.input_size_per_partition = 512
+    with torch.device(NPU):
+        method.create_weights(made, 512, [256], 512, 256, torch.bfloat16, weight_loader=lambda *_: None)
+    return made
+
+
+def of_compressed_tensors(*, static: bool) -> Any:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Int8
+
+    from vllm_ascend.quantization.compressed_tensors import NPUInt8LinearMethod
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(VllmConfig()):
+            scheme = CompressedTensorsW8A8Int8("channel", static, True)
+            return linear(NPUInt8LinearMethod(None), scheme=scheme)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def of_modelslim(*, static: bool) -> Any:
+    from vllm_ascend.quantization.modelslim_linear import DynamicLinearMethod, StaticLinearMethod
+
+    return linear(StaticLinearMethod(with_scales=True) if static else DynamicLinearMethod(), skip_bias_add=False)
+
+
+FORMATS = {"compressed-tensors": of_compressed_tensors, "ModelSlim": of_modelslim}
+
+
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS.keys())
+def test_a_layer_that_is_absorbed_must_not_be_quantised_statically(make: Any) -> None:
+    with pytest.raises(ValueError, match="kv_b_proj with static activations is not supported on NPUs: MLA multiplies"):
+        layer(1, make(static=True))
+    layer(1, make(static=False))
+
+
+@pytest.mark.parametrize("nz", ["0", "1"])
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS.keys())
+def test_what_is_absorbed_of_a_quantised_layer_is_its_weights(
+    make: Any, nz: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers times their scales, rounded to 16 bits once."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+    from vllm_ascend.ops.layout import allow_fractal_nz, is_fractal_nz
+
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", nz)
+    allow_fractal_nz()
+    projection = make(static=False)
+    random = torch.Generator().manual_seed(0)
+    integers = torch.randint(-127, 128, (256, 512), generator=random, dtype=torch.int8)
+    scales = torch.rand(256, 1, generator=random) / 500
+    projection.weight.data.copy_(integers)
+    projection.weight_scale.data.copy_(scales)
+    projection.quant_method.process_weights_after_loading(projection)
+    assert is_fractal_nz(projection.weight.data) == (nz == "1")
+    found = get_and_maybe_dequant_weights(projection, torch.bfloat16).float().cpu()
+    torch.testing.assert_close(found, integers * scales, rtol=2**-8, atol=0)
+
+
+def test_what_is_absorbed_of_a_plain_layer_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    import vllm_ascend.ops.layers  # noqa: F401
+    from vllm_ascend.ops.layout import allow_fractal_nz, is_fractal_nz
+
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "2")
+    allow_fractal_nz()
+    absorbed, other = (torch.nn.Linear(512, 256, bias=False, device=NPU, dtype=torch.bfloat16) for _ in range(2))
+    layer(1, absorbed)
+    for each in (absorbed, other):
+        UnquantizedLinearMethod().process_weights_after_loading(each)
+    assert not is_fractal_nz(absorbed.weight.data)
+    assert is_fractal_nz(other.weight.data)

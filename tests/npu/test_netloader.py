@@ -36,6 +36,8 @@ CPU_PYTHON = str(Path(torch.__file__).parents[4] / "bin" / "python")
 """Of the environment below this one, which has no torch-npu: vLLM's CPU platform."""
 PROMPTS = [[5, 17, 31, 2], list(range(40, 200)), [7]]
 ENGINE = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 26, "max_num_batched_tokens": 512, "max_num_seqs": 4}
+ON_CPU = {"dtype": "float32", "attention_backend": "CPU_MLA"}
+"""The backend for MLA in all types, as that for processors with AMX is for bfloat16; others ignore it."""
 SIMULATOR = {"CANN_SIM_DEVICES": "4", "CANN_SIM_ASYNC": "1"}
 FROM_PEERS = {"FALLBACK": "error"}
 SESSION_BYTES = 4 * CHUNK_BYTES
@@ -57,7 +59,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lo
             directory = tmp_path_factory.mktemp(f"npu-{where.replace(',', '-')}")
             on_npus = {"ASCEND_RT_VISIBLE_DEVICES": where, "VLLM_ASCEND_ENABLE_NZ": nz, **SIMULATOR}
             pools[where, nz] = Pool(directory, CPU_PYTHON) if where == "cpu" else Pool(directory, environment=on_npus)
-        engine = ({} if where == "cpu" else ENGINE) | {"dtype": "float32"} | request.pop("engine", {})
+        engine = (ON_CPU if where == "cpu" else ENGINE) | request.pop("engine", {})
         return pools[where, nz].load(model, extra, engine=engine, **request)
 
     yield begin
@@ -78,6 +80,7 @@ KINDS = {
     "Llama": checkpoints.dense,
     "Qwen3 with tied embeddings": checkpoints.tied,
     "Qwen3-MoE": checkpoints.mixture_of_experts,
+    "DeepSeek-V3": checkpoints.deepseek_v3,
 }
 
 
@@ -319,6 +322,8 @@ QUANTISED: dict[str, tuple[Callable[[Path], str], bool, dict[str, Any]]] = {
 OF_MODELSLIM: dict[str, tuple[Callable[[Path], str], bool, dict[str, Any]]] = {
     "ModelSlim's, static": (checkpoints.modelslim_static, False, {}),
     "ModelSlim's experts": (checkpoints.modelslim_experts, False, {}),
+    "DeepSeek-V3": (checkpoints.w8a8_deepseek, False, {}),
+    "ModelSlim's DeepSeek-V3": (checkpoints.modelslim_deepseek, False, {}),
     "ModelSlim's experts of four bits": (checkpoints.modelslim_four_bits, False, SUMS_KEPT),
 }
 

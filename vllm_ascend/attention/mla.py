@@ -12,6 +12,10 @@ its keys that is turned by its position. vLLM's layer computes in two ways, and 
 The operator wants latents and turned parts in two contiguous caches. The memory of a layer is cut in two for that: all
 latents lie before all turned parts. No block lies in one piece, then; nothing here moves blocks.
 
+vLLM takes what it absorbs from `kv_b_proj` after loading: views of its matrix, which stays in a plain format for that,
+or, if it is quantised, what it makes of the identity. So it must quantise what it is given by rows: a static scale
+would cut off the ones of the identity.
+
 vLLM's planning, layer and order of steps are used as they are. Lengths come from the host, as in `backend`.
 """
 
@@ -143,6 +147,12 @@ class NPUMLAImpl(MLACommonImpl[MLACommonMetadata]):
         # vLLM builds models with their dtype as torch's default.
         if reasons := list(mla_refusals(sizes, num_heads, torch.get_default_dtype())):
             raise ValueError(f"{', '.join(reasons)} is not supported on NPUs")
+        if getattr(self.kv_b_proj, "input_is_static", False):
+            raise ValueError(
+                f"{self.kv_b_proj.prefix} with static activations is not supported on NPUs: MLA multiplies it with "
+                f"other matrices after loading, so quantise its activations for each token, or leave it as it is"
+            )
+        self.kv_b_proj.is_absorbed = True
 
     def do_kv_cache_update(  # noqa: PLR0917
         self,

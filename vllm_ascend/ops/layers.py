@@ -96,7 +96,9 @@ class _Rotary:
 
 
 def _lay_weights_out(method: UnquantizedLinearMethod, layer: Any) -> None:
-    layer.weight.data = in_chosen_format(layer.weight.data)
+    """Not of what latent attention takes views of."""
+    if not getattr(layer, "is_absorbed", False):
+        layer.weight.data = in_chosen_format(layer.weight.data)
 
 
 def _replace(layer: type, replacement: type) -> None:

@@ -100,6 +100,7 @@ class NPUInt8LinearMethod(CompressedTensorsLinearMethod):
         """Raises ValueError for a layer with more inputs or outputs than a device takes."""
         quantized.refuse_long_rows(layer.prefix, input_size_per_partition, sum(output_partition_sizes))
         super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        layer.input_is_static = layer.scheme.is_static_input_scheme
 
 
 class NPUW8A8Int8MoEMethod(Int8ExpertsMethod, compressed_tensors_moe_w8a8_int8.CompressedTensorsW8A8Int8MoEMethod):

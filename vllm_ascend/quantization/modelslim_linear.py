@@ -115,6 +115,7 @@ class StaticLinearMethod(LinearMethodBase):
         """Raises ValueError for a layer that is too large, or whose caller adds its bias, a second time then."""
         if layer.has_bias and layer.skip_bias_add:
             raise ValueError(f"{layer.prefix} in {STATIC} has a bias that its caller adds, which quant_bias contains")
+        layer.input_is_static = True
         self._dtype = params_dtype
         config = get_current_vllm_config_or_none()
         self._has_real_weights = config is None or config.load_config.load_format != "dummy"
