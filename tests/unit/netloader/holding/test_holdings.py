@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from support.peers.impostor import Impostor, answering
+from support.logs import LINE_LIMIT
+from support.peers.corpus import Corpus
+from support.peers.impostor import Impostor, answering, sending
+from support.peers.messages import payload
 from support.peers.strangers import Intruder
 from support.relay import ServerRelay
 from support.sources import IDENTITY, SHORT, SMALL, Tensors, reasons, serving
@@ -26,6 +29,7 @@ from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import RankCoordinates
 from vllm_ascend.model_loader.netloader.weights.manifest import NBYTES_LIMIT, TENSORS_LIMIT, Manifest, TensorSpec
 from vllm_ascend.model_loader.netloader.wire.access import Access
+from vllm_ascend.model_loader.netloader.wire.conversation import Role
 from vllm_ascend.model_loader.netloader.wire.messages import Describe, Description, Holding, Refuse, Status
 
 TCP = transports(["tcp"])
@@ -195,6 +199,20 @@ def test_the_next_one_is_asked_where_the_first_lies() -> None:
     ):
         (offered,) = survey([liar.endpoint, source], 5.0).offered
         assert request_for(offered, 5.0).manifest.digest == SMALL.manifest.digest
+
+
+def test_who_asks_for_a_manifest_outlives_whatever_is_answered() -> None:
+    corpus, faults = Corpus(6, Role.SERVER), list[str]()
+    for _ in range(80):
+        strange = sending(corpus.stream(corpus.content(payload(Description(SMALL.manifest.encoded)))))
+        with Impostor({"Inquire": answering(status_of(SMALL.manifest)), "Describe": strange}) as impostor:
+            (offered,) = survey([impostor.endpoint], 5.0).offered
+            try:
+                assert request_for(offered, 20.0).manifest.digest == SMALL.manifest.digest
+            except SourcesExhausted as error:
+                faults += error.reasons
+    assert len(faults) > 40
+    assert not [fault[:200] for fault in faults if len(fault) > LINE_LIMIT or not fault.isprintable()]
 
 
 def test_weights_beyond_all_reason_have_no_manifest() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.sources import IDENTITY, SMALL, Tensors, publication, serving
+from support.wait import wait_until
 from vllm_ascend.model_loader.netloader import cli
 from vllm_ascend.model_loader.netloader.checkpoint.note import note_in
 from vllm_ascend.model_loader.netloader.checkpoint.small_files import SmallFiles
@@ -25,6 +29,7 @@ from vllm_ascend.model_loader.netloader.pull.pull import Pull
 from vllm_ascend.model_loader.netloader.server.answers import Peer
 from vllm_ascend.model_loader.netloader.server.publications import Publication
 from vllm_ascend.model_loader.netloader.server.server import WeightServer
+from vllm_ascend.model_loader.netloader.transport import digests
 from vllm_ascend.model_loader.netloader.transport.registry import transports
 from vllm_ascend.model_loader.netloader.weights.identity import ModelIdentity, RankCoordinates
 
@@ -143,6 +148,33 @@ def test_a_second_run_fetches_what_is_missing_or_damaged(
 ) -> None:
     happens, least, most = CHANGES[change]
     assert least <= fetched_again(happens, model, tmp_path, capsys) <= most
+
+
+def test_a_pull_that_was_killed_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(digests, "CHUNK_BYTES", 4 << 20)  # the size in the process that is killed
+    tensors, out = Tensors.of_shapes((6, 1 << 20)), tmp_path / "out"
+    with source_of(tensors, model, max_bandwidth=16 << 20) as (_, source):
+        command = [sys.executable, "-m", cli.__name__, "pull", str(source), "--out", str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: process.poll() is not None or has_a_chunk(out / f"{FILE}.part", tensors))
+        finally:
+            process.kill()
+            process.wait()
+        pull(source, "--out", out, "--json")
+    assert_holds(out / FILE, tensors)
+    (rank,) = json.loads(capsys.readouterr().out)["ranks"]
+    assert rank["fetched"] < tensors.manifest.nbytes
+
+
+def has_a_chunk(path: Path, tensors: Tensors) -> bool:
+    """Whether the last bytes of the first chunk have come."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        header = path.stat().st_size - tensors.manifest.nbytes
+        return header > 0 and any(os.pread(file.fileno(), 64, header + (4 << 20) - 64))
+    return False
 
 
 def test_a_second_run_does_not_touch_what_is_right(model: Path, tmp_path: Path) -> None:
