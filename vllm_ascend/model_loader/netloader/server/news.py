@@ -38,6 +38,7 @@ class Subscription:
         self._is_named = False
         self._told_chunks = self._told_sent = 0
         self._told_peers: set[str] = set()
+        self._has_new_peers = True
         self._told_whole = False
         self._told_at = 0.0
 
@@ -46,7 +47,7 @@ class Subscription:
         if store.held is not None:
             store.held.listen(self._wakeup.set)
         store.sent.listen(self._wakeup.set)
-        replicas.listen(self._wakeup.set)
+        replicas.listen(self._note_peers)
 
     def close(self) -> None:
         """Ends it. Idempotent."""
@@ -54,7 +55,7 @@ class Subscription:
         if store.held is not None:
             store.held.forget(self._wakeup.set)
         store.sent.forget(self._wakeup.set)
-        self._replicas.forget_listener(self._wakeup.set)
+        self._replicas.forget_listener(self._note_peers)
         self._wakeup.close()
 
     def relays_on(self, port: int) -> None:
@@ -107,11 +108,23 @@ class Subscription:
         sent = store.sent.since(self._told_sent, NEWS_LIMIT)
         self._told_sent += len(sent)
 
-        known = map(self._replicas.written, self._replicas.known(self._publication.role, store.generation))
-        peers = [each for each in dict.fromkeys(known) if each not in self._told_peers][:REFERRALS_LIMIT]
-        self._told_peers.update(peers)
-
         tells_whole = is_whole and not self._told_whole
         self._told_whole = is_whole
         others = tuple(number for number in sent if not self._sender.was_asked_for(number))
-        return News(chunks, others, tuple(peers), tells_whole)
+        return News(chunks, others, self._new_peers(), tells_whole)
+
+    def _new_peers(self) -> tuple[str, ...]:
+        """As many of those that were not told yet as one message holds."""
+        if not self._has_new_peers:
+            return ()
+        self._has_new_peers = False  # before anybody is read who might still be added
+        copies = self._replicas.known(self._publication.role, self._publication.store.generation)
+        known = map(self._replicas.written, copies)
+        peers = [each for each in dict.fromkeys(known) if each not in self._told_peers]
+        self._has_new_peers = self._has_new_peers or len(peers) > REFERRALS_LIMIT
+        self._told_peers.update(peers[:REFERRALS_LIMIT])
+        return tuple(peers[:REFERRALS_LIMIT])
+
+    def _note_peers(self) -> None:
+        self._has_new_peers = True
+        self._wakeup.set()

@@ -1,7 +1,8 @@
 """The chunks of one fetch, shared by the sessions that bring them.
 
-Which chunk is asked of whom is up to the `Swarm`, which knows neither threads nor time; here are both. One condition
-guards everything: sessions that find nothing to ask for wait on it, and are woken by whatever gives them something.
+Which chunk is asked of whom is up to the `Swarm`, which knows neither threads nor time; here are both. One lock guards
+everything. Sessions that find nothing to ask for wait under it, each on a condition of its own, and are woken by what
+gives them something: most news concerns one session, and waking all of them would take more time than the news does.
 
 Where one session works alone, its chunks arrive in their own places. Where several do, the same chunk may be on its way
 from two sources, and one of them may send anything. So there a chunk arrives apart and is put into its place by whoever
@@ -44,11 +45,9 @@ class Pool:
         """When the latest chunk passed."""
         self._inventory = inventory
         self._clock = clock
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._arriving_in_place: dict[int, Share] = {}
         self._claimed: set[int] = set()
-        self._listeners: set[Callable[[], None]] = set()
-        self._end_listeners: set[Callable[[], None]] = set()
 
         held = sorted(inventory.held)
         for number in held:
@@ -68,18 +67,14 @@ class Pool:
     def join(self, *, has_all: bool) -> Share:
         """Another session, whose source has all chunks, or none as far as is known. Whoever asked closes it."""
         share = Share(self)
-        with self._changed:
+        with self._lock:
             self._swarm.joined(share, None if has_all else ())
         return share
 
-    def tell(self) -> None:
-        """Wakes those who wait. For whoever holds the condition."""
-        self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
-        if self.is_complete:
-            for listener in self._end_listeners:
-                listener()
+    def tell_all(self) -> None:
+        """Wakes all sessions that wait. For whoever holds the lock."""
+        for share in self._swarm.sources:
+            share.tell()
 
 
 class Share(Requests):
@@ -87,6 +82,9 @@ class Share(Requests):
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._changed = threading.Condition(pool._lock)
+        self._listeners: set[Callable[[], None]] = set()
+        self._end_listeners: set[Callable[[], None]] = set()
         self._is_stopped = False
         self._is_closed = False
         self._heard: tuple[set[int], set[int]] = (set(), set())
@@ -107,24 +105,24 @@ class Share(Requests):
     def is_useful(self) -> bool:
         """Whether the source has anything that is missing here."""
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             return not self._is_closed and pool._swarm.is_useful(self)
 
     def has(self, chunks: Iterable[int]) -> None:
         """Notes that the source says it has `chunks` now."""
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             if not self._is_closed and pool._swarm.has(self, chunks):
-                pool.tell()
+                self.tell()
 
     def sent(self, chunks: Iterable[int]) -> None:
         """Notes that the source says it has sent `chunks` to somebody."""
-        with self._pool._changed:
+        with self._pool._lock:
             self._pool._swarm.sent(chunks)
 
     def next(self, *, wait: bool) -> Chunk | None:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             while not self._is_closed and not self.is_over:
                 number = pool._swarm.next_for(self, pool._clock())
                 if number is not None and number in pool._arriving_in_place:
@@ -133,14 +131,14 @@ class Share(Requests):
                 elif number is not None:
                     return pool._inventory.chunks[number]
                 elif wait:
-                    pool._changed.wait(_LATE_SECONDS)
+                    self._changed.wait(_LATE_SECONDS)
                 else:
                     break
         return None
 
     def begin(self, chunk: Chunk) -> bool:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             is_there = chunk.number in pool._claimed or chunk.number in pool.passed
             is_alone = pool.sessions == 1 and not self._is_closed and not is_there
             if is_alone:
@@ -149,7 +147,7 @@ class Share(Requests):
 
     def claim(self, chunk: Chunk) -> bool:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             if chunk.number in pool._claimed or chunk.number in pool.passed:
                 pool._swarm.arrived(self, chunk.number, pool._clock())
                 return False
@@ -158,33 +156,35 @@ class Share(Requests):
 
     def arrived(self, chunk: Chunk, digest: bytes | None) -> None:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             pool._arriving_in_place.pop(chunk.number, None)
             pool._claimed.discard(chunk.number)
             pool._inventory.add(chunk, digest)
             pool.passed.add(chunk.number)
             pool.passed_at = pool._clock()
             pool._swarm.arrived(self, chunk.number, pool.passed_at)
-            pool.tell()
+            self.tell()
+            if self.is_complete:
+                pool.tell_all()
 
     def damaged(self, chunk: Chunk) -> None:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             if pool._arriving_in_place.get(chunk.number) is self:
                 del pool._arriving_in_place[chunk.number]
             pool._claimed.discard(chunk.number)
             if not self._is_closed:
                 pool._swarm.damaged(self, chunk.number)
-            pool.tell()
+            pool.tell_all()
 
     def stop(self) -> None:
         self._is_stopped = True
-        with self._pool._changed:
-            self._pool.tell()
+        with self._pool._lock:
+            self.tell()
 
     def close(self) -> None:
         pool = self._pool
-        with pool._changed:
+        with pool._lock:
             self._is_stopped = True
             if self._is_closed:
                 return
@@ -193,17 +193,25 @@ class Share(Requests):
             for number in mine:
                 del pool._arriving_in_place[number]
             pool._swarm.gone(self)
-            pool.tell()
+            self.tell()
+            pool.tell_all()
 
     def listen(self, listener: Callable[[], None], *, only_the_end: bool = False) -> None:
-        pool = self._pool
-        with pool._changed:
-            (pool._end_listeners if only_the_end else pool._listeners).add(listener)
+        with self._pool._lock:
+            (self._end_listeners if only_the_end else self._listeners).add(listener)
             if self.is_over:
                 listener()
 
     def forget(self, listener: Callable[[], None]) -> None:
-        pool = self._pool
-        with pool._changed:
-            pool._listeners.discard(listener)
-            pool._end_listeners.discard(listener)
+        with self._pool._lock:
+            self._listeners.discard(listener)
+            self._end_listeners.discard(listener)
+
+    def tell(self) -> None:
+        """Wakes the session where it waits for something to do. For whoever holds the lock of the pool."""
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+        if self.is_complete:
+            for listener in self._end_listeners:
+                listener()
