@@ -46,7 +46,6 @@ TITLES = {
 }
 TARGET = 1.15
 """The time of 16 instances over that of one that the defaults are to hold."""
-UNLIMITED = 1000
 
 
 @dataclass(frozen=True)
@@ -102,14 +101,13 @@ def groups_of(base: Setting, nodes: list[int]) -> dict[str, dict[str, Setting]]:
         LIMITS: {
             "as it is": base,
             "DEGREE 3, SESSIONS 5": replace(base, degree=3, sessions=5),
-            "DEGREE 4, SESSIONS 6": replace(base, degree=4, sessions=6),
-            "DEGREE 8, SESSIONS 12": replace(base, degree=8, sessions=12),
-            "DEGREE 6, nobody joined in turn": replace(base, sessions=UNLIMITED, mutual=False),
+            "DEGREE 6, SESSIONS 9": replace(base, degree=6, sessions=9),
+            "DEGREE 10, SESSIONS 15": replace(base, degree=10, sessions=15),
+            "nobody joined in turn": replace(base, mutual=False),
             "WINDOW 4": replace(base, window=4),
             "WINDOW 16": replace(base, window=16),
-            "2 chunks sent at once": replace(base, sending=2),
             "4 chunks sent at once": replace(base, sending=4),
-            "all chunks sent at once": replace(base, sending=UNLIMITED),
+            "8 chunks sent at once": replace(base, sending=8),
             "MAX_CLIENTS 1": replace(base, max_clients=1),
             "MAX_CLIENTS 4": replace(base, max_clients=4),
             "MAX_CLIENTS 16": replace(base, max_clients=16),

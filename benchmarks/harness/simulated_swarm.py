@@ -3,9 +3,10 @@
 What the model takes for granted: a chunk is one transfer over the sender's link up and the receiver's link down
 (`links`); every message takes the latency and nothing else; joining takes a few of them. Digests, processors, and what
 TCP does in its first milliseconds are left out. A relay tells everybody who has joined it of each chunk as it passes.
-The first server gives `max_clients` a turn each until they have everything; the others wait, and are told now and then
-of relays. Every node sends up to `sending` chunks at once, and `connections` of them to each client; whoever has the
-fewest of them on the way comes next.
+Every node names those to whom it has sent a chunk, to all who have joined it. The first server gives
+`max_clients` a turn each until they have everything; the others wait, and are told now and then of relays. Every node
+sends up to `sending` chunks at once, and `connections` of them to each client; whoever has the fewest of them on the
+way comes next.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from vllm_ascend.model_loader.netloader.client.swarm.peering import DEGREE, SESS
 from vllm_ascend.model_loader.netloader.client.swarm.policy import WINDOW, Swarm
 
 MEBIBYTE: Final = 1 << 20
-NAMED_AT_ONCE: Final = 64
-"""Peers in one message."""
+UNLIMITED: Final = 1 << 20
+REFERRALS: Final = 8
+"""Peers that are named to whom has to wait."""
+IN_PARTS: Final = 2
+"""So many times as many as a server have a turn at a relay, because they take only parts there."""
 NOTICE_SECONDS: Final = 1.0
 """From one message to a client that waits for its turn to the next."""
 POLL_SECONDS: Final = 0.1
@@ -55,7 +59,7 @@ class Setting:
     latency: float = 1e-3
     servers: int = 1
     max_clients: int = 8
-    sending: int = 8
+    sending: int = UNLIMITED
     connections: int = 4
     degree: int = DEGREE
     sessions: int = SESSIONS
@@ -100,6 +104,8 @@ class Node:
         self.up, self.down = Link(rate), Link(rate)
         self.is_alive = True
         self.clients: dict[Client, None] = {}
+        self.named: dict[Client, None] = {}
+        """Those to whom a chunk was sent, so that they can be named to others."""
         self._asked: deque[tuple[Client, int]] = deque()
         self._sending: dict[Transfer, tuple[Client, int]] = {}
 
@@ -161,6 +167,11 @@ class Node:
     def _sent(self, transfer: Transfer) -> None:
         client, chunk = self._sending.pop(transfer)
         self.model.events.after(self.later(), client.take_in, self, chunk)
+        if self.model.setting.relay and client not in self.named:
+            self.named[client] = None
+            for other in self.clients:
+                if other is not client:
+                    self.model.events.after(self.later(), other.hear_named, self, [client])
         self._send()
 
 
@@ -170,7 +181,6 @@ class Server(Node):
     def __init__(self, model: Model, rate: float) -> None:
         super().__init__(model, rate)
         self._waiting: deque[Client] = deque()
-        self._relays: list[Client] = []
 
     def join(self, client: Client) -> None:
         if not self.is_alive:
@@ -180,11 +190,6 @@ class Server(Node):
         else:
             self._waiting.append(client)
             self._notify(client)
-        if self.model.setting.relay:
-            self._relays.append(client)
-            for other in self.clients:
-                if other is not client:
-                    self.model.events.after(self.later(), other.hear_named, self, [client])
 
     def leave(self, client: Client) -> None:
         if client in self._waiting:
@@ -201,15 +206,15 @@ class Server(Node):
 
     def _accept(self, client: Client) -> None:
         self.clients[client] = None
-        self.model.events.after(self.later(ACCEPT_LATENCIES), client.accepted, self, None, self._some_relays())
+        self.model.events.after(self.later(ACCEPT_LATENCIES), client.accepted, self, None, list(self.named))
 
     def _notify(self, client: Client) -> None:
         if self.is_alive and client in self._waiting:
-            self.model.events.after(self.later(), client.hear_named, self, self._some_relays())
+            self.model.events.after(self.later(), client.hear_named, self, self._some_named())
             self.model.events.after(NOTICE_SECONDS, self._notify, client)
 
-    def _some_relays(self) -> list[Client]:
-        return self.model.chance.sample(self._relays, min(len(self._relays), NAMED_AT_ONCE))
+    def _some_named(self) -> list[Client]:
+        return self.model.chance.sample(list(self.named), min(len(self.named), REFERRALS))
 
 
 class Client(Node):
@@ -222,6 +227,8 @@ class Client(Node):
         self._held: set[int] = set()
         self._swarm: Swarm[Node] = Swarm(model.lengths, chance, window=setting.window)
         self._peering: Peering[Node] = Peering(chance, itself=[self], degree=setting.degree, sessions=setting.sessions)
+        self._leaving: set[Node] = set()
+        """Sources that are to make room for others once they have brought what they were asked for."""
         self._rate = rate
         self._begun = 0.0
         self.stretch: float | None = None
@@ -242,11 +249,13 @@ class Client(Node):
         """Somebody wants to take from this node."""
         if not self.is_alive:
             self.model.events.after(self.later(), client.hear_gone, self)
-        elif len(self.clients) >= self.model.setting.sessions:
-            self.model.events.after(self.later(), client.hear_busy, self, list(self.clients))
+        elif len(self.clients) >= IN_PARTS * self.model.setting.max_clients:
+            self.model.events.after(self.later(), client.hear_busy, self)
         else:
             self.clients[client] = None
-            self.model.events.after(self.later(ACCEPT_LATENCIES), client.accepted, self, set(self._held), [])
+            self.model.events.after(
+                self.later(ACCEPT_LATENCIES), client.accepted, self, set(self._held), list(self.named)
+            )
             if self.loads and self.model.setting.mutual:
                 self._peering.joined_here(client)
                 self._connect()
@@ -265,12 +274,13 @@ class Client(Node):
         self.messages += 1
         if self.loads:
             self._peering.named(by, named)
+            self._make_room()
             self._connect()
 
-    def hear_busy(self, peer: Node, named: Iterable[Client]) -> None:
+    def hear_busy(self, peer: Node) -> None:
         if self.loads:
             self._peering.lost(peer, was_busy=True)
-            self.hear_named(peer, named)
+            self._connect()
 
     def hear_sent(self, chunk: int) -> None:
         self.messages += 1
@@ -283,6 +293,7 @@ class Client(Node):
             self._ask(source)
 
     def hear_gone(self, source: Node) -> None:
+        self._leaving.discard(source)
         if self.loads:
             self._peering.lost(source)
             if source in self._swarm:
@@ -305,8 +316,21 @@ class Client(Node):
             model.loading -= 1
             for other in (*self._swarm.sources, *model.servers):
                 model.events.after(self.later(), other.leave, self)
+        elif source in self._leaving:
+            self._leave_if_idle(source)
         elif source in self._swarm:
             self._ask(source)
+
+    def _make_room(self) -> None:
+        """Leaves sources for others that were named later."""
+        if (source := self._peering.to_leave({})) is not None and source in self._swarm:
+            self._leaving.add(source)
+            self._leave_if_idle(source)
+
+    def _leave_if_idle(self, source: Node) -> None:
+        if not self._swarm.is_asked(source):
+            self.model.events.after(self.later(), source.leave, self)
+            self.hear_gone(source)
 
     def _connect(self) -> None:
         if self.model.setting.relay:
@@ -315,6 +339,8 @@ class Client(Node):
                 self.model.events.after(self.later(JOIN_LATENCIES), peer.join, self)
 
     def _ask(self, source: Node) -> None:
+        if source in self._leaving or source not in self._swarm:
+            return
         while (chunk := self._swarm.next_for(source, self.model.events.now)) is not None:
             self.messages += 1
             self.model.events.after(self.later(), source.ask, self, chunk)

@@ -113,8 +113,15 @@ def test_clients_choose_differently() -> None:
     assert len(found) == 20
 
 
+class Reluctant(random.Random):
+    """Lets nobody give way by chance."""
+
+    def random(self) -> float:
+        return 0.999
+
+
 def test_one_that_has_long_been_useless_gives_way_if_there_is_somebody_else() -> None:
-    peering = peering_of()
+    peering = Peering[str](Reluctant())
     peering.named("server", peers(DEGREE))
     first, second, *_ = chosen(peering)
     useless = {first: USELESS_SECONDS, second: 2 * USELESS_SECONDS, "somebody": 100.0}
@@ -126,6 +133,43 @@ def test_one_that_has_long_been_useless_gives_way_if_there_is_somebody_else() ->
     peering.lost(second)
     assert peering.to_leave(useless) is None
     assert chosen(peering) == ["another"]
+
+
+def test_those_who_are_named_late_are_chosen_as_often_as_the_first() -> None:
+    """Each is named alone, after the ones before were joined."""
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        peering = peering_of(seed)
+        for peer in peers(3 * DEGREE):
+            peering.named("server", [peer])
+            if (left := peering.to_leave({})) is not None:
+                peering.lost(left)
+            chosen(peering)
+        assert len(peering.chosen) == DEGREE
+        counts.update(peering.chosen)
+    assert len(counts) == 3 * DEGREE
+    assert 80 < min(counts.values()) <= max(counts.values()) < 190  # of 400, a third is expected
+
+
+class Eager(random.Random):
+    """Lets somebody give way whenever that is possible."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def test_one_gives_way_for_each_that_is_drawn() -> None:
+    peering = Peering[str](Eager())
+    peering.named("server", peers(DEGREE))
+    found = chosen(peering)
+    assert peering.to_leave({}) is None
+    peering.named("server", ["late"])
+    left = peering.to_leave({})
+    assert left in found
+    assert peering.to_leave({}) is None
+    peering.lost(left)
+    assert chosen(peering) == ["late"]
+    assert peering.to_leave({}) is None
 
 
 @given(seed=st.integers(0, 1 << 32), steps=st.integers(0, 200))

@@ -4,13 +4,20 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ascend.model_loader.netloader.client.swarm import policy
 from vllm_ascend.model_loader.netloader.client.swarm.policy import TWICE, WINDOW, Swarm
 
 CHUNKS = 40
 LENGTH = 1000
+
+
+@pytest.fixture(autouse=True)
+def the_window_is_open_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "FIRST", WINDOW)
 
 
 def swarm_of(chunks: int = CHUNKS, seed: int = 0, window: int = WINDOW) -> Swarm[str]:
@@ -116,6 +123,17 @@ def test_a_source_is_asked_only_for_what_it_has() -> None:
     assert not swarm.has("relay", [5])
     assert swarm.has("relay", [6])
     assert asked(swarm, "relay") == [6]
+
+
+def test_the_window_opens_as_chunks_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "FIRST", 1)
+    swarm = swarm_of()
+    swarm.joined("a")
+    on_the_way = asked(swarm, "a")
+    for count in range(1, WINDOW + 3):
+        assert len(on_the_way) == min(count, WINDOW)
+        assert swarm.arrived("a", on_the_way.pop(0), float(count))
+        on_the_way += asked(swarm, "a", float(count))
 
 
 def test_the_window_is_shared_by_all_sources() -> None:

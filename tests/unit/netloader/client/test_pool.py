@@ -28,6 +28,7 @@ def _much_is_asked_for_twice() -> Iterator[None]:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     monkeypatch.setattr(digests, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(policy, "FIRST", policy.WINDOW)
     evidence = Evidence(tuple(bytes([number]) for number in range(2)), "c0ffee")
     return Pool(Inventory(2 * CHUNK), evidence, random.Random(1), clock=lambda: 0.0)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.clock import Clock
 from vllm_ascend.model_loader.netloader.server.admission import turns as turns_module
 from vllm_ascend.model_loader.netloader.server.admission.turns import (
+    IN_PARTS,
     LEAST_CAPACITY,
     OVERCOMMITMENT,
     SLOW_SHARE,
@@ -55,6 +56,13 @@ def crowd(turns: Turns, count: int, host: str = "10.0.0.2", speed: float = math.
 
 def waiting(turns: Turns, among: list[Turn]) -> list[Turn]:
     return [turn for turn in turns.in_order() if turn in among]
+
+
+def test_more_have_a_turn_where_each_takes_only_parts() -> None:
+    turns = Turns(2)
+    in_parts = [turns.take(f"10.0.0.{number}", in_parts=True) for number in range(2 * IN_PARTS + 1)]
+    assert [turn is None for turn in in_parts] == [False] * 2 * IN_PARTS + [True]
+    assert turns.take("10.0.0.99") is None
 
 
 ONE, OTHER, THIRD = "10.0.0.2", "10.0.0.3", "10.0.0.4"

@@ -72,7 +72,8 @@ def garbage(line: Any, heard: Any) -> None:
 
 def stale(line: Any, heard: Any) -> None:
     """Bytes of another chunk, as of weights that were replaced."""
-    line.send(bytes(WEIGHTS.store().bytes[: heard["length"]]))
+    offset = (heard["offset"] + heard["length"]) % NBYTES
+    line.send(bytes(WEIGHTS.store().bytes[offset : offset + heard["length"]]))
 
 
 def half(line: Any, heard: Any) -> None:

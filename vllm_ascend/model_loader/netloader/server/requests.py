@@ -176,7 +176,7 @@ class JoinRequest(Guest):
             self._serve()
             return False
 
-        turn = self._handler.turns.take(self.address)
+        turn = self._handler.turns.take(self.address, in_parts=answer.publication.store.is_filling)
         if turn is not None:
             self._serve_in_turn(turn)
             return False

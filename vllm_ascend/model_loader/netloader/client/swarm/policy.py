@@ -12,7 +12,9 @@ that counts as one more who has it, because a client hears of it before the chun
 to the next request to its source. So whoever is fast is asked more often. Shares by speed would be wrong: where this
 client's own link is the narrow one, a source has the speed that it is given, and whoever is ahead would get it all.
 More requests would fill queues in front of the sources, where a chunk waits that could have come from a relay by then;
-and when little is missing, everybody would have asked the one that has everything for the same.
+and when little is missing, everybody would have asked the one that has everything for the same. At the beginning it is
+one, and one more for each chunk that has arrived: where many start together, each soon has a whole chunk to pass on,
+instead of parts of many.
 
 **The end.** When everything has been asked for, a source with nothing to do is asked for a chunk that is late at
 another, if it would bring it in a fraction of the time; so a slow source, or one that has fallen silent, does not hold
@@ -33,6 +35,8 @@ Source = TypeVar("Source", bound=Hashable)
 
 WINDOW: Final = 8
 """Requests on their way at once, shared out to all sources, those included that have nothing now; at least one each."""
+FIRST: Final = 1
+"""Requests on their way before the first chunk has arrived."""
 TWICE: Final = 50
 """One chunk in so many may be asked for at a second source while the first still has to bring it."""
 CLEARLY_SOONER: Final = 2.0
@@ -90,6 +94,8 @@ class Swarm(Generic[Source]):
         for bit, chunk in enumerate(self._chunk_of):
             self._bit_of[chunk] = bit
         self._window = window
+        self._arrived = 0
+        """Chunks that were not held from the beginning."""
 
         self._all = (1 << len(lengths)) - 1
         self._missing = self._all ^ self._set_of(held)
@@ -152,6 +158,10 @@ class Swarm(Generic[Source]):
         """Whether `source` has anything that is missing here, asked for or not."""
         return bool(self._sources[source].has & self._missing)
 
+    def is_asked(self, source: Source) -> bool:
+        """Whether `source` has to bring anything that it was asked for."""
+        return bool(self._sources[source].requests)
+
     def next_for(self, source: Source, now: float) -> int | None:
         """The chunk to ask `source` for now, which is on its way from then on; None where there is nothing to ask for.
 
@@ -159,7 +169,8 @@ class Swarm(Generic[Source]):
         every now and then: that another source is late is told by nothing but time.
         """
         state = self._sources[source]
-        if len(state.requests) >= max(1, self._window // len(self._sources)):
+        window = min(self._window, FIRST + self._arrived)
+        if len(state.requests) >= max(1, window // len(self._sources)):
             return None
         chunk = self._rarest(state)
         if chunk is None:
@@ -185,6 +196,7 @@ class Swarm(Generic[Source]):
         if not self._missing & bit:
             return False
         self._missing ^= bit
+        self._arrived += 1
         self._wanted &= ~bit
         self._asked.pop(chunk, None)
         return True

@@ -20,6 +20,8 @@ from vllm_ascend.model_loader.netloader.server.admission.hosts import network_of
 
 SLOW_SHARE: Final = 4
 """A client is slow if it takes less than this fraction (one in so many) of its share of what the server can send."""
+IN_PARTS: Final = 2
+"""So many clients count as one while they take only parts here, and the rest from others."""
 LEAST_CAPACITY: Final = 32 << 20
 """Bytes per second that every server is assumed to be able to send until it has been seen to send more."""
 OVERCOMMITMENT: Final = 4
@@ -128,10 +130,13 @@ class Turns:
         """How many clients have a turn."""
         return len(self._taken)
 
-    def take(self, address: str) -> Turn | None:
-        """A turn at once for a client at `address`, if there is one left and nobody waits for it."""
+    def take(self, address: str, *, in_parts: bool = False) -> Turn | None:
+        """A turn at once for a client at `address`, if there is one left and nobody waits for it.
+
+        `in_parts` says that it will take much of what it wants from others, because here is not all of it yet.
+        """
         with self._lock:
-            if self._waiting or len(self._taken) >= self._limit:
+            if self._waiting or len(self._taken) >= self._limit * (IN_PARTS if in_parts else 1):
                 return None
             turn = Turn(self, network_of(address))
             self._taken[turn] = None
