@@ -119,6 +119,7 @@ def test_announcements_that_are_lies_cost_a_client_little(
 
 
 def test_a_client_that_gives_up_without_end_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     with serving(SMALL, TCP, timeouts=PATIENT) as (_, source):
         for _ in range(200):
             with Intruder(source).greet() as line:
