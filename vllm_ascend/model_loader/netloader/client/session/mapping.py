@@ -102,7 +102,8 @@ def _leave_to_sources(taking: Taking, memory: Memory, evidence: Evidence) -> Non
     """Leaves pages of a neighbour that have passed to the sources, one of which has to confirm them."""
     taking.intake.adopt(memory, evidence, taking.joining.fingerprint)
     taking.shared = memory.nbytes
-    taking.connections.control.send(Done(), taking.options.timeouts.connect)
+    with contextlib.suppress(PeerError, OSError):  # nothing depends on the neighbour any more
+        taking.connections.control.send(Done(), taking.options.timeouts.connect)
 
 
 def _save(taking: Taking, pages: UnsealedArena, numbers: Iterable[int], evidence: Evidence) -> None:
