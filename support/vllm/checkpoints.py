@@ -97,6 +97,13 @@ def tied(root: Path) -> str:
     return str(make_random_model(root / "tied", {**DENSE, "tie_word_embeddings": True}, architecture="qwen3"))
 
 
+def tied_with_a_head(root: Path) -> str:
+    """Its configuration says that embeddings are tied, and its checkpoint has a head of its own."""
+    directory = make_random_model(root / "tied_with_a_head", DENSE, architecture="qwen3")
+    _change_config(directory, {"tie_word_embeddings": True})
+    return str(directory)
+
+
 def tied_retrained(root: Path) -> str:
     configuration = {**DENSE, "tie_word_embeddings": True}
     return str(make_random_model(root / "tied_retrained", configuration, architecture="qwen3", seed=1))

@@ -13,6 +13,7 @@ import pytest
 from support.ports import two_free_ports
 from support.vllm import checkpoints
 from support.vllm.loaders import Load, Loader, generation
+from support.vllm.pulled import CANNOT_BE_WRITTEN, assert_pulled, pull
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,19 @@ class Partition:
     engine: dict[str, Any]
     otherwise: dict[str, Any]
     refusal: str
+    is_pulled: bool = False
+    """Whether the weights are also pulled, and loaded by vLLM's own sharded format."""
 
 
 TWO_TENSOR_RANKS = {"tensor_parallel_size": 2}
 EXPERTS = {**TWO_TENSOR_RANKS, "enable_expert_parallel": True}
 PARTITIONS = {
     "tensor parallel": Partition(checkpoints.dense, TWO_TENSOR_RANKS, {}, "tp_size (here 1, there 2)"),
-    "pipeline parallel": Partition(checkpoints.dense, {"pipeline_parallel_size": 2}, {}, "pp_size (here 1, there 2)"),
+    "pipeline parallel": Partition(
+        checkpoints.dense, {"pipeline_parallel_size": 2}, {}, "pp_size (here 1, there 2)", is_pulled=True
+    ),
     "expert parallel": Partition(
-        checkpoints.mixture_of_experts, EXPERTS, TWO_TENSOR_RANKS, "ep_size (here 1, there 2)"
+        checkpoints.mixture_of_experts, EXPERTS, TWO_TENSOR_RANKS, "ep_size (here 1, there 2)", is_pulled=True
     ),
     "experts over data-parallel replicas": Partition(
         checkpoints.mixture_of_experts,
@@ -65,6 +70,15 @@ def test_every_rank_finds_its_peer_from_one_address(
         assert client.report["source"] == addresses[rank]
         assert client.report["attempts"] == []
         client.end()
+
+    if partition.is_pulled:
+
+        def again(directory: str, extra: dict[str, Any], load_format: str) -> list[Loader]:
+            return start_ranks(load, directory, tmp_path, extra, partition.engine, load_format=load_format)
+
+        assert_pulled(servers, tmp_path, again)
+    elif "data_parallel_size" in partition.engine:
+        assert pull(servers[0], tmp_path / "pulled") == CANNOT_BE_WRITTEN
 
     others = start_ranks(load, model, tmp_path, {"SOURCE": addresses}, partition.otherwise)
     for other in others:
@@ -134,7 +148,7 @@ def test_ranks_that_load_different_checkpoints_say_so(load: Load, models: Path, 
 
 
 def start_ranks(
-    load: Load, model: str, directory: Path, extra: Mapping[str, object], engine: dict[str, Any]
+    load: Load, model: str, directory: Path, extra: Mapping[str, object], engine: dict[str, Any], **request: Any
 ) -> list[Loader]:
     """The processes of an instance with these engine arguments, not waited for."""
     if "data_parallel_size" in engine:
@@ -142,7 +156,7 @@ def start_ranks(
     # vLLM names shared memory after this file, so its name must not recur.
     init_method = f"file://{directory}/{uuid.uuid4().hex}"
     ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
-    return [load(model, extra, rank=rank, init_method=init_method, engine=engine) for rank in range(ranks)]
+    return [load(model, extra, rank=rank, init_method=init_method, engine=engine, **request) for rank in range(ranks)]
 
 
 def start_replicas(load: Load, model: str, extra: Mapping[str, object], engine: dict[str, Any]) -> list[Loader]:
