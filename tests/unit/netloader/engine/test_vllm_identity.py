@@ -13,9 +13,11 @@ import pytest
 import torch
 import vllm
 from vllm.config import VllmConfig
+from vllm.config.load import LoadConfig
 
 import vllm_ascend
 from support.vllm.configuration import configuration_of, write_config
+from vllm_ascend.model_loader.netloader.engine.disk import fingerprint_here
 from vllm_ascend.model_loader.netloader.engine.vllm_identity import (
     global_rank,
     model_identity,
@@ -53,6 +55,27 @@ def test_a_folder_is_known_by_its_real_path(configure: Configure, tmp_path: Path
     (tmp_path / "link").symlink_to(folder)
     identity = identity_of(configure(tmp_path / "link"))
     assert (identity.name, identity.name_is_path, identity.revision) == (folder, True, "")
+
+
+NOTE = '{"fingerprint": "f00d", "name": "org/model", "revision": "c0ffee"}'
+
+
+def test_without_weights_a_note_says_which_model_it_is(configure: Configure, tmp_path: Path) -> None:
+    configuration = configure()
+    (tmp_path / "model" / "netloader-pull.json").write_text(NOTE)
+    identity = identity_of(configuration)
+    assert (identity.name, identity.name_is_path, identity.revision) == ("org/model", False, "c0ffee")
+    assert fingerprint_here(torch.nn.Identity(), configuration.model_config, LoadConfig()) == "f00d"
+    assert identity_of(configuration, "ours/model").name == "ours/model"
+
+
+def test_beside_weights_a_note_does_not_count(configure: Configure, tmp_path: Path) -> None:
+    configuration = configure()
+    (tmp_path / "model" / "netloader-pull.json").write_text(NOTE)
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(8))
+    identity = identity_of(configuration)
+    assert (identity.name, identity.name_is_path) == (str(tmp_path / "model"), True)
+    assert fingerprint_here(torch.nn.Identity(), configuration.model_config, LoadConfig()) != "f00d"
 
 
 def test_a_configured_name_counts_for_the_target_and_not_for_the_draft(configure: Configure) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Final
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -12,6 +14,8 @@ from vllm.config.load import LoadConfig
 
 from vllm_ascend.model_loader.netloader.checkpoint.note import Note, note_in
 from vllm_ascend.model_loader.netloader.checkpoint.small_files import SmallFiles
+
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class NotHere(Exception):
@@ -34,8 +38,11 @@ def folder_here(model: str, revision: str | None, download_dir: str | None) -> s
 
 
 def noted(model_config: ModelConfig) -> Note | None:
-    """What the model's directory says of the weights that are not in it, if it has a note."""
-    return note_in(model_config.model) if os.path.isdir(model_config.model) else None
+    """What the model's directory says of the weights that are not in it, if it has a note and no weights."""
+    folder = Path(model_config.model)
+    if not folder.is_dir() or any(each.suffix in _WEIGHTS for each in folder.iterdir()):
+        return None
+    return note_in(folder)
 
 
 def small_files_of(model_config: ModelConfig, load_config: LoadConfig) -> SmallFiles | None:
