@@ -27,10 +27,6 @@ _SEND_BYTES: Final = 1 << 20
 """Bytes for one system call, which returns only when all of them are sent, however slow the peer."""
 _RECEIVE_BYTES: Final = 1 << 20
 """Bytes for one system call."""
-_WAKEUP_BYTES: Final = 128 << 10
-"""Bytes that must have come before a thread wakes to receive them, unless fewer are to come. A slow link brings a
-packet at a time, and waking for each costs more than receiving it.
-"""
 _TLS_BYTES: Final = 256 << 10
 """Bytes to encrypt at a time."""
 _TIMEVAL: Final = struct.Struct("@ll")  # seconds and microseconds: socket(7), SO_RCVTIMEO
@@ -109,9 +105,8 @@ def receive_into(sock: socket.socket, memory: memoryview, timeout: float, progre
 
 def _receive_plain(sock: socket.socket, memory: memoryview, timeout: float, progress: Progress) -> None:
     offset = 0
-    with _blocking(sock, socket.SO_RCVTIMEO, timeout), _few_wakeups(sock) as wake_for:
+    with _blocking(sock, socket.SO_RCVTIMEO, timeout):
         while offset < memory.nbytes:
-            wake_for(memory.nbytes - offset)
             offset += _received(sock.recv_into(memory[offset : offset + _RECEIVE_BYTES]), progress)
 
 
@@ -135,24 +130,3 @@ def _blocking(sock: socket.socket, option: int, timeout: float) -> Iterator[None
     sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(timeout), int(timeout % 1 * 1e6)))
     yield
-
-
-@contextlib.contextmanager
-def _few_wakeups(sock: socket.socket) -> Iterator[Callable[[int], None]]:
-    """A scope in which who receives is woken for _WAKEUP_BYTES, for the end, or when nothing more comes in time.
-
-    Before each call it is to be told how many bytes are still to come: the kernel waits for as many as it was told.
-    """
-    wakeup = 1
-
-    def wake_for(left: int) -> None:
-        nonlocal wakeup
-        if wakeup != (wanted := min(left, _WAKEUP_BYTES)):
-            wakeup = wanted
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-
-    try:
-        yield wake_for
-    finally:
-        with contextlib.suppress(OSError):  # what has ended the scope counts
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
