@@ -45,14 +45,26 @@ SESSION_BYTES = 4 * CHUNK_BYTES
 SLOW = 4 << 20
 """Bytes per second at which a transfer lasts long enough to be disturbed."""
 
+ENDS_RELAYING = "it ended the session: its weights are being processed for its kernels"
+
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Loader]]:
+def pools() -> Iterator[dict[tuple[str, str], Pool]]:
+    pools: dict[tuple[str, str], Pool] = {}
+    yield pools
+    for pool in pools.values():
+        pool.end()
+
+
+@pytest.fixture
+def start(
+    pools: dict[tuple[str, str], Pool], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Loader]]:
     """start("0", model, extra, ...) loads on the NPUs of that number, start("cpu", ...) on vLLM's CPU platform.
 
     `nz` is VLLM_ASCEND_ENABLE_NZ.
     """
-    pools: dict[tuple[str, str], Pool] = {}
+    started: list[Loader] = []
 
     def begin(where: str, model: str, extra: dict[str, Any] | None = None, nz: str = "1", **request: Any) -> Loader:
         if (where, nz) not in pools:
@@ -60,11 +72,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lo
             on_npus = {"ASCEND_RT_VISIBLE_DEVICES": where, "VLLM_ASCEND_ENABLE_NZ": nz, **SIMULATOR}
             pools[where, nz] = Pool(directory, CPU_PYTHON) if where == "cpu" else Pool(directory, environment=on_npus)
         engine = (ON_CPU if where == "cpu" else ENGINE) | request.pop("engine", {})
-        return pools[where, nz].load(model, extra, engine=engine, **request)
+        started.append(pools[where, nz].load(model, extra, engine=engine, **request))
+        return started[-1]
 
     yield begin
-    for pool in pools.values():
-        pool.end()
+    for loader in started:
+        loader.end()
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +284,8 @@ def test_npus_that_load_at_once_bring_the_weights_to_each_other(start: Load) -> 
     loaders = [start(where, model, extra, engine=engine) for where in ("1", "2")]
     reports = [loader.finish_loading().report for loader in loaders]
     assert [report["transport"] for report in reports] == ["process_group"] * 2
-    assert [report["attempts"] for report in reports] == [[]] * 2
+    # One of them may be done sooner, and ends what it relays while the other takes the rest from the server.
+    assert {each["reason"] for report in reports for each in report["attempts"]} <= {ENDS_RELAYING}
     assert [loader.digests for loader in loaders] == [server.digests] * 2
     assert sum(report["received"][server.address] for report in reports) < 1.9 * reports[0]["bytes"]
     for loader in (*loaders, server):
