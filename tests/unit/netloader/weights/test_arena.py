@@ -6,6 +6,7 @@ import fcntl
 import gc
 import mmap
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -581,11 +582,26 @@ def test_memory_for_a_manifest_is_being_made_when_it_is_handed_out() -> None:
     arena.close()
 
 
+@contextlib.contextmanager
+def at_most_further(nbytes: int) -> Iterator[None]:
+    """This process may map so many bytes more, and no others."""
+    earlier = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + nbytes, earlier[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, earlier)
+
+
 def test_a_model_that_the_host_has_no_memory_for_is_unsupported() -> None:
-    manifest = Manifest([floats(1 << 59)])
+    manifest = Manifest([floats(1 << 30)])
     gc.collect()
     before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(UnsupportedModel, match=f"no arena for {1 << 61} bytes of weights: .*no more memory"):
+    with (
+        at_most_further(1 << 31),
+        pytest.raises(UnsupportedModel, match=f"no arena for {1 << 32} bytes .*no more memory"),
+    ):
         allocate(manifest)
     assert set(os.listdir("/proc/self/fd")) <= before
 
