@@ -82,6 +82,7 @@ def test_an_engine_that_is_killed_has_its_weights_back_from_the_cache(
     assert bytes_beside_the_weights(cache.pid) < BESIDE_THE_WEIGHTS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_reload_replaces_what_the_cache_holds_and_files_decide_what_it_gives(
     untied: str, fine_tune: str, load: Load, tmp_path: Path, cache: subprocess.Popen[bytes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -137,14 +138,11 @@ def _run(options: argparse.Namespace) -> int:
             path, max_bytes, options.host, options.port, access, tuple(options.pull), Chosen(dict(options.only))
         )
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: cache.end())
-    try:
+    with contextlib.closing(cache), cache.ended_by(signal.SIGTERM, signal.SIGINT):
         cache.start(os.environ)
         logging.info("holds weights of at most %.1f MB, its socket is %s", max_bytes / 1e6, path)
         cache.wait()
-    finally:
-        cache.close()
+    logging.info("has ended")
     return 0
 
 

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -44,6 +45,8 @@ _MOST_CONNECTIONS: Final = 256
 """Open connections, which bounds the threads. All are of one user."""
 _LOCK_SECONDS: Final = 60.0
 """How long another cache that starts at the same moment is waited for."""
+_END_SECONDS: Final = 5.0
+"""How long a cache that ends waits to remove its socket, which nobody answers on by then."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Cache:
         self._options = options
         self._ends, self._ended_by = socket.socketpair()
         """The one end can be read from once there is nothing left to do for this process."""
+        self._ended_by.setblocking(False)
         self._is_replaced = False
         self.shelf = Shelf(options.max_bytes)
         self._checker = Checker(self.shelf)
@@ -140,9 +144,24 @@ class Cache:
         return bool(select.select([self._ends], [], [], 0)[0])
 
     def end(self) -> None:
-        """Lets `wait` return. It takes no lock, so that a handler of signals may call it at any point."""
+        """Lets `wait` return. It takes no lock."""
         with contextlib.suppress(OSError):
             self._ended_by.send(b"\0")
+
+    @contextlib.contextmanager
+    def ended_by(self, *signals: int) -> Iterator[None]:
+        """Lets `wait` return when this process gets one of `signals`. For the main thread, within `start` and `close`.
+
+        The system's own handler writes the byte, in whatever thread it interrupts and whatever the main thread does.
+        """
+        earlier = {number: signal.signal(number, lambda *_: None) for number in signals}
+        signal.set_wakeup_fd(self._ended_by.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
     def wait(self) -> None:
         """Returns when the process is to end: a signal said so, or a new cache process has everything."""
@@ -217,9 +236,10 @@ class Cache:
     def _remove_socket(self) -> None:
         """Removes the socket's file, unless it is that of a new cache process by now."""
         path = self._options.path
-        with contextlib.suppress(OSError, ConfigError), private_directory(path.parent) as directory, _locked(directory):
-            if self._has_socket():
-                os.unlink(directory / path.name)
+        with contextlib.suppress(OSError, ConfigError), private_directory(path.parent) as directory:
+            with _locked(directory, _END_SECONDS):
+                if self._has_socket():
+                    os.unlink(directory / path.name)
 
     def _has_socket(self) -> bool:
         """Whether the socket's file is still that of this process."""
@@ -303,17 +323,17 @@ def _let_go(earlier: Line) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the lock of `directory`, so that one cache starts or ends at a time. Raises ConfigError."""
+def _locked(directory: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+    """Holds the lock of `directory`, so that one cache starts or ends at a time. Raises ConfigError after `seconds`."""
     descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        end = time.monotonic() + _LOCK_SECONDS
+        end = time.monotonic() + seconds
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > end:
-                    raise ConfigError(f"another cache starts or ends for {_LOCK_SECONDS:g} s already") from error
+                    raise ConfigError(f"another cache starts or ends for {seconds:g} s already") from error
                 time.sleep(0.02)
             else:
                 break
