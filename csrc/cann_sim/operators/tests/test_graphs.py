@@ -49,7 +49,7 @@ def test_operators_in_place_and_copies_are_repeated() -> None:
 
 def test_torch_npus_own_operators_are_captured() -> None:
     x, weight = torch.ones(2, 16, device="npu").half(), torch.ones(16, device="npu").half()
-    slots = torch.tensor([0], device="npu")
+    slots = torch.tensor([0], dtype=torch.int32, device="npu")
     cache = torch.zeros(1, 4, 1, 16, device="npu").half()
 
     def step() -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_what_makes_the_host_wait_cannot_be_captured(wait: Callable[[torch.Tenso
 
 
 def test_a_replay_that_fails_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    slots = torch.tensor([0], device="npu")
+    slots = torch.tensor([0], dtype=torch.int32, device="npu")
     rows, cache = torch.ones(1, 1, 16, device="npu").half(), torch.zeros(1, 4, 1, 16, device="npu").half()
     graph, _ = capture(
         lambda: torch_npu.npu_scatter_pa_kv_cache(rows, rows, cache, cache.clone(), slots, cache_mode="Norm")
