@@ -31,20 +31,12 @@ MASK_SIZE = 2048
 """The sparse mode, and the mask that the operator then wants, whatever the lengths."""
 
 
-class NPUAttentionBackend(AttentionBackend):
-    supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
+class OnNPU(AttentionBackend):
+    """What all attention on NPUs has in common: the name that vLLM knows it by, and blocks of one size."""
 
     @staticmethod
     def get_name() -> str:
         return ATTENTION_BACKEND
-
-    @staticmethod
-    def get_impl_cls() -> type[NPUAttentionImpl]:
-        return NPUAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[NPUAttentionMetadataBuilder]:
-        return NPUAttentionMetadataBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
@@ -57,6 +49,18 @@ class NPUAttentionBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+
+class NPUAttentionBackend(OnNPU):
+    supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
+
+    @staticmethod
+    def get_impl_cls() -> type[NPUAttentionImpl]:
+        return NPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[NPUAttentionMetadataBuilder]:
+        return NPUAttentionMetadataBuilder
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -41,20 +41,16 @@ from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 from vllm.v1.attention.ops.merge_attn_states import _merge_attn_states_torch
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_ascend.attention.backend import LOWER_RIGHT_CAUSAL, causal_mask
-from vllm_ascend.attention.rules import BLOCK_SIZE, LatentSizes, mla_refusals
+from vllm_ascend.attention.backend import LOWER_RIGHT_CAUSAL, OnNPU, causal_mask
+from vllm_ascend.attention.rules import LatentSizes, mla_refusals
 from vllm_ascend.limits import ATTENTION_BACKEND
 
 DTYPES: Final = (torch.bfloat16, torch.float32)
 NO_MASK: Final = 0
 
 
-class NPUMLABackend(MLACommonBackend):
+class NPUMLABackend(OnNPU, MLACommonBackend):
     supported_dtypes = DTYPES
-
-    @staticmethod
-    def get_name() -> str:
-        return ATTENTION_BACKEND
 
     @staticmethod
     def get_impl_cls() -> type[NPUMLAImpl]:
@@ -63,18 +59,6 @@ class NPUMLABackend(MLACommonBackend):
     @staticmethod
     def get_builder_cls() -> type[NPUMLAMetadataBuilder]:
         return NPUMLAMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
-        return [BLOCK_SIZE]
-
-    @classmethod
-    def supports_block_size(cls, block_size: int | None) -> bool:
-        return block_size is None or block_size == BLOCK_SIZE
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
